@@ -1,0 +1,197 @@
+"""Which functions are gated, and which activations cannot be.
+
+Modules end in these functions (`nn.ReLU` calls `F.relu`), so one table serves modules, shared modules,
+functional calls and tensor methods. A function of the table takes the arguments of the torch functions it
+stands for and returns them normalised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .gates import Pieces
+from .pooling import Pool
+
+Gated = Pieces | Pool
+
+
+def relu(input: Tensor, inplace: bool = False) -> Pieces:
+    return Pieces(input, inplace)
+
+
+def relu6(input: Tensor, inplace: bool = False) -> Pieces:
+    return hardtanh(input, 0.0, 6.0, inplace)
+
+
+def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Pieces:
+    return Pieces(input, inplace, slope=negative_slope)
+
+
+def prelu(input: Tensor, weight: Tensor) -> Pieces:
+    return Pieces(input, slope=weight)
+
+
+def hardtanh(
+    input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
+) -> Pieces:
+    return Pieces(input, inplace, lower=min_val, low=min_val, upper=max_val, high=max_val)
+
+
+def rrelu(
+    input: Tensor,
+    lower: float = 1 / 8,
+    upper: float = 1 / 3,
+    training: bool = False,
+    inplace: bool = False,
+    generator: torch.Generator | None = None,
+) -> Pieces:
+    """The slope of evaluation mode, whatever `training` says: a gate is not random."""
+    return Pieces(input, inplace, slope=(lower + upper) / 2)
+
+
+def threshold(input: Tensor, threshold: float, value: float, inplace: bool = False) -> Pieces:
+    return Pieces(input, inplace, lower=threshold, low=value)
+
+
+def _max_pool(
+    dims: int,
+    indices: bool,
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Pool:
+    options = {
+        "kernel_size": kernel_size,
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+        "ceil_mode": ceil_mode,
+    }
+    return Pool(input, dims, options, adaptive=False, return_indices=indices or return_indices)
+
+
+def _adaptive_max_pool(
+    dims: int, indices: bool, input: Tensor, output_size: Any, return_indices: bool = False
+) -> Pool:
+    options = {"output_size": output_size}
+    return Pool(input, dims, options, adaptive=True, return_indices=indices or return_indices)
+
+
+_nn: Any = torch._C._nn  # the C++ spellings that torch.nn.functional itself re-exports in part
+
+_IN_PLACE_TOO: dict[Callable[..., Pieces], tuple[list[Any], list[Any]]] = {
+    relu: ([F.relu, torch.relu, Tensor.relu], [torch.relu_, Tensor.relu_]),
+    relu6: ([F.relu6, _nn.relu6], [_nn.relu6_]),
+    leaky_relu: ([F.leaky_relu, _nn.leaky_relu], [_nn.leaky_relu_]),
+    prelu: ([torch.prelu, Tensor.prelu], []),
+    hardtanh: ([F.hardtanh, _nn.hardtanh], [_nn.hardtanh_]),
+    threshold: ([F.threshold, torch.threshold], [torch.threshold_]),
+}
+
+GATED: dict[Any, Callable[..., Gated]] = {}
+"""torch function -> normaliser of its arguments."""
+
+for _normalise, (_plain, _inplace) in _IN_PLACE_TOO.items():
+    GATED.update(dict.fromkeys(_plain, _normalise))
+    GATED.update(dict.fromkeys(_inplace, partial(_normalise, inplace=True)))
+# torch.rrelu takes its in-place form as a function of its own, with a generator instead of a flag.
+GATED.update({F.rrelu: rrelu, torch.rrelu: rrelu, torch.rrelu_: partial(rrelu, inplace=True)})
+for _d in (1, 2, 3):
+    for _base, _parse in (("max_pool", _max_pool), ("adaptive_max_pool", _adaptive_max_pool)):
+        _name = f"{_base}{_d}d"
+        GATED[getattr(F, _name)] = partial(_parse, _d, False)
+        GATED[getattr(F, f"{_name}_with_indices")] = partial(_parse, _d, True)
+        if hasattr(torch, _name):  # the C++ function; adaptive 1d returns indices as well
+            GATED[getattr(torch, _name)] = partial(_parse, _d, _name == "adaptive_max_pool1d")
+GATED[torch.max_pool1d_with_indices] = partial(_max_pool, 1, True)
+
+UNGATEABLE: dict[Any, str] = {
+    function: kind
+    for kind, functions in {
+        "gelu": [F.gelu],
+        "silu": [F.silu],
+        "elu": [F.elu, _nn.elu_],
+        "celu": [F.celu, torch.celu, torch.celu_],
+        "selu": [F.selu, torch.selu, torch.selu_],
+        "mish": [F.mish],
+        "softplus": [F.softplus],
+        "hardswish": [F.hardswish],
+        "hardsigmoid": [F.hardsigmoid],
+        "glu": [F.glu],
+        "logsigmoid": [F.logsigmoid],
+        "softsign": [F.softsign],
+        "tanhshrink": [F.tanhshrink],
+        "softshrink": [F.softshrink],
+        "hardshrink": [F.hardshrink, torch.hardshrink, Tensor.hardshrink],
+        "rnn": [torch.rnn_relu, torch.rnn_tanh, torch.rnn_relu_cell, torch.rnn_tanh_cell],
+        "lstm": [torch.lstm, torch.lstm_cell],
+        "gru": [torch.gru, torch.gru_cell],
+        "fractional_max_pool": [F.fractional_max_pool2d, F.fractional_max_pool3d],
+    }.items()
+    for function in functions
+}
+"""torch function -> name of an activation that has no fixed linear gate, wherever it stands."""
+
+OUTPUT_ONLY: dict[Any, str] = {
+    function: kind
+    for kind, functions in {
+        "sigmoid": [torch.sigmoid, torch.sigmoid_, Tensor.sigmoid, Tensor.sigmoid_, F.sigmoid]
+        + [torch.special.expit],
+        "tanh": [torch.tanh, torch.tanh_, Tensor.tanh, Tensor.tanh_, F.tanh],
+    }.items()
+    for function in functions
+}
+"""torch function -> name of an activation that is fine as the model's output, and nowhere else."""
+
+UNGATEABLE_MODULES: dict[type[nn.Module], str] = {
+    nn.GELU: "gelu",
+    nn.SiLU: "silu",
+    nn.ELU: "elu",
+    nn.CELU: "celu",
+    nn.SELU: "selu",
+    nn.Mish: "mish",
+    nn.Softplus: "softplus",
+    nn.Hardswish: "hardswish",
+    nn.Hardsigmoid: "hardsigmoid",
+    nn.GLU: "glu",
+    nn.LogSigmoid: "logsigmoid",
+    nn.Softsign: "softsign",
+    nn.Tanhshrink: "tanhshrink",
+    nn.Softshrink: "softshrink",
+    nn.Hardshrink: "hardshrink",
+    nn.RNNBase: "rnn",
+    nn.RNNCellBase: "rnn",
+    nn.FractionalMaxPool2d: "fractional_max_pool",
+    nn.FractionalMaxPool3d: "fractional_max_pool",
+}
+
+
+def kind(call: Gated) -> str:
+    """A short description of a gated call; calls match between copies when kind and shape do."""
+    if isinstance(call, Pool):
+        return f"{'adaptive ' if call.adaptive else ''}max-pooling {call.dims}d"
+    return "piecewise linear, 3 regions" if call.upper is not None else "piecewise linear"
+
+
+def way_out(name: str) -> str:
+    """What to use in place of an activation that cannot be gated."""
+    smooth = {"gelu", "silu", "hardswish"}
+    if name == "elu":
+        return "use nn.LeakyReLU or nn.ReLU in its place"
+    if name in smooth:
+        return "replace it by nn.ReLU (or turn the backbone into a ReLU one first)"
+    if name in {"rnn", "lstm", "gru"}:
+        return "recurrent cells have smooth gates of their own: use a convolutional or MLP backbone"
+    if name == "fractional_max_pool":
+        return "use nn.MaxPool or nn.AdaptiveMaxPool in its place"
+    return "replace it by nn.ReLU or another piecewise-linear activation"

@@ -1,0 +1,140 @@
+"""The two passes of a gated forward: capture the structural copy's regions, then replay them.
+
+Both watch the functions that a forward calls, in call order, on the current thread only; nothing is
+replaced in the modules, and nothing is left behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ..errors import GateError
+from . import gates, pooling
+from .activations import GATED, Gated, kind
+from .gates import Pieces
+from .pooling import Pool
+
+
+class Gate(NamedTuple):
+    """What the structural copy decided at one gated call."""
+
+    kind: str
+    region: Tensor
+    """uint8 region per activation, or the pooling code per output entry."""
+
+
+class _Watch(TorchFunctionMode):
+    """Calls `on_gated` for every gated function of the forward, the function itself otherwise."""
+
+    def __init__(self, own_pooling: bool) -> None:
+        super().__init__()
+        self._own_pooling = own_pooling
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        normalise = GATED.get(func)
+        if normalise is None:
+            return func(*args, **(kwargs or {}))
+        call = normalise(*args, **(kwargs or {}))
+        if self._own_pooling and isinstance(call, Pool):
+            return func(*args, **(kwargs or {}))
+        return self.on_gated(call, lambda: func(*args, **(kwargs or {})))
+
+    def on_gated(self, call: Gated, run: Callable[[], Any]) -> Any:
+        raise NotImplementedError
+
+
+class Capture(_Watch):
+    """Run the structural copy as it is and keep its decisions."""
+
+    def __init__(self, own_pooling: bool) -> None:
+        super().__init__(own_pooling)
+        self.gates: list[Gate] = []
+
+    def on_gated(self, call: Gated, run: Callable[[], Any]) -> Any:
+        if isinstance(call, Pool):
+            values, region = pooling.choose(call)
+        else:
+            region = gates.regions(call)
+            # RReLU is random in training mode even when only the functional form says so.
+            values = run() if call.slope == 0.0 else gates.apply(call, region)
+        self.gates.append(Gate(kind(call), region))
+        return values
+
+
+class Replay(_Watch):
+    """Run the quantitative copy under the structural copy's decisions.
+
+    `plan[k]` is the number of the structural gate for the k-th gated call; None leaves the call its own
+    gate. No plan means the calls correspond one to one.
+    """
+
+    def __init__(
+        self, captured: Sequence[Gate], plan: Sequence[int | None] | None, own_pooling: bool
+    ) -> None:
+        super().__init__(own_pooling)
+        self._captured = captured
+        self._plan = range(len(captured)) if plan is None else plan
+        self._calls = 0
+
+    def on_gated(self, call: Gated, run: Callable[[], Any]) -> Any:
+        number, self._calls = self._calls, self._calls + 1
+        if number >= len(self._plan):
+            raise GateError(f"{_MISALIGNED}: it makes more than {len(self._plan)} gated calls")
+        source = self._plan[number]
+        if source is None:
+            return run()
+        gate = self._captured[source]
+        shape = call.input.shape
+        fits = kind(call) == gate.kind and (
+            isinstance(call, Pool)
+            and gate.region.shape[: -call.dims] == shape[: -call.dims]
+            or isinstance(call, Pieces)
+            and gate.region.shape == shape
+        )
+        if not fits:
+            raise GateError(
+                f"{_MISALIGNED}: gated call {number} is {kind(call)} on shape {tuple(shape)}, "
+                f"the structural copy's was {gate.kind} with gates of {tuple(gate.region.shape)}"
+            )
+        if isinstance(call, Pool):
+            return pooling.route(call, gate.region)
+        return gates.apply(call, gate.region)
+
+    def finish(self) -> None:
+        """Raise GateError if the forward made fewer gated calls than planned."""
+        if self._calls != len(self._plan):
+            raise GateError(
+                f"{_MISALIGNED}: {self._calls} gated calls instead of {len(self._plan)}"
+            )
+
+
+_MISALIGNED = "the quantitative copy does not follow the structural copy's path"
+
+
+def capture(model: torch.nn.Module, args: Any, kwargs: Any, own_pooling: bool) -> list[Gate]:
+    """Gates of one forward of the structural copy, without gradient."""
+    with torch.no_grad(), Capture(own_pooling) as watch:
+        model(*args, **kwargs)
+    return watch.gates
+
+
+def replay(
+    model: torch.nn.Module,
+    captured: Sequence[Gate],
+    plan: Sequence[int | None] | None,
+    args: Any,
+    kwargs: Any,
+    own_pooling: bool,
+) -> Any:
+    """One forward of the quantitative copy under given gates."""
+    with Replay(captured, plan, own_pooling) as watch:
+        output = model(*args, **kwargs)
+    watch.finish()
+    return output

@@ -1,0 +1,155 @@
+"""Max-pooling under the structural copy's choice: its argmax picks the quantitative copy's entry.
+
+The choice is kept as the position inside the pooling window, one byte for windows of up to 256 entries
+(two or four for larger ones), and turned into an index only while it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Pool(NamedTuple):
+    """One call of a max-pooling function, with its arguments normalised. `dims` is 1, 2 or 3."""
+
+    input: Tensor
+    dims: int
+    options: dict[str, Any]
+    adaptive: bool
+    return_indices: bool
+
+
+class Windows(NamedTuple):
+    """Where each output entry looks: the same in both copies.
+
+    A flat spatial input index is `base[output entry] + offset[position inside the window]`.
+    """
+
+    base: Tensor
+    """int64, of the outputs' spatial shape. Negative where padding puts the window's start outside."""
+    offset: Tensor
+    """int64, one element per position inside the largest window."""
+    position: Tensor
+    """offset -> a position with that offset, in the smallest dtype that holds all positions."""
+
+
+def _each(value: Any, dims: int) -> tuple[int, ...]:
+    if isinstance(value, Sequence):
+        values = tuple(int(v) for v in value)
+        return values * dims if len(values) == 1 else values
+    return (int(value),) * dims
+
+
+def windows(pool: Pool, outputs: Sequence[int]) -> Windows:
+    """Geometry of the pooling windows for spatial output sizes `outputs`."""
+    dims, device, inputs = pool.dims, pool.input.device, tuple(pool.input.shape[-pool.dims :])
+    if pool.adaptive:
+        return _adaptive_windows(inputs, tuple(outputs), device)
+    kernel = _each(pool.options["kernel_size"], dims)
+    stride = pool.options["stride"]
+    strides = kernel if stride is None or stride == [] else _each(stride, dims)
+    padding, dilation = (_each(pool.options[key], dims) for key in ("padding", "dilation"))
+    return _windows(inputs, tuple(outputs), kernel, strides, padding, dilation, device)
+
+
+@lru_cache(maxsize=256)
+def _windows(
+    inputs: tuple[int, ...],
+    outputs: tuple[int, ...],
+    kernel: tuple[int, ...],
+    strides: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    device: torch.device,
+) -> Windows:
+    starts = [torch.arange(n) * s - p for n, s, p in zip(outputs, strides, padding, strict=True)]
+    steps = [torch.arange(k) * d for k, d in zip(kernel, dilation, strict=True)]
+    return _tables(inputs, starts, steps, device)
+
+
+@lru_cache(maxsize=256)
+def _adaptive_windows(
+    inputs: tuple[int, ...], outputs: tuple[int, ...], device: torch.device
+) -> Windows:
+    starts, steps = [], []
+    for i, n in zip(inputs, outputs, strict=True):
+        entry = torch.arange(n)
+        start = entry * i // n
+        end = ((entry + 1) * i + n - 1) // n
+        starts.append(start)
+        steps.append(torch.arange(int((end - start).max()) if n else 1))
+    return _tables(inputs, starts, steps, device)
+
+
+def _tables(
+    inputs: tuple[int, ...], starts: list[Tensor], steps: list[Tensor], device: torch.device
+) -> Windows:
+    base = offset = torch.zeros((), dtype=torch.int64)
+    for size, start, step in zip(inputs, starts, steps, strict=True):
+        base = base[..., None] * size + start
+        offset = offset[..., None] * size + step
+    offset = offset.flatten()
+    entries = len(offset)
+    small = torch.uint8 if entries <= 2**8 else torch.int16 if entries <= 2**15 else torch.int32
+    position = torch.zeros(int(offset.max()) + 1, dtype=small)
+    position[offset] = torch.arange(entries).to(small)
+    return Windows(base.to(device), offset.to(device), position.to(device))
+
+
+def encode(index: Tensor, at: Windows) -> Tensor:
+    """Flat spatial indices, as PyTorch returns them, to positions inside the windows."""
+    return at.position[index - at.base]
+
+
+def decode(code: Tensor, at: Windows) -> Tensor:
+    """The inverse of `encode`: int64, same shape as `code`."""
+    return at.offset[code.long()] + at.base
+
+
+class _Route(torch.autograd.Function):
+    """Picks one entry per window. Saves the code, not the eight-byte index."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, code: Tensor, at: Windows) -> Tensor:
+        ctx.save_for_backward(code)
+        ctx.at, ctx.shape = at, z.shape
+        dims = at.base.dim()
+        index = decode(code, at)
+        return z.flatten(-dims).gather(-1, index.flatten(-dims)).view(code.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (code,) = ctx.saved_tensors
+        dims = ctx.at.base.dim()
+        index = decode(code, ctx.at).flatten(-dims)
+        flat = grad.new_zeros(ctx.shape).flatten(-dims)
+        return flat.scatter_add(-1, index, grad.flatten(-dims)).view(ctx.shape), None, None
+
+
+_MAX: dict[int, Callable[..., Any]] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+_ADAPTIVE: dict[int, Callable[..., Any]] = {
+    1: F.adaptive_max_pool1d,
+    2: F.adaptive_max_pool2d,
+    3: F.adaptive_max_pool3d,
+}
+
+
+def choose(pool: Pool) -> tuple[Any, Tensor]:
+    """Pool as the plain model does; also return the choice, as a code."""
+    function = (_ADAPTIVE if pool.adaptive else _MAX)[pool.dims]
+    values, index = function(pool.input, **pool.options, return_indices=True)
+    code = encode(index, windows(pool, values.shape[-pool.dims :]))
+    return ((values, index) if pool.return_indices else values), code
+
+
+def route(pool: Pool, code: Tensor) -> Any:
+    """Pool by a choice made elsewhere; with indices when the call asked for them."""
+    at = windows(pool, code.shape[-pool.dims :])
+    values: Tensor = _Route.apply(pool.input, code, at)
+    return (values, decode(code, at)) if pool.return_indices else values

@@ -1,0 +1,229 @@
+"""What cannot be gated in a model, where, and what to use instead."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..errors import GateError
+from .activations import GATED, OUTPUT_ONLY, UNGATEABLE, UNGATEABLE_MODULES, kind, way_out
+from .pooling import Pool
+
+
+class Finding(NamedTuple):
+    """One reason why a model cannot be gated as it is."""
+
+    path: str
+    """Module path; of the module that makes the call, where the activation is a functional one."""
+    what: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.path or 'the model itself'}: {self.what}; {self.remedy}"
+
+
+class Call(NamedTuple):
+    """One activation call of a forward: `what` is its kind; gated, or not gateable by name."""
+
+    path: str
+    what: str
+    gated: bool
+
+
+class _Trace(TorchFunctionMode):
+    def __init__(self, own_pooling: bool) -> None:
+        super().__init__()
+        self.path = [""]
+        self.calls: list[Call] = []
+        self.suspects: list[tuple[Call, Tensor]] = []
+        self._own_pooling = own_pooling
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        here = self.path[-1]
+        if func in GATED:
+            call = GATED[func](*args, **(kwargs or {}))
+            if not (self._own_pooling and isinstance(call, Pool)):
+                self.calls.append(Call(here, kind(call), gated=True))
+        elif func in UNGATEABLE:
+            self.calls.append(Call(here, UNGATEABLE[func], gated=False))
+        result = func(*args, **(kwargs or {}))
+        if func in OUTPUT_ONLY:
+            self.suspects.append((Call(here, OUTPUT_ONLY[func], gated=False), result))
+        return result
+
+
+def trace(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], own_pooling: bool = False
+) -> list[Call]:
+    """The activation calls of one forward, in order. The model, its buffers and the global random
+    generators are left as they were: a copy runs."""
+    runner = copy.deepcopy(model)
+    watch = _Trace(own_pooling)
+    seen: set[int] = set()
+    with ExitStack() as stack:
+        for path, module in runner.named_modules():
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
+
+            def enter(_: nn.Module, __: Any, path: str = path) -> None:
+                watch.path.append(path)
+
+            def leave(_: nn.Module, __: Any, ___: Any) -> None:
+                watch.path.pop()
+
+            module.register_forward_pre_hook(enter)
+            module.register_forward_hook(leave, always_call=True)
+        devices = {t.device for t in _tensors([args, dict(kwargs)]) if t.device.type == "cuda"}
+        stack.enter_context(torch.random.fork_rng(devices=list(devices)))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(watch)
+        output = runner(*copy.deepcopy(tuple(args)), **copy.deepcopy(dict(kwargs)))
+    outputs = {t.untyped_storage().data_ptr() for t in _tensors(output)}
+    hidden = [
+        c for c, result in watch.suspects if result.untyped_storage().data_ptr() not in outputs
+    ]
+    return watch.calls + hidden
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor of nested tuples, lists, mappings and objects with such attributes."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif hasattr(value, "__dict__"):
+        yield from _tensors(vars(value))
+
+
+def _accepted(path: str, what: str, accept: Iterable[str]) -> bool:
+    names = (path, f"{path}:{what}")
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in accept)
+
+
+def static_findings(model: nn.Module, accept: Iterable[str] = ()) -> list[Finding]:
+    """Findings that need no input: activation modules that cannot be gated, and opaque modules."""
+    from .wrapper import DualCopy
+
+    findings = []
+    accept = list(accept)
+    for path, module in model.named_modules():
+        if isinstance(module, DualCopy):
+            findings.append(Finding(path, "is a DualCopy already", "pass its .quantitative"))
+        elif isinstance(module, torch.jit.ScriptModule):
+            what = "is a TorchScript module, whose activations cannot be seen"
+            findings.append(Finding(path, what, "pass the Python module it was made from"))
+        else:
+            for cls, name in UNGATEABLE_MODULES.items():
+                if isinstance(module, cls) and not _accepted(path, name, accept):
+                    findings.append(_ungateable(path, type(module).__name__, name))
+                    break
+    return findings
+
+
+def _ungateable(path: str, shown: str, name: str) -> Finding:
+    what = f"{shown} has no fixed linear gate"
+    spelled = path or f":{name}"
+    return Finding(
+        path, what, f"{way_out(name)}, or accept it ungated by name: accept=[{spelled!r}]"
+    )
+
+
+def call_findings(calls: Sequence[Call], accept: Iterable[str] = ()) -> list[Finding]:
+    """Findings that a traced forward shows: functional activations, or no gate at all."""
+    accept = list(accept)
+    found = [
+        _ungateable(
+            call.path,
+            f"hidden {call.what}" if call.what in ("sigmoid", "tanh") else call.what,
+            call.what,
+        )
+        for call in dict.fromkeys(calls)
+        if not call.gated and not _accepted(call.path, call.what, accept)
+    ]
+    if not any(call.gated for call in calls):
+        found.append(
+            Finding(
+                "",
+                "has no gate: no ReLU-like activation or max-pooling is called",
+                "FedSQ would be FedAvg; use a backbone with ReLU activations (an MLP for a linear model)",
+            )
+        )
+    return found
+
+
+def validate(
+    model: nn.Module,
+    example: Any = None,
+    accept: Iterable[str] = (),
+    pooling: str = "structural",
+) -> list[Finding]:
+    """List what keeps `model` from being gated; empty when all is well.
+
+    Args:
+        model: any torch model.
+        example: an input batch (a tensor, a tuple of positional or a dict of keyword arguments). Without
+            it only what the module tree shows is found: functional calls need a forward.
+        accept: module paths (or glob patterns; `path:activation` for functional calls) of activations
+            that may stay ungated.
+        pooling: "structural", or "own" where max-pooling is not gated.
+    """
+    accept = list(accept)
+    findings = static_findings(model, accept)
+    if example is None or any("is a" in f.what for f in findings):
+        return findings
+    args, kwargs = (), {}  # type: tuple[Any, ...], dict[str, Any]
+    if isinstance(example, Mapping):
+        kwargs = dict(example)
+    else:
+        args = tuple(example) if isinstance(example, (tuple, list)) else (example,)
+    known = {f.path for f in findings}
+    for finding in call_findings(trace(model, args, kwargs, pooling == "own"), accept):
+        if finding.path not in known or not finding.path:
+            findings.append(finding)
+    return findings
+
+
+def refuse(findings: Sequence[Finding]) -> None:
+    """Raise GateError with the findings (the first few of many) in one line, if there are any."""
+    if findings:
+        shown = " | ".join(str(f) for f in findings[:3])
+        more = f" | and {len(findings) - 3} more, see validate()" if len(findings) > 3 else ""
+        raise GateError(f"cannot gate this model: {shown}{more}")
+
+
+def align(
+    structural: Sequence[Call], quantitative: Sequence[Call]
+) -> tuple[int | None, ...] | None:
+    """Which structural gate each of the quantitative copy's gated calls uses; None: one to one.
+
+    Calls correspond when they are the same occurrence in the same module. A call that only one copy
+    makes (auxiliary heads run in training mode only) keeps its own gate, or is passed over.
+    """
+
+    def occurrences(calls: Sequence[Call]) -> list[tuple[str, str, int]]:
+        count: dict[tuple[str, str], int] = {}
+        found = []
+        for call in calls:
+            if call.gated:
+                key = (call.path, call.what)
+                count[key] = count.get(key, -1) + 1
+                found.append((*key, count[key]))
+        return found
+
+    numbers = {key: number for number, key in enumerate(occurrences(structural))}
+    plan = tuple(numbers.get(key) for key in occurrences(quantitative))
+    return None if plan == tuple(range(len(numbers))) else plan

@@ -1,0 +1,39 @@
+"""The errors that are meant for a user: one line each, ending a command with status 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FedSQError(Exception):
+    """Something the user can mend. Its message is one line: what, where, what would be right."""
+
+
+class GateError(FedSQError, ValueError):
+    """A model cannot be gated, or gates do not fit the model that is asked to use them."""
+
+
+class ConfigError(FedSQError, ValueError):
+    """A recipe, an option or a command line is wrong."""
+
+
+class UpdateError(FedSQError, ValueError):
+    """A client's update cannot be aggregated."""
+
+
+class WeightsError(FedSQError, ValueError):
+    """A weights file does not fit the model, or cannot be read."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the known name closest to `name`, or the list of known names.
+
+    The comparison ignores case, so that `fedsq` finds `FedSQ`.
+    """
+    names = sorted(known)
+    folded = {candidate.lower(): candidate for candidate in names}
+    close = difflib.get_close_matches(name.lower(), list(folded), n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean '{folded[close[0]]}'?"
+    return f"; known: {', '.join(names)}" if names else ""
