@@ -1,1 +1,118 @@
-def main() -> None: ...
+"""The command `fedsq`. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from . import __version__
+from .errors import ConfigError, FedSQError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _settings(command: Command) -> Command:
+    return click.option(
+        "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override an option of the recipe."
+    )(command)
+
+
+def _out(command: Command) -> Command:
+    return click.option(
+        "--out", type=click.Path(path_type=Path), help="Run directory; default runs/<recipe>-<time>."
+    )(command)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="fedsq")
+def cli() -> None:
+    """FedSQ in FedML: federated fine-tuning under the gates of a frozen structural copy."""
+
+
+@cli.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@_settings
+@_out
+def run(recipe: Path, settings: tuple[str, ...], out: Path | None) -> None:
+    """Run RECIPE, a FedML YAML, and write its metrics, tables and pictures."""
+    from . import runs
+    from .recipe import overridden, read_yaml
+
+    families = overridden(read_yaml(recipe), settings)
+    runs.run(families, out or runs.default_out(recipe), _console())
+
+
+@cli.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--algorithms", required=True, metavar="A,B,…", help="Algorithms by name.")
+@click.option("--seeds", default="0", show_default=True, metavar="0,1,…", help="Values of random_seed.")
+@_settings
+@_out
+def compare(recipe: Path, algorithms: str, seeds: str, settings: tuple[str, ...], out: Path | None) -> None:
+    """Run RECIPE with several algorithms and seeds, all else equal, and compare them."""
+    from . import runs
+    from .recipe import overridden, read_yaml
+
+    try:
+        numbers = [int(seed) for seed in seeds.split(",")]
+    except ValueError:
+        raise ConfigError(f"--seeds {seeds}: write whole numbers separated by commas, as 0,1,2") from None
+    names = [name.strip() for name in algorithms.split(",") if name.strip()]
+    if not names:
+        raise ConfigError("--algorithms is empty; name at least one, as FedAvg,FedSQ")
+    families = overridden(read_yaml(recipe), settings)
+    runs.compare(families, names, numbers, out or runs.default_out(recipe), _console())
+
+
+@cli.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+def report(directory: Path) -> None:
+    """Make tables and pictures anew from the metrics in DIRECTORY."""
+    from .analysis.report import write_report
+    from .analysis.rundir import RunDirectory
+
+    _console().print(write_report(RunDirectory.open(directory)))
+
+
+@cli.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@_settings
+def check(recipe: Path, settings: tuple[str, ...]) -> None:
+    """Say everything that is wrong with RECIPE, at once. Nothing is trained or downloaded."""
+    from .check import check as findings
+    from .recipe import overridden, read_yaml
+
+    found = findings(overridden(read_yaml(recipe), settings))
+    for line in found:
+        click.echo(f"{recipe}: {line}")
+    if found:
+        raise SystemExit(2)
+    click.echo(f"{recipe}: nothing wrong")
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def main() -> None:
+    """Entry point: what the user can mend is one line and exit status 2."""
+    try:
+        cli(standalone_mode=False)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        fail("interrupted", status=130)
+    except click.ClickException as error:
+        fail(error.format_message())
+    except FedSQError as error:
+        fail(str(error))
+
+
+def fail(message: str, status: int = 2) -> None:
+    """End the process with one line on standard error."""
+    print(f"fedsq: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(status)

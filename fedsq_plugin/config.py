@@ -1,0 +1,167 @@
+"""Every option: type, default, meaning, and the family of the recipe it stands in.
+
+FedML flattens the families of a YAML into one object, so a key has one meaning wherever it stands; the
+family is where it is documented. `fedsq_args` and `warm_start_args` are ours: a key there that is not in
+this file is an error. The other families are FedML's and may hold more than is listed here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+OURS = ("fedsq_args", "warm_start_args")
+"""Families that this plugin adds to FedML's."""
+
+
+def _option(default: Any, family: str, meaning: str, **constraints: Any) -> Any:
+    return Field(default, description=meaning, json_schema_extra={"family": family}, **constraints)
+
+
+class Config(BaseModel):
+    """The options of one run, checked. Field descriptions are the reference of the recipe's keys."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+    # FedML's own keys
+    training_type: Literal["simulation", "cross_silo", "cross_device", "cross_cloud", "fedml_serving"] = (
+        _option("simulation", "common_args", "FedML's training platform")
+    )
+    random_seed: int = _option(0, "common_args", "seed of everything that has no seed of its own", ge=0)
+    dataset: str = _option(..., "data_args", "digits, image_folder, or a data set that FedML knows")
+    data_cache_dir: str = _option("", "data_args", "folder of the data set's files")
+    partition_method: str = _option("hetero", "data_args", "homo (i.i.d.) or hetero (Dirichlet)")
+    partition_alpha: float = _option(0.5, "data_args", "alpha of the Dirichlet partition", gt=0)
+    model: str = _option(..., "model_args", "backbone, ours or FedML's")
+    federated_optimizer: str = _option(..., "train_args", "algorithm, by its published name")
+    client_num_in_total: int = _option(..., "train_args", "number of silos", ge=1)
+    client_num_per_round: int = _option(..., "train_args", "silos that train in a round", ge=1)
+    comm_round: int = _option(..., "train_args", "number of rounds", ge=1)
+    epochs: int = _option(1, "train_args", "local epochs per round", ge=0)
+    batch_size: int = _option(32, "train_args", "samples per step; -1: a silo's data at once")
+    client_optimizer: Literal["sgd", "adam", "adamw"] = _option("sgd", "train_args", "client's optimizer")
+    learning_rate: float = _option(0.01, "train_args", "client's learning rate", gt=0)
+    momentum: float = _option(0.0, "train_args", "momentum of sgd", ge=0, lt=1)
+    weight_decay: float = _option(0.0, "train_args", "L2 penalty of sgd and adam, decay of adamw", ge=0)
+    fedprox_mu: float = _option(0.01, "train_args", "μ of FedProx's proximal term", ge=0)
+    frequency_of_the_test: int = _option(1, "validation_args", "rounds from one evaluation to the next", ge=1)
+    using_gpu: bool = _option(False, "device_args", "train on a GPU; an error where there is none")
+    backend: str = _option("sp", "comm_args", "FedML's back end; sp is one process")
+
+    # ours
+    head: str | None = _option(None, "fedsq_args", "module path of the head; known for our own backbones")
+    small_images: bool = _option(False, "fedsq_args", "3x3 stem and no first pooling, for small images")
+    image_size: int | None = _option(None, "fedsq_args", "resize images to this many pixels a side", ge=1)
+    min_client_samples: int = _option(2, "fedsq_args", "least number of samples of a silo", ge=0)
+    data_seed: int | None = _option(None, "fedsq_args", "seed of splits and partition", ge=0)
+    model_seed: int | None = _option(None, "fedsq_args", "seed of initial weights and warm start", ge=0)
+    sampling_seed: int | None = _option(None, "fedsq_args", "seed of the choice of silos per round", ge=0)
+    gate_accept: tuple[str, ...] = _option(
+        (), "fedsq_args", "paths of activations that cannot be gated and may stay ungated"
+    )
+    gate_pooling: Literal["structural", "own"] = _option(
+        "structural", "fedsq_args", "who chooses in max-pooling: the structural copy, or each copy itself"
+    )
+    buffers: Literal["average", "keep"] = _option(
+        "average", "fedsq_args", "BatchNorm's statistics: average the silos', or keep the server's"
+    )
+    nonfinite: Literal["skip", "fail"] = _option(
+        "skip", "fedsq_args", "an update that is refused (NaN, wrong keys): go on without it, or end"
+    )
+    nesterov: bool = _option(False, "fedsq_args", "Nesterov momentum (sgd)")
+    clip_norm: float | None = _option(None, "fedsq_args", "bound on the norm of a step's gradient", gt=0)
+    lr_schedule: Literal["constant", "cosine", "step"] = _option(
+        "constant", "fedsq_args", "learning rate over rounds"
+    )
+    lr_decay: float = _option(0.1, "fedsq_args", "factor of the step schedule", gt=0)
+    lr_decay_rounds: int = _option(10, "fedsq_args", "rounds between two steps of the step schedule", ge=1)
+    augmentation: tuple[Literal["crop", "flip"], ...] = _option(
+        (), "fedsq_args", "augmentation of training images, in order"
+    )
+    threads: int | None = _option(None, "fedsq_args", "CPU threads of torch; default: torch's own", ge=1)
+    warm_start: Literal["none", "imagenet", "file", "public"] = _option(
+        "none",
+        "warm_start_args",
+        "pretrained weights: torchvision's, a file's, or by training on a public split",
+    )
+    warm_start_file: str | None = _option(None, "warm_start_args", "weights, .safetensors or .pt")
+    warm_start_public: float = _option(
+        0.2, "warm_start_args", "share of the training data that is public: held by no silo", gt=0, lt=1
+    )
+    warm_start_epochs: int = _option(10, "warm_start_args", "epochs on the public split", ge=1)
+    warm_start_learning_rate: float = _option(0.05, "warm_start_args", "its learning rate (sgd)", gt=0)
+    warm_start_momentum: float = _option(0.9, "warm_start_args", "its momentum", ge=0, lt=1)
+    warm_start_batch_size: int = _option(32, "warm_start_args", "its batch size", ge=2)
+    warm_start_cache_dir: str = _option(
+        "~/.cache/fedsq", "warm_start_args", "where trained warm starts are kept, by content"
+    )
+
+    @field_validator("client_optimizer", mode="before")
+    @classmethod
+    def _any_case(cls, value: Any) -> Any:
+        return value.lower() if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        problems = []
+        if self.client_num_per_round > self.client_num_in_total:
+            problems.append(
+                f"client_num_per_round is {self.client_num_per_round}, "
+                f"more than client_num_in_total {self.client_num_in_total}"
+            )
+        if self.batch_size < 1 and self.batch_size != -1:
+            problems.append(f"batch_size is {self.batch_size}; use a number above 0, or -1 for all data")
+        if self.warm_start == "file" and not self.warm_start_file:
+            problems.append("warm_start is 'file': warm_start_file must name the weights")
+        if self.warm_start != "file" and self.warm_start_file:
+            problems.append(
+                f"warm_start_file is given but warm_start is '{self.warm_start}'; set warm_start: file"
+            )
+        if self.nesterov and (self.momentum == 0 or self.client_optimizer != "sgd"):
+            problems.append("nesterov needs client_optimizer sgd and a momentum above 0")
+        if problems:
+            raise ValueError(" | ".join(problems))
+        return self
+
+    def seed(self, purpose: Literal["data", "model", "sampling"]) -> int:
+        """The seed for a purpose: its own, or `random_seed`."""
+        own: int | None = getattr(self, f"{purpose}_seed")
+        return self.random_seed if own is None else own
+
+    @property
+    def cache_dir(self) -> Path:
+        return Path(os.path.expanduser(self.warm_start_cache_dir))
+
+
+OPTIONS = Config.model_fields
+
+
+def family_of(key: str) -> str:
+    """The family in which an option is documented."""
+    extra = OPTIONS[key].json_schema_extra
+    assert isinstance(extra, dict)
+    return str(extra["family"])
+
+
+def parse(values: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
+    """Check flat values: the config, or everything that is wrong, one line each."""
+    given = {key: value for key, value in values.items() if key in OPTIONS}
+    try:
+        return Config(**given), []
+    except ValidationError as error:
+        return None, [line for e in error.errors() for line in _lines(e, given)]
+
+
+def _lines(error: Any, given: Mapping[str, Any]) -> list[str]:
+    if not error["loc"]:
+        return str(error["msg"]).removeprefix("Value error, ").split(" | ")
+    key = str(error["loc"][0])
+    where = f"{family_of(key)}.{key}"
+    if error["type"] == "missing":
+        return [f"{where} is missing ({OPTIONS[key].description})"]
+    message = str(error["msg"])
+    return [f"{where} is {given.get(key)!r}: {message[0].lower()}{message[1:]}"]

@@ -1,0 +1,39 @@
+"""Augmentation of an image batch (N, C, H, W), drawn from the global torch generator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_PADDING = 8  # a crop moves an image by up to 1/8 of its size, as 4 pixels do at 32
+
+
+def crop(images: Tensor) -> Tensor:
+    """Random crop after reflecting a border of 1/8 of the size (at least 1 pixel)."""
+    count, _, height, width = images.shape
+    top, left = max(height // _PADDING, 1), max(width // _PADDING, 1)
+    padded = F.pad(images, (left, left, top, top), mode="reflect")
+    rows = torch.randint(2 * top + 1, (count, 1, 1)) + torch.arange(height).view(1, -1, 1)
+    columns = torch.randint(2 * left + 1, (count, 1, 1)) + torch.arange(width).view(1, 1, -1)
+    sample = torch.arange(count).view(-1, 1, 1)
+    index = [i.to(images.device) for i in (sample, rows, columns)]
+    return padded.permute(0, 2, 3, 1)[index[0], index[1], index[2]].permute(0, 3, 1, 2).contiguous()
+
+
+def flip(images: Tensor) -> Tensor:
+    """Mirror each image left to right with probability 1/2."""
+    chosen = (torch.rand(len(images)) < 0.5).to(images.device)
+    return torch.where(chosen.view(-1, 1, 1, 1), images.flip(-1), images)
+
+
+AUGMENTATIONS: dict[str, Callable[[Tensor], Tensor]] = {"crop": crop, "flip": flip}
+
+
+def augment(images: Tensor, names: Sequence[str]) -> Tensor:
+    """Apply augmentations by name, in order."""
+    for name in names:
+        images = AUGMENTATIONS[name](images)
+    return images

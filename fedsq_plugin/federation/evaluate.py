@@ -1,0 +1,61 @@
+"""Loss and accuracy of a model on a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""(logits (N, classes), labels (N,)) -> mean loss of the batch."""
+
+
+class Metrics(NamedTuple):
+    loss: float
+    """Mean over samples."""
+    accuracy: float
+    """In [0, 1]."""
+    samples: int
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels.long())
+
+
+def main_output(output: Any) -> Tensor:
+    """The prediction of a model that may return more: the first tensor, or `out` or `logits`."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        output = next((output[k] for k in ("logits", "out") if k in output), next(iter(output.values())))
+    else:
+        output = output[0]
+    return main_output(output)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device | str = "cpu",
+    loss: Loss = cross_entropy,
+) -> Metrics:
+    """Evaluate in evaluation mode; the model's mode is put back. NaN metrics without any sample."""
+    mode = model.training
+    model.to(device).eval()
+    total, correct, samples = 0.0, 0, 0
+    try:
+        for x, labels in batches:
+            x, labels = x.to(device), labels.to(device)
+            logits = main_output(model(x))
+            total += float(loss(logits, labels)) * len(labels)
+            correct += int((logits.argmax(-1) == labels).sum())
+            samples += labels.numel()
+    finally:
+        model.train(mode)
+    if not samples:
+        return Metrics(float("nan"), float("nan"), 0)
+    return Metrics(total / samples, correct / samples, samples)

@@ -1,0 +1,52 @@
+"""The weighted mean of client states, one state at a time."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..errors import UpdateError
+from .state import State
+
+
+class WeightedMean:
+    """Streaming mean in float64: memory of two float32 models, whatever the number of clients.
+
+    Entries come back in their own dtype; integers (counters) are rounded, never turned into floats.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._weight = 0.0
+
+    @property
+    def weight(self) -> float:
+        """Sum of the weights added so far."""
+        return self._weight
+
+    def add(self, state: Mapping[str, Tensor], weight: float) -> None:
+        """Add one state. Weights are sample counts: above zero, not normalised."""
+        if not weight > 0:
+            raise UpdateError(f"the weight of a state in a mean is {weight}; it must be above 0")
+        if not self._sums:
+            self._dtypes = {key: value.dtype for key, value in state.items()}
+            self._sums = {key: value.detach().to(torch.float64) * weight for key, value in state.items()}
+        else:
+            for key, total in self._sums.items():
+                total.add_(state[key].detach().to(total.device, torch.float64), alpha=weight)
+        self._weight += weight
+
+    def result(self) -> State:
+        """The mean. Raises UpdateError when nothing was added."""
+        if not self._sums:
+            raise UpdateError("there is no update to average: every client was skipped or refused")
+        mean: State = OrderedDict()
+        for key, total in self._sums.items():
+            value, dtype = total / self._weight, self._dtypes[key]
+            exact = dtype.is_floating_point or dtype.is_complex
+            mean[key] = (value if exact else value.round()).to(dtype)
+        return mean

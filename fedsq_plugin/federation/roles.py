@@ -1,0 +1,60 @@
+"""Roles of state-dict keys: found by module type and an explicit head, never by substring."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError, nearest
+
+
+class Role(str, Enum):
+    BODY = "body"
+    HEAD = "head"
+    NORM_PARAMETER = "norm parameter"
+    NORM_BUFFER = "norm buffer"
+    """Floating-point buffers: running statistics, and whatever else is not trained."""
+    COUNTER = "counter"
+    """Integer and boolean entries, as BatchNorm's number of batches."""
+
+
+NORMALISATION: tuple[type[nn.Module], ...] = (
+    nn.modules.batchnorm._NormBase,  # batch and instance normalisation, lazy ones included
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+)
+
+
+def roles(model: nn.Module, head: str | None = None) -> dict[str, Role]:
+    """The role of every key of `model.state_dict()`, in its order.
+
+    Args:
+        head: module path of the head, `fc` for a ResNet. A normalisation layer inside it is head.
+
+    Raises:
+        ConfigError: no module has that path.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if head is not None and head not in modules:
+        raise ConfigError(f"head '{head}' is no module of the model{nearest(head, modules)}")
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    found = {}
+    for key, value in model.state_dict().items():
+        owner = modules.get(key.rpartition(".")[0])
+        if not (value.is_floating_point() or value.is_complex()):
+            found[key] = Role.COUNTER
+        elif head is not None and key.startswith(f"{head}."):
+            found[key] = Role.HEAD
+        elif key not in parameters:
+            found[key] = Role.NORM_BUFFER
+        else:
+            found[key] = Role.NORM_PARAMETER if isinstance(owner, NORMALISATION) else Role.BODY
+    return found
+
+
+def check_finite(value: torch.Tensor) -> bool:
+    """Whether all entries are finite; one reduction, as a NaN or infinity survives a sum of zeros."""
+    return bool(torch.isfinite((value * 0).sum()).item())

@@ -1,0 +1,47 @@
+"""Seeds: one per purpose, derived from the recipe's, so that the order of clients changes nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+def derive(*keys: int | str) -> int:
+    """A seed in [0, 2**32) that depends on all keys and their order, the same on every machine."""
+    text = "/".join(f"{type(key).__name__}:{key}" for key in keys)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
+@contextmanager
+def isolated(seed: int) -> Iterator[None]:
+    """Seed python's, numpy's and torch's global generators; put their states back afterwards.
+
+    Third-party code (data loaders, transforms, dropout) draws from the global generators: within this
+    block its draws depend on `seed` alone, and nothing outside depends on the block.
+    """
+    python, array, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(array)
+        torch.set_rng_state(cpu)
+        if devices is not None:
+            torch.cuda.set_rng_state_all(devices)
+
+
+def sample_clients(total: int, per_round: int, round: int, seed: int) -> list[int]:
+    """The clients of a round, ascending: all of them, or `per_round` drawn without replacement."""
+    if per_round >= total:
+        return list(range(total))
+    generator = np.random.default_rng(derive("clients", seed, round))
+    return sorted(int(client) for client in generator.choice(total, per_round, replace=False))

@@ -1,0 +1,57 @@
+"""Warm start on a public split: the server trains the model before the first round."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import WeightsError
+from . import checkpoint
+from .local import LocalTraining, Phase, local_update
+from .roles import Role, roles
+from .state import fingerprint, state_of
+
+
+def public_warm_start(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    content: str,
+    training: LocalTraining,
+    epochs: int,
+    seed: int,
+    cache: Path,
+    device: torch.device | str = "cpu",
+) -> bool:
+    """Train `model` in place on public data, or load the result of having done so before.
+
+    The cache is keyed by content: the initial weights, the data (`content` is their fingerprint), the
+    options, the seed and torch's version. A damaged entry is made anew.
+
+    Returns:
+        Whether the result came from the cache.
+    """
+    parts: Sequence[object] = (
+        fingerprint(model.state_dict()),
+        content,
+        training,
+        epochs,
+        seed,
+        torch.__version__,
+        str(device),
+    )
+    name = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32]
+    path = cache / f"warm-start-{name}.safetensors"
+    if path.exists():
+        try:
+            model.load_state_dict(checkpoint.load(path)[0])
+            return True
+        except (WeightsError, RuntimeError):
+            pass  # written by another version, or damaged: train again and replace it
+    everything = (Phase(epochs, frozenset(Role)),)
+    local_update(model, batches, training, everything, roles(model), round=0, seed=seed, device=device)
+    checkpoint.save(path, state_of(model), {"epochs": epochs, "seed": seed, "public_data": content})
+    return False

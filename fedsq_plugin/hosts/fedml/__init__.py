@@ -1,0 +1,1 @@
+"""FedML 0.9.6 as a host."""

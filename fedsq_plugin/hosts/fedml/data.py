@@ -1,0 +1,214 @@
+"""Data sets for `fedml.data.load`: scikit-learn's digits, and folders of images by class."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+
+from ...config import Config
+from ...errors import ConfigError
+from ...federation.partition import Labels, label_counts, matching, partition
+from ...federation.seeding import derive
+
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+class SiloData(list[Any]):
+    """FedML's 8-tuple, with what it has no place for."""
+
+    public: DataLoader[Any] | None = None
+    """The public split, that no silo holds."""
+    public_content: str = ""
+    """A fingerprint of the public split."""
+    counts: list[list[int]]
+    """Training samples of every silo (rows) per class (columns)."""
+    classes: list[str]
+
+
+@dataclass
+class _Splits:
+    train: Dataset[Any]
+    train_labels: Labels
+    test: Dataset[Any]
+    test_labels: Labels
+    classes: list[str]
+
+
+class _Batches(Sampler[list[int]]):
+    """Batches of indices. A last batch of one sample joins the one before it: batch normalisation
+    cannot train on a single value per channel, and no sample is to be lost."""
+
+    def __init__(self, samples: int, batch_size: int, shuffle: bool) -> None:
+        self._samples, self._shuffle = samples, shuffle
+        size = max(samples, 1) if batch_size < 1 else batch_size
+        self._starts = list(range(0, samples, size))
+        if len(self._starts) > 1 and samples - self._starts[-1] == 1:
+            self._starts.pop()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = (torch.randperm(self._samples) if self._shuffle else torch.arange(self._samples)).tolist()
+        for start, end in zip(self._starts, [*self._starts[1:], self._samples], strict=True):
+            yield order[start:end]
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+
+class _Tensors(Dataset[Any]):
+    """Images and labels in memory, fetched a batch at a time."""
+
+    def __init__(self, images: Tensor, labels: Labels) -> None:
+        self.images, self.labels = images, torch.from_numpy(labels)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Any) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.labels[index]
+
+
+def loader(dataset: Dataset[Any], batch_size: int, shuffle: bool = False) -> DataLoader[Any]:
+    """Batches of a data set; shuffled by the global torch generator."""
+    size = len(dataset)  # type: ignore[arg-type]
+    return DataLoader(dataset, batch_sampler=_Batches(size, batch_size, shuffle))
+
+
+def load(config: Config) -> tuple[SiloData, int]:
+    """FedML's 8-tuple and the number of classes, for a data set of ours.
+
+    The test split of a silo has the silo's share of every class. With `warm_start: public`, a share of
+    the training data goes to no silo.
+    """
+    splits = DATASETS[config.dataset](config)
+    seed = config.seed("data")
+    order = np.random.default_rng(derive("public", seed)).permutation(len(splits.train_labels))
+    public = round(config.warm_start_public * len(order)) if config.warm_start == "public" else 0
+    held, private = np.sort(order[:public]), np.sort(order[public:])
+    parts = [
+        private[part]
+        for part in partition(
+            splits.train_labels[private],
+            config.client_num_in_total,
+            config.partition_method,
+            config.partition_alpha,
+            derive("partition", seed),
+            config.min_client_samples,
+        )
+    ]
+    labels = [splits.train_labels[part] for part in parts]
+    tests = matching(splits.test_labels, labels, derive("test", seed))
+
+    def batches(dataset: Dataset[Any], indices: Labels, shuffle: bool) -> DataLoader[Any]:
+        return loader(Subset(dataset, indices.tolist()), config.batch_size, shuffle)
+
+    data = SiloData(
+        [
+            len(private),
+            len(splits.test_labels),
+            batches(splits.train, private, shuffle=True),
+            loader(splits.test, max(config.batch_size, 256)),
+            {silo: len(part) for silo, part in enumerate(parts)},
+            {silo: batches(splits.train, part, shuffle=True) for silo, part in enumerate(parts)},
+            {silo: batches(splits.test, part, shuffle=False) for silo, part in enumerate(tests)},
+            len(splits.classes),
+        ]
+    )
+    data.counts, data.classes = label_counts(labels, len(splits.classes)), splits.classes
+    if public:
+        subset = Subset(splits.train, held.tolist())
+        data.public = loader(subset, config.warm_start_batch_size, shuffle=True)
+        data.public_content = _content(loader(subset, 256))
+    return data, len(splits.classes)
+
+
+def _content(batches: DataLoader[Any]) -> str:
+    digest = hashlib.sha256()
+    for images, labels in batches:
+        digest.update(images.numpy().tobytes())
+        digest.update(labels.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _digits(config: Config) -> _Splits:
+    """scikit-learn's 1,797 handwritten digits (8x8 grey levels; UCI, Alpaydin and Kaynak 1998), as
+    three equal channels. A quarter is the test split."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images.astype(np.float32) / 16)
+    images = ((images - images.mean()) / images.std()).unsqueeze(1)
+    if config.image_size:
+        images = F.interpolate(images, config.image_size, mode="bilinear", align_corners=False)
+    images = images.expand(-1, 3, -1, -1).contiguous()
+    labels = digits.target.astype(np.int64)
+    order = np.random.default_rng(derive("digits", config.seed("data"))).permutation(len(labels))
+    test, train = np.sort(order[: len(order) // 4]), np.sort(order[len(order) // 4 :])
+    return _Splits(
+        _Tensors(images[train], labels[train]),
+        labels[train],
+        _Tensors(images[test], labels[test]),
+        labels[test],
+        [str(name) for name in digits.target_names],
+    )
+
+
+def _image_folder(config: Config) -> _Splits:
+    """`train/<class>/*` and `test/<class>/*` in `data_cache_dir`, normalised with ImageNet's mean and
+    deviation; resized where `image_size` is given."""
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+
+    root = Path(config.data_cache_dir).expanduser()
+    resize: Sequence[Any] = ()
+    if config.image_size:
+        resize = (transforms.Resize((config.image_size, config.image_size)),)
+    transform = transforms.Compose([*resize, transforms.ToTensor(), transforms.Normalize(*_IMAGENET)])
+    folders = []
+    for split in ("train", "test"):
+        if not config.data_cache_dir or not (root / split).is_dir():
+            raise ConfigError(
+                f"image_folder: no folder {root / split}; "
+                "data_cache_dir must hold train/<class>/ and test/<class>/"
+            )
+        try:
+            folders.append(ImageFolder(str(root / split), transform, loader=_open_image))
+        except FileNotFoundError as error:
+            raise ConfigError(f"image_folder: {str(error).splitlines()[0]}") from None
+    train, test = folders
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))[0]
+        raise ConfigError(f"image_folder: the class {odd} is in only one of {root}/train and {root}/test")
+    sizes = {_open_image(path).size for path, _ in train.samples[:: max(len(train) // 20, 1)]}
+    if len(sizes) > 1 and not config.image_size:
+        raise ConfigError(f"image_folder: images in {root}/train differ in size; set fedsq_args.image_size")
+    return _Splits(
+        train, np.asarray(train.targets), test, np.asarray(test.targets), [str(c) for c in train.classes]
+    )
+
+
+def _open_image(path: str) -> Any:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise ConfigError(f"image_folder: {path} cannot be read as an image ({error})") from None
+
+
+DATASETS = {"digits": _digits, "image_folder": _image_folder}
+
+FEDML_DATASETS = (
+    *("mnist", "femnist", "shakespeare", "fed_shakespeare", "fed_cifar100", "stackoverflow_lr"),
+    *("stackoverflow_nwp", "ILSVRC2012", "gld23k", "gld160k", "cifar10", "cifar100", "cinic10"),
+)
+"""What fedml.data.load knows by name; it takes any other name for CIFAR-10."""

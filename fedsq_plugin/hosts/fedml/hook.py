@@ -1,0 +1,182 @@
+"""What `register()` does to FedML: it wraps six functions on their own modules and classes.
+
+They are wrapped in place, so that `from fedml import FedMLRunner` before or after makes no difference.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+
+from ... import models
+from ...algorithms import ALGORITHMS
+from ...config import Config
+from ...errors import ConfigError, nearest
+from ...recipe import read_yaml
+from . import offline
+from .data import DATASETS, FEDML_DATASETS
+from .data import load as load_ours
+from .plan import config_of, created, plan_of, viewed, warm_start
+
+log = logging.getLogger(__name__)
+
+OWN_ROWS = "fedsq_own_rows"
+"""Attribute of FedML's args: our rows also for the names that FedML has itself."""
+
+NATIVE_SP = (
+    *("FedAvg", "FedOpt", "FedNova", "FedDyn", "FedProx", "SCAFFOLD", "Mime"),
+    *("HierarchicalFL", "turbo_aggregate", "classical_vertical"),
+)
+"""What FedML's `sp` runs by itself."""
+
+_registered = False
+
+
+def register() -> None:
+    """Turn the plugin on in FedML, once per process."""
+    global _registered
+    if _registered:
+        return
+    import fedml
+    from fedml.arguments import Arguments
+    from fedml.core import mlops
+    from fedml.core.mlops.mlops_runtime_log import MLOpsRuntimeLog
+    from fedml.data import data_loader
+    from fedml.model import model_hub
+
+    offline.quiet_start(mlops)
+    offline.own_logging(MLOpsRuntimeLog)
+    Arguments.load_yaml_config = lambda self, path: read_yaml(path)
+    fedml.data.load = data_loader.load = _load(data_loader.load)
+    fedml.model.create = model_hub.create = _create(model_hub.create)
+    fedml.FedMLRunner.__init__ = _init(fedml.FedMLRunner.__init__)
+    _registered = True
+
+
+def _load(original: Any) -> Any:
+    @functools.wraps(original)
+    def load(args: Any) -> Any:
+        if args.dataset in DATASETS:
+            return load_ours(config_of(args))
+        if args.dataset not in FEDML_DATASETS:
+            known = [*DATASETS, *FEDML_DATASETS]
+            raise ConfigError(f"data_args.dataset '{args.dataset}' is unknown{nearest(args.dataset, known)}")
+        return original(args)
+
+    return load
+
+
+def _create(original: Any) -> Any:
+    @functools.wraps(original)
+    def create(args: Any, output_dim: int) -> Any:
+        if args.model in models.names():
+            return created(config_of(args), output_dim)
+        try:
+            return original(args, output_dim)
+        except Exception as error:
+            if "no such model definition" not in str(error):
+                raise
+            hint = nearest(args.model, models.names())
+            raise ConfigError(
+                f"model_args.model '{args.model}' is unknown to FedML for {args.dataset}{hint}"
+            ) from None
+
+    return create
+
+
+def _init(original: Any) -> Any:
+    @functools.wraps(original)
+    def init(
+        self: Any,
+        args: Any,
+        device: Any,
+        dataset: Any,
+        model: Any,
+        client_trainer: Any = None,
+        server_aggregator: Any = None,
+        algorithm_flow: Any = None,
+    ) -> None:
+        rest = (client_trainer, server_aggregator, algorithm_flow)
+        if algorithm_flow is not None:
+            original(self, args, device, dataset, model, *rest)
+            return
+        ours = is_ours(args, custom=client_trainer is not None or server_aggregator is not None)
+        if not ours and not _asks_for_ours(args):
+            original(self, args, device, dataset, model, *rest)
+            return
+        config = config_of(args)
+        check_device(config, device)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        warm_start(model, config, dataset, device)
+        if not ours:
+            original(self, args, device, dataset, model, *rest)
+            return
+        from .simulation import Simulation
+
+        plan = plan_of(config)
+        prepare_host(args)
+        self.runner = Simulation(
+            args, device, dataset, viewed(model, plan), plan, client_trainer, server_aggregator
+        )
+
+    return init
+
+
+def is_ours(args: Any, custom: bool) -> bool:
+    """Whether our rows run this, rather than FedML itself.
+
+    FedML's own algorithms stay FedML's, unless our rows are asked for, or a trainer or aggregator is
+    passed that FedML's `sp` would ignore (FedML issue 565).
+
+    Raises:
+        ConfigError: nobody knows the algorithm, or it cannot run as asked.
+    """
+    name = args.federated_optimizer
+    simulated = args.training_type == "simulation"
+    sp = simulated and args.backend == "sp"
+    native = name in NATIVE_SP if sp else name not in ALGORITHMS or name in ("FedAvg", "FedProx")
+    if native and not getattr(args, OWN_ROWS, False) and not (custom and sp):
+        return False
+    if name not in ALGORITHMS:
+        if native:
+            raise ConfigError(
+                f"FedML's own {name} ignores client_trainer and server_aggregator in sp; "
+                f"pass none, or use one of {', '.join(ALGORITHMS)}"
+            )
+        known = {*ALGORITHMS, *NATIVE_SP}
+        raise ConfigError(f"train_args.federated_optimizer '{name}' is unknown{nearest(name, known)}")
+    if not sp:
+        road = f"backend {args.backend}" if simulated else args.training_type
+        raise ConfigError(
+            f"{name} does not run on {road} in this version; use training_type: simulation with backend: sp"
+        )
+    return True
+
+
+def _asks_for_ours(args: Any) -> bool:
+    """Whether a recipe for FedML's own algorithm uses what only the plugin can give."""
+    return getattr(args, "warm_start", "none") not in ("none", None)
+
+
+def check_device(config: Config, device: Any) -> None:
+    """Raise ConfigError when a GPU was asked for and FedML fell back to the CPU."""
+    if config.using_gpu and torch.device(device).type == "cpu":
+        raise ConfigError("device_args.using_gpu is true, but no GPU is available; set using_gpu: false")
+
+
+def prepare_host(args: Any) -> None:
+    """What FedML's shared code expects of the arguments, and must not remember from a run before."""
+    from fedml.core.dp.fedml_differential_privacy import FedMLDifferentialPrivacy
+
+    if getattr(args, "enable_fhe", False):
+        raise ConfigError("enable_fhe: homomorphic encryption is not supported by this plugin's algorithms")
+    args.fedsq_algorithm = args.federated_optimizer
+    # FedML's operators and defences branch on this name and know only their own.
+    args.federated_optimizer = "FedAvg"
+    args.enable_wandb = getattr(args, "enable_wandb", False)
+    if not getattr(args, "enable_dp", False):
+        FedMLDifferentialPrivacy.get_instance().is_enabled = False  # its init never turns it off

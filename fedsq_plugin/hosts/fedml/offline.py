@@ -1,0 +1,51 @@
+"""FedML's start without its side effects: no network unless asked, logging and printing left alone."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from typing import Any
+
+
+def quiet_start(mlops: Any) -> None:
+    """Keep `fedml.init` from fetching FedML's platform configuration when nothing asks for it.
+
+    FedML asks its platform five times, with a pause after each failure, even for a local run.
+    """
+    fetch = mlops.fetch_config
+
+    @functools.wraps(fetch)
+    def fetch_config(args: Any, *rest: Any, **options: Any) -> Any:
+        if mlops.mlops_enabled(args) or mlops.mlops_parrot_enabled(args):
+            return fetch(args, *rest, **options)
+        return None
+
+    mlops.fetch_config = fetch_config
+
+
+def own_logging(runtime_log: Any) -> None:
+    """Let FedML add its log handler without replacing `logging.root` and `sys.stdout.write`.
+
+    FedML points `logging.root` at a logger of its own, so that every named logger loses its INFO
+    lines, and turns prints into log lines.
+    """
+    init_logs = runtime_log.init_logs
+
+    @functools.wraps(init_logs)
+    def wrapped(self: Any, *args: Any, **options: Any) -> None:
+        root, write = logging.root, vars(sys.stdout).get("write")
+        init_logs(self, *args, **options)
+        theirs, logging.root = logging.root, root
+        if write is None:
+            vars(sys.stdout).pop("write", None)
+        else:
+            vars(sys.stdout)["write"] = write
+        # Their handlers serve the real root, where FedML's own modules and everyone else's log.
+        for handler in theirs.handlers:
+            if handler not in root.handlers:
+                root.addHandler(handler)
+        theirs.propagate = False
+        root.setLevel(min(root.level or logging.INFO, logging.INFO))
+
+    runtime_log.init_logs = wrapped

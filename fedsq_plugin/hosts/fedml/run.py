@@ -1,0 +1,114 @@
+"""One run through FedML, from a checked recipe: what `fedsq run` and `fedsq compare` do per run."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from ...errors import ConfigError
+from ...federation.evaluate import Metrics
+from ...recipe import Families, with_host_defaults
+from .simulation import RoundRecord
+
+
+@dataclass
+class Outcome:
+    """What is left of a run: the global model, and what the run directory describes."""
+
+    model: nn.Module
+    structural_fingerprint: str | None
+    head: str | None
+
+
+@dataclass
+class Start:
+    """What is known before the first round."""
+
+    device: str
+    counts: list[list[int]] | None
+    classes: list[str] | None
+    warm_start: Metrics
+    """The global model before the first round, on the global test set."""
+
+
+def execute(
+    families: Families,
+    log_file: Path,
+    on_start: Callable[[Start], None],
+    on_round: Callable[[RoundRecord], None],
+) -> Outcome:
+    """Run a recipe by FedML's own five lines, with our rows also for FedAvg and FedProx.
+
+    FedML's log lines and prints go to `log_file`.
+    """
+    with _logged(log_file) as own_handler, tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(yaml.safe_dump(with_host_defaults(families), sort_keys=False))
+        import fedml
+
+        from . import hook
+
+        hook.register()
+        args = _init(fedml, path, own_handler)
+        setattr(args, hook.OWN_ROWS, True)
+        device = fedml.device.get_device(args)
+        dataset, classes = _load(fedml, args)
+        model = fedml.model.create(args, classes)
+        runner = fedml.FedMLRunner(args, device, dataset, model)
+        simulation = runner.runner
+        simulation.on_round = on_round
+        counts, names = getattr(dataset, "counts", None), getattr(dataset, "classes", None)
+        on_start(Start(str(device), counts, names, simulation.evaluate_global()[0]))
+        runner.run()
+    return Outcome(simulation.aggregator.model, simulation.structural_fingerprint, simulation.plan.head)
+
+
+def _init(fedml: Any, path: Path, own_handler: logging.Handler) -> Any:
+    """`fedml.init` for a recipe, as a `main.py --cf path` gets it."""
+    argv, excepthook = sys.argv, sys.excepthook
+    sys.argv = ["fedsq", "--cf", str(path)]
+    try:
+        args = fedml.init()
+    finally:
+        sys.argv, sys.excepthook = argv, excepthook
+    for handler in list(logging.root.handlers):
+        if handler is not own_handler:
+            logging.root.removeHandler(handler)
+    args.yaml_paths = []  # the recipe was checked before; the file is gone after
+    return args
+
+
+def _load(fedml: Any, args: Any) -> Any:
+    try:
+        return fedml.data.load(args)
+    except OSError as error:
+        raise ConfigError(
+            f"data_args: {args.dataset} cannot be loaded from data_cache_dir '{args.data_cache_dir}': {error}"
+        ) from None
+
+
+@contextlib.contextmanager
+def _logged(path: Path) -> Iterator[logging.Handler]:
+    """Send everything that FedML logs and prints to a file; put the root logger back afterwards."""
+    root = logging.root
+    handlers, level = list(root.handlers), root.level
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root.handlers = [handler]
+    root.setLevel(logging.INFO)
+    try:
+        with path.open("a") as out, contextlib.redirect_stdout(out):
+            yield handler
+    finally:
+        handler.close()
+        root.handlers = handlers
+        root.setLevel(level)

@@ -1,0 +1,204 @@
+"""FedML's single-process simulation (`sp`), with the whole life-cycle of trainer and aggregator.
+
+FedML's own loop builds its trainer itself, calls no aggregator, tests every client's training data and
+hands the live state of the global model to the first client. The life-cycle here is the one that FedML's
+cross-silo back end follows.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedml import mlops
+from fedml.core import Context
+from fedml.simulation.sp.fedavg import FedAvgAPI
+from torch import nn
+
+from ...dualcopy import DualCopy
+from ...errors import UpdateError
+from ...federation.evaluate import Metrics, evaluate
+from ...federation.seeding import derive, isolated, sample_clients
+from ...federation.state import State, clone, fingerprint, nbytes, state_of
+from ...federation.updates import Update
+from .adapters import FedSQAggregator, FedSQTrainer
+from .plan import Plan
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class RoundRecord:
+    """What a round did. `metrics` is None in rounds without an evaluation."""
+
+    round: int
+    """1-based."""
+    seconds: float = 0.0
+    """Wall clock of training and aggregation."""
+    seconds_evaluation: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    metrics: Metrics | None = None
+    released: Metrics | None = None
+    """The quantitative copy alone, with its own gates; equals `metrics` for a plain model."""
+    notes: list[str] = field(default_factory=list)
+    """Clients skipped, updates refused."""
+
+
+class Simulation(FedAvgAPI):  # type: ignore[misc]
+    """One run in one process. `on_round` is called after every round."""
+
+    def __init__(
+        self,
+        args: Any,
+        device: Any,
+        dataset: Any,
+        model: nn.Module,
+        plan: Plan,
+        client_trainer: Any = None,
+        server_aggregator: Any = None,
+    ) -> None:
+        self.plan = plan
+        self.on_round: Callable[[RoundRecord], None] = lambda record: None
+        super().__init__(args, device, dataset, model)
+        # The aggregator holds the global model, which the trainer's training must not touch.
+        self.model_trainer = client_trainer or FedSQTrainer(model, args, plan)
+        self.aggregator = server_aggregator or FedSQAggregator(copy.deepcopy(model), args, plan)
+        for part, network in ((client_trainer, model), (server_aggregator, copy.deepcopy(model))):
+            if part is not None:
+                part.model = network
+        self.template = state_of(model)
+        self.structural_fingerprint = (
+            fingerprint(model.structural.state_dict()) if isinstance(model, DualCopy) else None
+        )
+
+    def _setup_clients(self, *_: Any) -> None:
+        """Clients are data, here: one trainer serves them in turn."""
+
+    def _client_sampling(self, round_idx: int, client_num_in_total: int, client_num_per_round: int) -> Any:
+        seed = self.plan.config.seed("sampling")
+        return sample_clients(client_num_in_total, client_num_per_round, round_idx, seed)
+
+    def run(self) -> None:
+        """FedMLRunner's entry."""
+        self.train()
+
+    def train(self) -> None:
+        args = self.args
+        mlops.log_training_status(mlops.ClientConstants.MSG_MLOPS_CLIENT_STATUS_TRAINING)
+        mlops.log_aggregation_status(mlops.ServerConstants.MSG_MLOPS_SERVER_STATUS_RUNNING)
+        mlops.log_round_info(args.comm_round, -1)
+        self.aggregator.set_id(0)
+        for round_idx in range(args.comm_round):
+            args.round_idx = round_idx
+            record = RoundRecord(round_idx + 1)
+            started = time.perf_counter()
+            self._round(record)
+            record.seconds = time.perf_counter() - started
+            if round_idx % args.frequency_of_the_test == 0 or round_idx == args.comm_round - 1:
+                started = time.perf_counter()
+                self._evaluate(record)
+                record.seconds_evaluation = time.perf_counter() - started
+            mlops.log_round_info(args.comm_round, round_idx)
+            self.on_round(record)
+        mlops.log_training_finished_status()
+        mlops.log_aggregation_finished_status()
+
+    def evaluate_global(self) -> tuple[Metrics, Metrics]:
+        """The global model on the global test set: as trained, and as its quantitative copy alone."""
+        model = self.aggregator.model
+        with isolated(derive("test", self.plan.config.random_seed)):
+            metrics = evaluate(model, self.test_global, self.device)
+        if not isinstance(model, DualCopy):
+            return metrics, metrics
+        with isolated(derive("test", self.plan.config.random_seed)):
+            return metrics, evaluate(model.quantitative, self.test_global, self.device)
+
+    def _round(self, record: RoundRecord) -> None:
+        aggregator, args = self.aggregator, self.args
+        sampled = self._client_sampling(args.round_idx, args.client_num_in_total, args.client_num_per_round)
+        clients = [client for client in sampled if self._has_data(client, record)]
+        if not clients:
+            raise UpdateError(f"round {record.round}: none of the silos {sampled} has a sample to train on")
+        weights = aggregator.get_model_params()
+        # A user's own aggregator may hand out its model's live state.
+        weights = clone(weights)
+        record.bytes_down = nbytes(weights) * len(clients)
+        ours = isinstance(aggregator, FedSQAggregator)
+        if ours:
+            aggregator.clients, aggregator.refused = clients, []
+        rule = aggregator.begin(weights) if ours and aggregator.streams else None
+        together: list[tuple[float, State]] = []
+        for client in clients:
+            samples, state = self.train_data_local_num_dict[client], self._train_client(client, weights)
+            record.bytes_up += nbytes(state)
+            if rule is None:
+                together.append((samples, state))
+            elif aggregator.accepts(update := Update(client, samples, state), weights):
+                rule.add(update)
+        mlops.event("agg", event_started=True, event_value=str(args.round_idx))
+        aggregator.set_model_params(rule.finish() if rule else self._aggregate(together))
+        mlops.event("agg", event_started=False, event_value=str(args.round_idx))
+        if ours:
+            record.notes += aggregator.refused
+        Context().add(Context.KEY_CLIENT_ID_LIST_IN_THIS_ROUND, clients)
+
+    def _has_data(self, client: int, record: RoundRecord) -> bool:
+        if self.train_data_local_num_dict.get(client) and self.train_data_local_dict.get(client) is not None:
+            return True
+        record.notes.append(f"round {record.round}: silo {client} has no samples and is skipped")
+        log.warning(record.notes[-1])
+        return False
+
+    def _train_client(self, client: int, weights: State) -> State:
+        trainer, args = self.model_trainer, self.args
+        event = f"{args.round_idx}_{client}"
+        mlops.event("train", event_started=True, event_value=event)
+        local = (self.train_data_local_dict[client], self.test_data_local_dict.get(client))
+        trainer.set_id(client)
+        trainer.update_dataset(*local, self.train_data_local_num_dict[client])
+        trainer.set_model_params(clone(weights))
+        # A data-poisoning attack puts other data into the trainer.
+        data = local[0] if trainer.local_train_dataset is None else trainer.local_train_dataset
+        trainer.on_before_local_training(data, self.device, args)
+        trainer.train(data, self.device, args)
+        trainer.on_after_local_training(data, self.device, args)
+        mlops.event("train", event_started=False, event_value=event)
+        state: State = trainer.get_model_params()
+        return state if isinstance(trainer, FedSQTrainer) else clone(state)
+
+    def _aggregate(self, w_locals: Sequence[tuple[float, State]]) -> State:
+        accepted, _ = self.aggregator.on_before_aggregation(w_locals)
+        Context().add(Context.KEY_CLIENT_MODEL_LIST, accepted)
+        result: State = self.aggregator.on_after_aggregation(self.aggregator.aggregate(accepted))
+        return result
+
+    def _evaluate(self, record: RoundRecord) -> None:
+        args, aggregator = self.args, self.aggregator
+        record.metrics, record.released = self.evaluate_global()
+        aggregator.test_all(self.train_data_local_dict, self.test_data_local_dict, self.device, args)
+        loss, accuracy, _ = record.metrics
+        if isinstance(aggregator, FedSQAggregator):
+            own: Any = (accuracy, loss, None, None)
+        else:
+            own = aggregator.test(self.test_global, self.device, args)
+        before = Context().get(Context.KEY_METRICS_ON_AGGREGATED_MODEL)
+        Context().add(Context.KEY_METRICS_ON_AGGREGATED_MODEL, own)
+        Context().add(Context.KEY_METRICS_ON_LAST_ROUND, own if before is None else before)
+        if getattr(args, "enable_contribution", False):
+            aggregator.assess_contribution()
+        logged = {"Test/Acc": accuracy, "Test/Loss": loss, "round": args.round_idx}
+        mlops.log(logged)
+        if args.enable_wandb:
+            import wandb
+
+            wandb.log(logged)
+        released = f", released {record.released.accuracy:.4f}" if self.structural_fingerprint else ""
+        log.info(
+            "%s round %d/%d: test accuracy %.4f%s, loss %.4f",
+            self.plan.algorithm.name, record.round, args.comm_round, accuracy, released, loss,
+        )  # fmt: skip

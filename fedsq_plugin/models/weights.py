@@ -1,0 +1,225 @@
+"""Weights files: reading them without running what they hold; loading all of them or nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ..dualcopy import DualCopy
+from ..errors import WeightsError
+
+PICKLED = (".pt", ".pth", ".bin")
+SUFFIXES = (".safetensors", *PICKLED)
+_SAVE = "save it with torch.save(model.state_dict(), file), or as safetensors"
+_SHOWN = 3
+"""Keys named in a message; the others are counted."""
+
+
+def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The state dict in a .safetensors, .pt, .pth or .bin file, as plain tensors on the CPU.
+
+    A dict nested under `state_dict` or `model` is taken out, and a `module.` that every key starts
+    with (DataParallel's) is dropped. Pickles are read with `weights_only`: code in them never runs.
+
+    Raises:
+        WeightsError: no such file, another kind of file, damaged, or something else than tensors.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise _error(f"weights file {path} does not exist; give 'imagenet' or a file ({', '.join(SUFFIXES)})")
+    suffix = file.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise _error(f"weights file {path} must end in {', '.join(SUFFIXES)}")
+    content = _unpickle(file) if suffix in PICKLED else _safetensors(file)
+    if isinstance(content, Mapping):
+        nested = (content.get(key) for key in ("state_dict", "model"))
+        content = next((inner for inner in nested if isinstance(inner, Mapping)), content)
+    if not isinstance(content, Mapping) or not content:
+        what = "an empty dict" if isinstance(content, Mapping) else type(content).__name__
+        raise _error(f"weights file {path} holds {what}, not a state dict; {_SAVE}")
+    for key, value in content.items():
+        if not isinstance(key, str):
+            raise _error(f"weights file {path} has the key {key!r}, not a name; {_SAVE}")
+        if fault := _fault(value):
+            raise _error(f"weights file {path}: {key} is {fault}, not a dense tensor; {_SAVE}")
+    prefix = "module." if all(key.startswith("module.") for key in content) else ""
+    return {key[len(prefix) :]: value.detach() for key, value in content.items()}
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], head: str | None) -> list[str]:
+    """Load `state` into a plain model in place: everything, or on an error nothing.
+
+    Values take the model's dtypes; floating counters (FedML averages them) are rounded. A head of
+    another shape is left as it is in the model, and so are BatchNorm counters that the file lacks.
+
+    Args:
+        model: a plain model; a DualCopy would keep an old structural copy.
+        state: what `read_state` gave.
+        head: module path of the model's head, such as "fc"; None: no part may differ.
+
+    Returns:
+        One line for a head that was left out; empty when everything was loaded.
+
+    Raises:
+        WeightsError: keys or shapes differ outside the head, a value is not finite or of a dtype that
+            is not the model's kind, or there is no such head.
+    """
+    if isinstance(model, DualCopy):
+        raise _error("weights are loaded before the DualCopy is made, not into it; load, then wrap")
+    own = model.state_dict()
+    in_head = [key for key in own if key.startswith(f"{head}.")] if head is not None else []
+    if head is not None and not in_head:
+        raise _error(f"the model has no head '{head}'; name the module of its last layer")
+    counters = {
+        f"{path}.num_batches_tracked".lstrip(".")
+        for path, module in model.named_modules()
+        if isinstance(module, _NormBase)
+    }
+    left_out = any(key in state and state[key].shape != own[key].shape for key in in_head)
+    kept = set(in_head) if left_out else set()
+    _compare(state, own, may_differ=kept, may_lack=counters)
+    # The head that is left out is read too: a file with a broken tensor is not to be trusted.
+    values = {k: _converted(k, v, own[k].dtype) for k, v in state.items()}
+    model.load_state_dict({k: own[k] if k in kept else values.get(k, own[k]) for k in own})
+    return [_left_out(str(head), state, own)] if left_out else []
+
+
+def _compare(
+    state: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    may_differ: set[str],
+    may_lack: set[str],
+) -> None:
+    missing = [f"{k} {_size(own[k])}" for k in own if k not in state and k not in may_lack]
+    unexpected = [f"{k} {_size(state[k])}" for k in state if k not in own]
+    differing = [k for k in own if k in state and state[k].shape != own[k].shape and k not in may_differ]
+    shapes = [f"{k}: file {_size(state[k])}, model {_size(own[k])}" for k in differing]
+    found = [
+        f"{len(lines)} {what} ({_some(lines)})"
+        for what, lines in (
+            ("of another shape", shapes),
+            ("missing in the file", missing),
+            ("unknown to the model", unexpected),
+        )
+        if lines
+    ]
+    if found:
+        remedy = "use the model that the file was made with"
+        if len(differing) == 1 and not missing and not unexpected:
+            remedy = _stem_remedy(differing[0], state, own) or remedy
+        raise _error(f"the file's tensors do not fit: {', '.join(found)}; {remedy}")
+
+
+def _stem_remedy(key: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str | None:
+    """The options of `create` that would make a stem fit, where the stem is all that does not."""
+    theirs, ours = state[key].shape, own[key].shape
+    first = next((k for k, v in own.items() if v.dim() == 4), None)
+    if key != first or len(theirs) != 4 or theirs[0] != ours[0]:
+        return None
+    options = []
+    if theirs[2:] != ours[2:]:
+        options.append(f"small_images: {'true' if theirs[2:] == (3, 3) else 'false'}")
+    if theirs[1] != ours[1]:
+        options.append(f"in_channels: {theirs[1]}")
+    return f"this file needs {' and '.join(options)}"
+
+
+def _converted(key: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    if value.is_floating_point() and not dtype.is_floating_point:
+        value = value.double().round()
+        result = value.to(dtype)
+        fits = bool((result.double() == value).all())
+    elif value.is_floating_point() == dtype.is_floating_point and not value.is_complex():
+        result = value.to(dtype)
+        fits = bool(torch.isfinite(result).all())
+    else:
+        raise _error(f"{key} is {_name(value.dtype)} in the file, {_name(dtype)} in the model")
+    if not fits:
+        raise _error(
+            f"{key} has values in the file that are not finite in {_name(dtype)}; "
+            "use a file from before the training diverged"
+        )
+    return result
+
+
+def _left_out(head: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    differing = [
+        (state[k], own[k]) for k in own if k.startswith(f"{head}.") and state[k].shape != own[k].shape
+    ]
+    theirs, ours = differing[0]
+    if theirs.shape[1:] == ours.shape[1:] and theirs.dim() == ours.dim():
+        sizes = f"the file has {theirs.shape[0]} outputs, the model {ours.shape[0]}"
+    else:
+        sizes = f"the file has {_size(theirs)}, the model {_size(ours)}"
+    return f"head {head}: {sizes}; newly initialised"
+
+
+def _safetensors(file: Path) -> Any:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except OSError as error:
+        raise _error(f"weights file {file} cannot be read: {error.strerror or error}") from None
+    except (SafetensorError, ValueError, KeyError, RuntimeError):
+        raise _error(f"weights file {file} is damaged or no safetensors file; {_SAVE}") from None
+
+
+def _unpickle(file: Path) -> Any:
+    try:
+        with warnings.catch_warnings():
+            # Torch warns about unusual pickles; an error here says the same in one line.
+            warnings.simplefilter("ignore")
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise _error(f"weights file {file} cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # damaged pickles end in nearly any exception
+        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise _error(
+                f"weights file {file} holds {found[1]}, which is code, not a tensor; {_SAVE}"
+            ) from None
+        raise _error(
+            f"weights file {file} is damaged or holds something else than tensors; {_SAVE}"
+        ) from None
+
+
+def _fault(value: Any) -> str | None:
+    """What `value` is, unless a dense tensor of plain numbers that are really there."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    if type(value) not in (Tensor, nn.Parameter):
+        return f"a {type(value).__name__}"
+    if value.layout != torch.strided or value.is_quantized or value.is_meta:
+        return "sparse, quantized or without values"
+    # A few bytes can claim to be terabytes through zero strides; checking them would take as much.
+    if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+        return "expanded"
+    return None
+
+
+def _some(lines: Sequence[str]) -> str:
+    more = len(lines) - _SHOWN
+    return "; ".join(lines[:_SHOWN]) + (f"; {more} more" if more > 0 else "")
+
+
+def _size(value: Tensor) -> str:
+    return "x".join(map(str, value.shape)) or "a single number"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _error(message: str) -> WeightsError:
+    """One line without control characters, whatever names a file brings along."""
+    line = " ".join(message.split())
+    return WeightsError("".join(c if c.isprintable() else "?" for c in line))

@@ -1,0 +1,143 @@
+"""Recipes: FedML YAML files, read strictly."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .config import OPTIONS, OURS, Config, family_of, parse
+from .errors import ConfigError, nearest
+
+Families = dict[str, dict[str, Any]]
+
+_HOST_DEFAULTS: Families = {
+    # FedML fails without these, or asks the network.
+    "common_args": {"training_type": "simulation", "random_seed": 0},
+    "train_args": {"client_id_list": "[]"},
+    "device_args": {"using_gpu": False, "gpu_id": 0},
+    "comm_args": {"backend": "sp"},
+    "validation_args": {"frequency_of_the_test": 1},
+    "tracking_args": {"enable_wandb": False},
+}
+
+
+def read_yaml(path: str | Path) -> Families:
+    """Read a recipe's families.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or is not a mapping of families.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigError(f"recipe {path}: {reason}") from None
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or "not readable as YAML"
+        raise ConfigError(f"recipe {path}: no valid YAML{where}: {reason}") from None
+    if not isinstance(content, dict) or not content:
+        raise ConfigError(f"recipe {path}: it must be a mapping of families (common_args: …, train_args: …)")
+    for family, options in content.items():
+        if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
+            raise ConfigError(f"recipe {path}: {family} must be a mapping of options")
+    return content
+
+
+def overridden(families: Families, settings: Iterable[str]) -> Families:
+    """Apply `key=value` settings (values read as YAML) to a copy of the families.
+
+    A key goes where the recipe has it, or to the family in which it is documented.
+
+    Raises:
+        ConfigError: no `=`, or a key that neither the recipe nor the plugin knows.
+    """
+    result = {family: dict(options) for family, options in families.items()}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {setting}: write key=value")
+        home = next((family for family, options in result.items() if key in options), None)
+        if home is None and key not in OPTIONS:
+            raise ConfigError(f"--set {setting}: unknown option '{key}'{nearest(key, OPTIONS)}")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {setting}: '{text}' is no valid YAML value") from None
+        result.setdefault(home or family_of(key), {})[key] = value
+    return result
+
+
+def with_host_defaults(families: Families) -> Families:
+    """The families, completed by what FedML needs to run at all."""
+    result = {family: dict(options) for family, options in families.items()}
+    present = {key for options in families.values() for key in options}
+    for family, options in _HOST_DEFAULTS.items():
+        missing = {key: value for key, value in options.items() if key not in present}
+        result.setdefault(family, {}).update(missing)
+    return result
+
+
+def problems(families: Families) -> tuple[Config | None, list[str]]:
+    """The config, and everything wrong with the recipe's keys and values, one line each."""
+    found = [
+        f"{family}.{key} is unknown{nearest(key, _keys_of(family))}"
+        for family in OURS
+        for key in families.get(family, {})
+        if key not in OPTIONS
+    ]
+    seen: dict[str, str] = {}
+    for family, options in families.items():
+        for key in options:
+            if key in seen:
+                found.append(f"{key} stands in {seen[key]} and in {family}; FedML keeps one of them")
+            seen[key] = family
+    found += [
+        f"family {family} is unknown{nearest(family, close)}"
+        for family in families
+        if family not in OURS and (close := difflib.get_close_matches(family, OURS, cutoff=0.8))
+    ]
+    config, wrong = parse(flat(families))
+    return config, found + [_with_hint(line, seen) for line in wrong]
+
+
+def resolve(families: Families) -> Config:
+    """The checked config of a recipe. Raises ConfigError with everything that is wrong."""
+    config, found = problems(families)
+    if config is None or found:
+        raise ConfigError(" | ".join(found))
+    return config
+
+
+def flat(families: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """All options in one mapping, as FedML has them."""
+    return {key: value for options in families.values() for key, value in options.items()}
+
+
+def resolved_families(families: Families, config: Config) -> Families:
+    """The recipe with every option's value as checked, defaults included."""
+    result = {family: dict(options) for family, options in families.items()}
+    homes = {key: family for family, options in families.items() for key in options}
+    for key, value in config.model_dump(mode="json").items():
+        result.setdefault(homes.get(key, family_of(key)), {})[key] = value
+    return result
+
+
+def _keys_of(family: str) -> list[str]:
+    return [key for key in OPTIONS if family_of(key) == family]
+
+
+def _with_hint(line: str, given: Mapping[str, str]) -> str:
+    """Add the misspelled key that a missing one may be."""
+    name, is_missing, _ = line.partition(" is missing")
+    key = name.rpartition(".")[2]
+    strangers = [known for known in given if known not in OPTIONS]
+    close = difflib.get_close_matches(key, strangers, n=1, cutoff=0.8) if is_missing else []
+    return f"{line}; is '{close[0]}' a misspelling of it?" if close else line
