@@ -81,8 +81,9 @@ def _model(config: Config) -> list[str]:
     from .hosts.fedml.plan import created, plan_of, viewed
 
     try:
-        plan = plan_of(config)
-        roles(viewed(created(config, 10), plan), plan.head)
+        model = created(config, 10)
+        plan = plan_of(config, model)
+        roles(viewed(model, plan), plan.head)
     except FedSQError as error:
         return [str(error)]
     return []

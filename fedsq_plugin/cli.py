@@ -97,7 +97,8 @@ def check(recipe: Path, settings: tuple[str, ...]) -> None:
 def _console() -> Any:
     from rich.console import Console
 
-    return Console()
+    # Bound now: while FedML runs, what is printed goes to its log file.
+    return Console(file=sys.stdout)
 
 
 def main() -> None:
@@ -116,3 +117,7 @@ def fail(message: str, status: int = 2) -> None:
     """End the process with one line on standard error."""
     print(f"fedsq: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main()

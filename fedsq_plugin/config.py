@@ -10,9 +10,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 OURS = ("fedsq_args", "warm_start_args")
 """Families that this plugin adds to FedML's."""
@@ -99,6 +108,15 @@ class Config(BaseModel):
     warm_start_cache_dir: str = _option(
         "~/.cache/fedsq", "warm_start_args", "where trained warm starts are kept, by content"
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _switch_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # Otherwise pydantic takes `clip_norm: true` for a bound of 1.0.
+        wanted = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and {wanted, *get_args(wanted)} & {int, float}:
+            raise PydanticCustomError("number", "Input should be a number, not a switch")
+        return value
 
     @field_validator("client_optimizer", mode="before")
     @classmethod

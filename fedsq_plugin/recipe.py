@@ -37,7 +37,7 @@ def read_yaml(path: str | Path) -> Families:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"recipe {path}: {reason}") from None
     try:
-        content = yaml.safe_load(text)
+        content = _yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -46,6 +46,8 @@ def read_yaml(path: str | Path) -> Families:
     if not isinstance(content, dict) or not content:
         raise ConfigError(f"recipe {path}: it must be a mapping of families (common_args: …, train_args: …)")
     for family, options in content.items():
+        if not isinstance(family, str):
+            raise ConfigError(f"recipe {path}: {family!r} is no name of a family")
         if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
             raise ConfigError(f"recipe {path}: {family} must be a mapping of options")
     return content
@@ -68,7 +70,7 @@ def overridden(families: Families, settings: Iterable[str]) -> Families:
         if home is None and key not in OPTIONS:
             raise ConfigError(f"--set {setting}: unknown option '{key}'{nearest(key, OPTIONS)}")
         try:
-            value = yaml.safe_load(text)
+            value = _yaml(text)
         except yaml.YAMLError:
             raise ConfigError(f"--set {setting}: '{text}' is no valid YAML value") from None
         result.setdefault(home or family_of(key), {})[key] = value
@@ -128,6 +130,14 @@ def resolved_families(families: Families, config: Config) -> Families:
     for key, value in config.model_dump(mode="json").items():
         result.setdefault(homes.get(key, family_of(key)), {})[key] = value
     return result
+
+
+def _yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (ValueError, LookupError, AttributeError, RecursionError) as error:
+        # PyYAML lets these out for values such as a date in month 13, or `!!bool x`.
+        raise yaml.MarkedYAMLError(problem=str(error)) from None
 
 
 def _keys_of(family: str) -> list[str]:

@@ -24,6 +24,8 @@ from .config import Config
 from .dualcopy import DualCopy
 from .errors import ConfigError
 from .federation import checkpoint
+from .federation.record import RoundRecord
+from .hosts.fedml.run import Outcome, Start, execute
 from .recipe import Families, overridden, resolve, resolved_families
 
 SPLIT = "test"
@@ -107,9 +109,6 @@ def _session(
 
 
 def _one(session: _Session, families: Families, config: Config) -> None:
-    from .hosts.fedml.run import Outcome, Start, execute
-    from .hosts.fedml.simulation import RoundRecord
-
     name, seed = config.federated_optimizer, config.random_seed
     task = session.progress.task_ids[0]
     session.progress.update(task, description=f"{name} seed {seed}")

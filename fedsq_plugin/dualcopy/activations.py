@@ -37,9 +37,7 @@ def prelu(input: Tensor, weight: Tensor) -> Pieces:
     return Pieces(input, slope=weight)
 
 
-def hardtanh(
-    input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
-) -> Pieces:
+def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Pieces:
     return Pieces(input, inplace, lower=min_val, low=min_val, upper=max_val, high=max_val)
 
 
@@ -115,42 +113,37 @@ for _d in (1, 2, 3):
             GATED[getattr(torch, _name)] = partial(_parse, _d, _name == "adaptive_max_pool1d")
 GATED[torch.max_pool1d_with_indices] = partial(_max_pool, 1, True)
 
-UNGATEABLE: dict[Any, str] = {
-    function: kind
-    for kind, functions in {
-        "gelu": [F.gelu],
-        "silu": [F.silu],
-        "elu": [F.elu, _nn.elu_],
-        "celu": [F.celu, torch.celu, torch.celu_],
-        "selu": [F.selu, torch.selu, torch.selu_],
-        "mish": [F.mish],
-        "softplus": [F.softplus],
-        "hardswish": [F.hardswish],
-        "hardsigmoid": [F.hardsigmoid],
-        "glu": [F.glu],
-        "logsigmoid": [F.logsigmoid],
-        "softsign": [F.softsign],
-        "tanhshrink": [F.tanhshrink],
-        "softshrink": [F.softshrink],
-        "hardshrink": [F.hardshrink, torch.hardshrink, Tensor.hardshrink],
-        "rnn": [torch.rnn_relu, torch.rnn_tanh, torch.rnn_relu_cell, torch.rnn_tanh_cell],
-        "lstm": [torch.lstm, torch.lstm_cell],
-        "gru": [torch.gru, torch.gru_cell],
-        "fractional_max_pool": [F.fractional_max_pool2d, F.fractional_max_pool3d],
-    }.items()
-    for function in functions
+_NEVER: dict[str, list[Any]] = {
+    "gelu": [F.gelu],
+    "silu": [F.silu],
+    "elu": [F.elu, _nn.elu_],
+    "celu": [F.celu, torch.celu, torch.celu_],
+    "selu": [F.selu, torch.selu, torch.selu_],
+    "mish": [F.mish],
+    "softplus": [F.softplus],
+    "hardswish": [F.hardswish],
+    "hardsigmoid": [F.hardsigmoid],
+    "glu": [F.glu],
+    "logsigmoid": [F.logsigmoid],
+    "softsign": [F.softsign],
+    "tanhshrink": [F.tanhshrink],
+    "softshrink": [F.softshrink],
+    "hardshrink": [F.hardshrink, torch.hardshrink, Tensor.hardshrink],
+    "rnn": [torch.rnn_relu, torch.rnn_tanh, torch.rnn_relu_cell, torch.rnn_tanh_cell],
+    "lstm": [torch.lstm, torch.lstm_cell],
+    "gru": [torch.gru, torch.gru_cell],
+    "fractional_max_pool": [
+        getattr(F, f"fractional_max_pool{dims}d{indices}")
+        for dims in (2, 3)
+        for indices in ("", "_with_indices")
+    ],
 }
+UNGATEABLE: dict[Any, str] = {function: name for name, functions in _NEVER.items() for function in functions}
 """torch function -> name of an activation that has no fixed linear gate, wherever it stands."""
 
-OUTPUT_ONLY: dict[Any, str] = {
-    function: kind
-    for kind, functions in {
-        "sigmoid": [torch.sigmoid, torch.sigmoid_, Tensor.sigmoid, Tensor.sigmoid_, F.sigmoid]
-        + [torch.special.expit],
-        "tanh": [torch.tanh, torch.tanh_, Tensor.tanh, Tensor.tanh_, F.tanh],
-    }.items()
-    for function in functions
-}
+_SIGMOID = (torch.sigmoid, torch.sigmoid_, Tensor.sigmoid, Tensor.sigmoid_, F.sigmoid, torch.special.expit)
+_TANH = (torch.tanh, torch.tanh_, Tensor.tanh, Tensor.tanh_, F.tanh)
+OUTPUT_ONLY: dict[Any, str] = dict.fromkeys(_SIGMOID, "sigmoid") | dict.fromkeys(_TANH, "tanh")
 """torch function -> name of an activation that is fine as the model's output, and nowhere else."""
 
 UNGATEABLE_MODULES: dict[type[nn.Module], str] = {
@@ -169,6 +162,10 @@ UNGATEABLE_MODULES: dict[type[nn.Module], str] = {
     nn.Tanhshrink: "tanhshrink",
     nn.Softshrink: "softshrink",
     nn.Hardshrink: "hardshrink",
+    nn.LSTM: "lstm",
+    nn.LSTMCell: "lstm",
+    nn.GRU: "gru",
+    nn.GRUCell: "gru",
     nn.RNNBase: "rnn",
     nn.RNNCellBase: "rnn",
     nn.FractionalMaxPool2d: "fractional_max_pool",
@@ -179,7 +176,8 @@ UNGATEABLE_MODULES: dict[type[nn.Module], str] = {
 def kind(call: Gated) -> str:
     """A short description of a gated call; calls match between copies when kind and shape do."""
     if isinstance(call, Pool):
-        return f"{'adaptive ' if call.adaptive else ''}max-pooling {call.dims}d"
+        size = "x".join(map(str, call.input.shape[-call.dims :]))  # the windows depend on it
+        return f"{'adaptive ' if call.adaptive else ''}max-pooling {call.dims}d of {size}"
     return "piecewise linear, 3 regions" if call.upper is not None else "piecewise linear"
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_aten = torch.ops.aten
+_aten: Any = torch.ops.aten
 
 LOW, LINEAR, HIGH = 0, 1, 2
 """Region codes. With two regions, HIGH does not occur."""
@@ -45,11 +45,9 @@ def regions(pieces: Pieces) -> Tensor:
     On a breakpoint the region is the one whose derivative PyTorch uses there.
     """
     z = pieces.input.detach()
-    if pieces.lower == 0.0:
-        # relu and a cast are vectorised on every device; a comparison with a scalar is not.
-        above = torch.relu(z).to(torch.bool)
-    else:
-        above = z > pieces.lower
+    # relu and a cast are vectorised on every device; a comparison with a scalar is not.
+    # NaN is in the linear region, so that it is passed on as by the plain activation.
+    above = torch.relu(z).to(torch.bool) if pieces.lower == 0.0 else ~(z <= pieces.lower)
     code = above.view(torch.uint8)
     if pieces.upper is None:
         return code
@@ -64,13 +62,14 @@ def _linear(region: Tensor, upper: float | None) -> Tensor:
 def _scale(z: Tensor, linear: Tensor, slope: float, inplace: bool) -> Tensor:
     """z where `linear` is 1, slope·z elsewhere; exact, also for infinite z and slope 0."""
     mask = linear.to(z.dtype)
+    scaled: Tensor
     if slope == 0.0:
-        if inplace:
-            return _aten.threshold_backward.grad_input(z, mask, 0, grad_input=z)
-        return _aten.threshold_backward(z, mask, 0)
-    if inplace:
-        return _aten.leaky_relu_backward.grad_input(z, mask, slope, False, grad_input=z)
-    return _aten.leaky_relu_backward(z, mask, slope, False)
+        kernel = _aten.threshold_backward
+        scaled = kernel.grad_input(z, mask, 0, grad_input=z) if inplace else kernel(z, mask, 0)
+    else:
+        kernel, options = _aten.leaky_relu_backward, (mask, slope, False)
+        scaled = kernel.grad_input(z, *options, grad_input=z) if inplace else kernel(z, *options)
+    return scaled
 
 
 class _Scale(torch.autograd.Function):
@@ -85,7 +84,7 @@ class _Scale(torch.autograd.Function):
         return _scale(z, linear, slope, inplace)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (linear,) = ctx.saved_tensors
         # Only a second derivative needs the gradient itself to be differentiable.
         scale = _Scale.apply if torch.is_grad_enabled() else _scale
@@ -101,8 +100,7 @@ class _ScaleByWeight(torch.autograd.Function):
         return _select(z, open_) + _per_channel(weight, z) * _select(z, 1 - open_)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
         z, open_, weight = ctx.saved_tensors
         closed = 1 - open_
         through = _select(grad, open_) + _per_channel(weight, z) * _select(grad, closed)
@@ -133,14 +131,18 @@ def apply(pieces: Pieces, region: Tensor) -> Tensor:
     """
     z = pieces.input
     if isinstance(pieces.slope, Tensor):
-        return _ScaleByWeight.apply(z, region, pieces.slope)
+        device = z.device.type
+        if torch.is_autocast_enabled(device) and z.dtype != torch.float64:
+            z = z.to(torch.get_autocast_dtype(device))  # as autocast does with the plain prelu
+        scaled: Tensor = _ScaleByWeight.apply(z, region, pieces.slope)
+        return scaled
     linear = _linear(region, pieces.upper)
     h: Tensor = _Scale.apply(z, linear, pieces.slope, pieces.inplace)
     if pieces.low == 0.0 and pieces.upper is None:
         return h
     offset = torch.zeros_like(z, requires_grad=False)
     if pieces.low != 0.0:
-        offset += (region == LOW).to(z.dtype) * pieces.low
+        offset.masked_fill_(region == LOW, pieces.low)
     if pieces.upper is not None:
-        offset += (region == HIGH).to(z.dtype) * pieces.high
+        offset.masked_fill_(region == HIGH, pieces.high)
     return h.add_(offset) if pieces.inplace else h + offset

@@ -6,17 +6,20 @@ replaced in the modules, and nothing is left behind.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import CheckpointFunction
 
 from ..errors import GateError
 from . import gates, pooling
 from .activations import GATED, Gated, kind
-from .gates import Pieces
 from .pooling import Pool
 
 
@@ -63,7 +66,8 @@ class Capture(_Watch):
         else:
             region = gates.regions(call)
             # RReLU is random in training mode even when only the functional form says so.
-            values = run() if call.slope == 0.0 else gates.apply(call, region)
+            maybe_random = not isinstance(call.slope, Tensor) and call.slope != 0.0
+            values = gates.apply(call, region) if maybe_random else run()
         self.gates.append(Gate(kind(call), region))
         return values
 
@@ -82,6 +86,7 @@ class Replay(_Watch):
         self._captured = captured
         self._plan = range(len(captured)) if plan is None else plan
         self._calls = 0
+        self._with_grad = torch.is_grad_enabled()
 
     def on_gated(self, call: Gated, run: Callable[[], Any]) -> Any:
         number, self._calls = self._calls, self._calls + 1
@@ -90,15 +95,16 @@ class Replay(_Watch):
         source = self._plan[number]
         if source is None:
             return run()
+        if self._with_grad and not torch.is_grad_enabled() and _checkpointed():
+            raise GateError(
+                "activation checkpointing (use_reentrant=True) runs the model again in the backward pass, "
+                "where it would use its own gates: turn it off"
+            )
         gate = self._captured[source]
         shape = call.input.shape
-        fits = kind(call) == gate.kind and (
-            isinstance(call, Pool)
-            and gate.region.shape[: -call.dims] == shape[: -call.dims]
-            or isinstance(call, Pieces)
-            and gate.region.shape == shape
-        )
-        if not fits:
+        gate_shape, free = gate.region.shape, call.dims if isinstance(call, Pool) else 0
+        same_shape = gate_shape[: len(gate_shape) - free] == shape[: len(shape) - free]
+        if kind(call) != gate.kind or not same_shape:
             raise GateError(
                 f"{_MISALIGNED}: gated call {number} is {kind(call)} on shape {tuple(shape)}, "
                 f"the structural copy's was {gate.kind} with gates of {tuple(gate.region.shape)}"
@@ -110,19 +116,38 @@ class Replay(_Watch):
     def finish(self) -> None:
         """Raise GateError if the forward made fewer gated calls than planned."""
         if self._calls != len(self._plan):
-            raise GateError(
-                f"{_MISALIGNED}: {self._calls} gated calls instead of {len(self._plan)}"
-            )
+            raise GateError(f"{_MISALIGNED}: {self._calls} gated calls instead of {len(self._plan)}")
+
+
+def _checkpointed() -> bool:
+    """Whether this is called inside a reentrant activation checkpoint."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 _MISALIGNED = "the quantitative copy does not follow the structural copy's path"
 
 
 def capture(model: torch.nn.Module, args: Any, kwargs: Any, own_pooling: bool) -> list[Gate]:
-    """Gates of one forward of the structural copy, without gradient."""
-    with torch.no_grad(), Capture(own_pooling) as watch:
-        model(*args, **kwargs)
+    """Gates of one forward of the structural copy, without gradient.
+
+    It runs outside inference mode, so that the gates can be used in training.
+    """
+    watch = Capture(own_pooling)
+    with torch.inference_mode(False), torch.no_grad():
+        args, kwargs = cloned(args, kwargs)
+        with watch:
+            model(*args, **kwargs)
     return watch.gates
+
+
+def cloned(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A model's arguments with tensors of their own: it may write into its input, but only once."""
+    copies: tuple[tuple[Any, ...], dict[str, Any]]
+    copies = tree_map_only(Tensor, lambda t: t.detach().clone(), (tuple(args), dict(kwargs)))
+    return copies
 
 
 def replay(
@@ -134,7 +159,8 @@ def replay(
     own_pooling: bool,
 ) -> Any:
     """One forward of the quantitative copy under given gates."""
-    with Replay(captured, plan, own_pooling) as watch:
+    watch = Replay(captured, plan, own_pooling)
+    with watch:
         output = model(*args, **kwargs)
     watch.finish()
     return output

@@ -74,9 +74,7 @@ def _windows(
 
 
 @lru_cache(maxsize=256)
-def _adaptive_windows(
-    inputs: tuple[int, ...], outputs: tuple[int, ...], device: torch.device
-) -> Windows:
+def _adaptive_windows(inputs: tuple[int, ...], outputs: tuple[int, ...], device: torch.device) -> Windows:
     starts, steps = [], []
     for i, n in zip(inputs, outputs, strict=True):
         entry = torch.arange(n)
@@ -124,7 +122,7 @@ class _Route(torch.autograd.Function):
         return z.flatten(-dims).gather(-1, index.flatten(-dims)).view(code.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (code,) = ctx.saved_tensors
         dims = ctx.at.base.dim()
         index = decode(code, ctx.at).flatten(-dims)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,10 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import GateError
 from .activations import GATED, OUTPUT_ONLY, UNGATEABLE, UNGATEABLE_MODULES, kind, way_out
+from .passes import cloned
 from .pooling import Pool
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 class Finding(NamedTuple):
@@ -66,7 +70,8 @@ def trace(
 ) -> list[Call]:
     """The activation calls of one forward, in order. The model, its buffers and the global random
     generators are left as they were: a copy runs."""
-    runner = copy.deepcopy(model)
+    runner = detached_copy(model)
+    args, kwargs = cloned(args, kwargs)
     watch = _Trace(own_pooling)
     seen: set[int] = set()
     with ExitStack() as stack:
@@ -87,26 +92,30 @@ def trace(
         stack.enter_context(torch.random.fork_rng(devices=list(devices)))
         stack.enter_context(torch.no_grad())
         stack.enter_context(watch)
-        output = runner(*copy.deepcopy(tuple(args)), **copy.deepcopy(dict(kwargs)))
+        output = runner(*args, **kwargs)
     outputs = {t.untyped_storage().data_ptr() for t in _tensors(output)}
-    hidden = [
-        c for c, result in watch.suspects if result.untyped_storage().data_ptr() not in outputs
-    ]
+    hidden = [c for c, result in watch.suspects if result.untyped_storage().data_ptr() not in outputs]
     return watch.calls + hidden
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
     """Every tensor of nested tuples, lists, mappings and objects with such attributes."""
+    seen = set() if seen is None else seen
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif hasattr(value, "__dict__"):
-        yield from _tensors(vars(value))
+    elif id(value) in seen or isinstance(value, (type, types.ModuleType)):
+        return
+    elif isinstance(value, (Mapping, tuple, list)) or hasattr(value, "__dict__"):
+        seen.add(id(value))
+        parts = value if isinstance(value, (Mapping, tuple, list)) else vars(value)
+        for part in parts.values() if isinstance(parts, Mapping) else parts:
+            yield from _tensors(part, seen)
+
+
+def detached_copy(model: _Model) -> _Model:
+    """`copy.deepcopy`, which refuses tensors that autograd computed: those are detached."""
+    computed = [t for t in _tensors(model) if not t.is_leaf]
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
 
 
 def _accepted(path: str, what: str, accept: Iterable[str]) -> bool:
@@ -128,8 +137,9 @@ def static_findings(model: nn.Module, accept: Iterable[str] = ()) -> list[Findin
             findings.append(Finding(path, what, "pass the Python module it was made from"))
         else:
             for cls, name in UNGATEABLE_MODULES.items():
-                if isinstance(module, cls) and not _accepted(path, name, accept):
-                    findings.append(_ungateable(path, type(module).__name__, name))
+                if isinstance(module, cls):
+                    if not _accepted(path, name, accept):
+                        findings.append(_ungateable(path, type(module).__name__, name))
                     break
     return findings
 
@@ -137,9 +147,7 @@ def static_findings(model: nn.Module, accept: Iterable[str] = ()) -> list[Findin
 def _ungateable(path: str, shown: str, name: str) -> Finding:
     what = f"{shown} has no fixed linear gate"
     spelled = path or f":{name}"
-    return Finding(
-        path, what, f"{way_out(name)}, or accept it ungated by name: accept=[{spelled!r}]"
-    )
+    return Finding(path, what, f"{way_out(name)}, or accept it ungated by name: accept=[{spelled!r}]")
 
 
 def call_findings(calls: Sequence[Call], accept: Iterable[str] = ()) -> list[Finding]:
@@ -205,9 +213,7 @@ def refuse(findings: Sequence[Finding]) -> None:
         raise GateError(f"cannot gate this model: {shown}{more}")
 
 
-def align(
-    structural: Sequence[Call], quantitative: Sequence[Call]
-) -> tuple[int | None, ...] | None:
+def align(structural: Sequence[Call], quantitative: Sequence[Call]) -> tuple[int | None, ...] | None:
     """Which structural gate each of the quantitative copy's gated calls uses; None: one to one.
 
     Calls correspond when they are the same occurrence in the same module. A call that only one copy

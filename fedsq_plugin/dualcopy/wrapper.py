@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import GateError
 from .passes import Gate, capture, replay
-from .validation import align, call_findings, refuse, static_findings, trace, validate
+from .validation import align, call_findings, detached_copy, refuse, static_findings, trace, validate
 
 Pooling = Literal["structural", "own"]
 
@@ -63,9 +62,7 @@ class DualCopy(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(accept, str):
-            raise GateError(
-                f"accept is a list of names, got the string {accept!r}: use [{accept!r}]"
-            )
+            raise GateError(f"accept is a list of names, got the string {accept!r}: use [{accept!r}]")
         if pooling not in ("structural", "own"):
             raise GateError(f"pooling is {pooling!r}; it must be 'structural' or 'own'")
         accept = tuple(accept)
@@ -73,7 +70,7 @@ class DualCopy(nn.Module):
             refuse(validate(model, example, accept, pooling))
         else:
             refuse(static_findings(model, accept))
-        structural = copy.deepcopy(model).eval().requires_grad_(False)
+        structural = detached_copy(model).eval().requires_grad_(False)
         for parameter in structural.parameters():
             parameter.grad = None
         # Sharing the registries makes this module and the plain one the same to every walk over
@@ -128,13 +125,11 @@ class DualCopy(nn.Module):
 
         It is another function than the DualCopy once training has moved it; report both.
         """
-        return copy.deepcopy(self._quantitative)
+        return detached_copy(self._quantitative)
 
     def refresh(self, state: Mapping[str, Tensor] | None = None) -> None:
         """Replace the structural copy's weights by `state` (default: the quantitative copy's)."""
-        self._structural.load_state_dict(
-            self._quantitative.state_dict() if state is None else state
-        )
+        self._structural.load_state_dict(self._quantitative.state_dict() if state is None else state)
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """Both copies: the plain keys, prefixed by `quantitative.` and `structural.`."""
@@ -152,9 +147,7 @@ class DualCopy(nn.Module):
             ("structural", self._structural),
         ):
             prefix = f"{name}."
-            module.load_state_dict(
-                {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-            )
+            module.load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
 
     def _inspect(self, args: Any, kwargs: Any) -> Sequence[int | None] | None:
         """Check the first forward in each mode; how the copies' calls correspond."""
@@ -181,8 +174,8 @@ class DualCopy(nn.Module):
         return self._quantitative.load_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> DualCopy:
-        self._quantitative._apply(fn, recurse)
-        self._structural._apply(fn, recurse)
+        for module in (self._quantitative, self._structural):
+            module._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def __getattr__(self, name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,9 +19,12 @@ def save(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) ->
     """Write `path` (.safetensors) and, last, `path` with the suffix .json, which names the content."""
     from safetensors.torch import save as encode
 
+    with contextlib.suppress(OSError):  # atomic_write says what is wrong with the place
+        path.parent.mkdir(parents=True, exist_ok=True)
     contiguous = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     atomic_write(path, encode(contiguous))
-    described = {**about, "sha256": fingerprint(contiguous)}
+    # safetensors keeps no order of its own, and a fingerprint depends on it.
+    described = {**about, "keys": list(contiguous), "sha256": fingerprint(contiguous)}
     atomic_write(path.with_suffix(".json"), (json.dumps(described, indent=1) + "\n").encode())
 
 
@@ -32,10 +36,10 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         tensors = load_file(path)
         about = json.loads(path.with_suffix(".json").read_text())
+        ordered = {key: tensors[key] for key in about.pop("keys")}
         expected = about.pop("sha256")
-    except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise WeightsError(f"{path}: not a whole checkpoint ({error})") from None
-    # safetensors keeps no order of its own; the fingerprint was taken in the order written.
-    if fingerprint(tensors) != expected and fingerprint(dict(sorted(tensors.items()))) != expected:
+    if len(ordered) != len(tensors) or fingerprint(ordered) != expected:
         raise WeightsError(f"{path}: its content is not what {path.stem}.json says")
-    return tensors, about
+    return ordered, about

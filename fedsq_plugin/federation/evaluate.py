@@ -51,7 +51,7 @@ def evaluate(
         for x, labels in batches:
             x, labels = x.to(device), labels.to(device)
             logits = main_output(model(x))
-            total += float(loss(logits, labels)) * len(labels)
+            total += float(loss(logits, labels)) * labels.numel()
             correct += int((logits.argmax(-1) == labels).sum())
             samples += labels.numel()
     finally:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import tempfile
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
+from ..errors import ConfigError
 
-def atomic_write(path: Path, content: bytes | Callable[[Path], object]) -> None:
-    """Write a file under a temporary name beside `path`, flush it to disk, then rename it.
 
-    `content` is the bytes, or a function that writes the file whose path it is given.
+def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[Path], object]) -> None:
+    """Write `path` whole or not at all: `content`, or whatever `content(temporary path)` writes.
+
+    The temporary name does not keep the suffix: a writer that guesses the format from the name has
+    to be told it. ConfigError, one line, if the place cannot be written; what the writer itself
+    raises otherwise passes through.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    target = Path(path)
+    # Not tempfile: its files are readable by their owner alone, and results are there to share.
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         if callable(content):
             content(temporary)
@@ -24,10 +28,9 @@ def atomic_write(path: Path, content: bytes | Callable[[Path], object]) -> None:
             temporary.write_bytes(content)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        # mkstemp makes files private; a result is as readable as any other file of the user's.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        os.replace(temporary, path)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise ConfigError(f"{target} cannot be written: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()

@@ -93,6 +93,7 @@ def local_update(
     model.to(device).train()
     named = dict(model.named_parameters())
     required = {name: p.requires_grad for name, p in named.items()}
+    first = {name: p.detach().clone() for name, p in named.items()} if objective else {}
     losses: list[Tensor] = []
     try:
         with isolated(seed):
@@ -101,7 +102,7 @@ def local_update(
                     p.requires_grad_(required[name] and roles[name] in phase.trains)
                 trained = [p for p in named.values() if p.requires_grad]
                 optimizer = training.build(trained, round)
-                start = [p.detach().clone() for p in trained] if objective else []
+                start = [first[name] for name, p in named.items() if p.requires_grad] if objective else []
                 for _ in range(phase.epochs):
                     for x, labels in batches:
                         x, labels = x.to(device), labels.to(device)

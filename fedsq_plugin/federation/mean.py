@@ -30,14 +30,14 @@ class WeightedMean:
 
     def add(self, state: Mapping[str, Tensor], weight: float) -> None:
         """Add one state. Weights are sample counts: above zero, not normalised."""
-        if not weight > 0:
-            raise UpdateError(f"the weight of a state in a mean is {weight}; it must be above 0")
+        if not 0 < weight < float("inf"):
+            raise UpdateError(f"the weight of a state in a mean is {weight}; it must be above 0 and finite")
         if not self._sums:
             self._dtypes = {key: value.dtype for key, value in state.items()}
-            self._sums = {key: value.detach().to(torch.float64) * weight for key, value in state.items()}
+            self._sums = {key: value.detach().to(_wide(value)) * weight for key, value in state.items()}
         else:
             for key, total in self._sums.items():
-                total.add_(state[key].detach().to(total.device, torch.float64), alpha=weight)
+                total.add_(state[key].detach().to(total.device, total.dtype), alpha=weight)
         self._weight += weight
 
     def result(self) -> State:
@@ -50,3 +50,7 @@ class WeightedMean:
             exact = dtype.is_floating_point or dtype.is_complex
             mean[key] = (value if exact else value.round()).to(dtype)
         return mean
+
+
+def _wide(value: Tensor) -> torch.dtype:
+    return torch.complex128 if value.is_complex() else torch.float64

@@ -36,7 +36,7 @@ def partition(
     if method == "homo":
         order = generator.permutation(len(labels))
         return [np.sort(part) for part in np.array_split(order, silos)]
-    if alpha <= 0:
+    if not alpha > 0:
         raise ConfigError(f"partition_alpha is {alpha}; a Dirichlet needs a number above 0")
     members = [generator.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
     for _ in range(_DRAWS):

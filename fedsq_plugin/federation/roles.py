@@ -38,7 +38,7 @@ def roles(model: nn.Module, head: str | None = None) -> dict[str, Role]:
         ConfigError: no module has that path.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    if head is not None and head not in modules:
+    if head is not None and (not head or head not in modules):
         raise ConfigError(f"head '{head}' is no module of the model{nearest(head, modules)}")
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     found = {}

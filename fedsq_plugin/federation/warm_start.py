@@ -28,13 +28,14 @@ def public_warm_start(
 ) -> bool:
     """Train `model` in place on public data, or load the result of having done so before.
 
-    The cache is keyed by content: the initial weights, the data (`content` is their fingerprint), the
-    options, the seed and torch's version. A damaged entry is made anew.
+    The cache is keyed by content: the model as printed, its initial weights, the data (`content` is
+    their fingerprint), the options, the seed and torch's version. A damaged entry is made anew.
 
     Returns:
         Whether the result came from the cache.
     """
     parts: Sequence[object] = (
+        model,
         fingerprint(model.state_dict()),
         content,
         training,

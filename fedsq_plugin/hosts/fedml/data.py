@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ class _Batches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         order = (torch.randperm(self._samples) if self._shuffle else torch.arange(self._samples)).tolist()
-        for start, end in zip(self._starts, [*self._starts[1:], self._samples], strict=True):
+        for start, end in pairwise([*self._starts, self._samples]):
             yield order[start:end]
 
     def __len__(self) -> int:

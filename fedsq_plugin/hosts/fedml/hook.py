@@ -117,7 +117,7 @@ def _init(original: Any) -> Any:
             return
         from .simulation import Simulation
 
-        plan = plan_of(config)
+        plan = plan_of(config, model)
         prepare_host(args)
         self.runner = Simulation(
             args, device, dataset, viewed(model, plan), plan, client_trainer, server_aggregator

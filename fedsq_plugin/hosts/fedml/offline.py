@@ -41,11 +41,11 @@ def own_logging(runtime_log: Any) -> None:
             vars(sys.stdout).pop("write", None)
         else:
             vars(sys.stdout)["write"] = write
-        # Their handlers serve the real root, where FedML's own modules and everyone else's log.
-        for handler in theirs.handlers:
-            if handler not in root.handlers:
-                root.addHandler(handler)
         theirs.propagate = False
-        root.setLevel(min(root.level or logging.INFO, logging.INFO))
+        if not root.handlers:
+            # Nobody has set up logging: FedML's handler serves everyone, its own modules included.
+            for handler in theirs.handlers:
+                root.addHandler(handler)
+            root.setLevel(logging.INFO)
 
     runtime_log.init_logs = wrapped

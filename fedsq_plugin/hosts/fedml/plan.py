@@ -55,8 +55,8 @@ def config_of(args: Any) -> Config:
     return config
 
 
-def plan_of(config: Config) -> Plan:
-    """The plan for the algorithm that `federated_optimizer` names."""
+def plan_of(config: Config, model: nn.Module) -> Plan:
+    """The plan for training `model` by the algorithm that `federated_optimizer` names."""
     options = Options(
         epochs=config.epochs,
         fedprox_mu=config.fedprox_mu,
@@ -64,13 +64,17 @@ def plan_of(config: Config) -> Plan:
         gate_pooling=config.gate_pooling,
         buffers=config.buffers,
     )
-    return Plan(config, algorithm(config.federated_optimizer), options, _training(config), head_of(config))
+    return Plan(
+        config, algorithm(config.federated_optimizer), options, _training(config), head_of(config, model)
+    )
 
 
-def head_of(config: Config) -> str | None:
-    """The head's module path: as given, or that of our own backbones."""
+def head_of(config: Config, model: nn.Module) -> str | None:
+    """The head's module path: as given, or that of our own backbones. A script may train another model
+    than the recipe names; its head is unknown unless given."""
     if config.head is None and config.model in models.names():
-        return models.head(config.model)
+        known = models.head(config.model)
+        return known if known in dict(model.named_modules()) else None
     return config.head
 
 
@@ -98,7 +102,7 @@ def warm_start(model: nn.Module, config: Config, dataset: Any, device: torch.dev
     if config.warm_start == "public":
         _public(plain, config, dataset, device)
     else:
-        head = head_of(config)
+        head = head_of(config, plain)
         weights = config.warm_start_file or "imagenet"
         state = models.pretrained_state(weights, config.model, config.small_images)
         for line in models.load_weights(plain, state, head):

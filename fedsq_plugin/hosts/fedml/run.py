@@ -16,8 +16,8 @@ from torch import nn
 
 from ...errors import ConfigError
 from ...federation.evaluate import Metrics
+from ...federation.record import RoundRecord
 from ...recipe import Families, with_host_defaults
-from .simulation import RoundRecord
 
 
 @dataclass
@@ -50,7 +50,7 @@ def execute(
 
     FedML's log lines and prints go to `log_file`.
     """
-    with _logged(log_file) as own_handler, tempfile.TemporaryDirectory() as folder:
+    with _logged(log_file), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.yaml"
         path.write_text(yaml.safe_dump(with_host_defaults(families), sort_keys=False))
         import fedml
@@ -58,7 +58,7 @@ def execute(
         from . import hook
 
         hook.register()
-        args = _init(fedml, path, own_handler)
+        args = _init(fedml, path)
         setattr(args, hook.OWN_ROWS, True)
         device = fedml.device.get_device(args)
         dataset, classes = _load(fedml, args)
@@ -72,7 +72,7 @@ def execute(
     return Outcome(simulation.aggregator.model, simulation.structural_fingerprint, simulation.plan.head)
 
 
-def _init(fedml: Any, path: Path, own_handler: logging.Handler) -> Any:
+def _init(fedml: Any, path: Path) -> Any:
     """`fedml.init` for a recipe, as a `main.py --cf path` gets it."""
     argv, excepthook = sys.argv, sys.excepthook
     sys.argv = ["fedsq", "--cf", str(path)]
@@ -80,9 +80,6 @@ def _init(fedml: Any, path: Path, own_handler: logging.Handler) -> Any:
         args = fedml.init()
     finally:
         sys.argv, sys.excepthook = argv, excepthook
-    for handler in list(logging.root.handlers):
-        if handler is not own_handler:
-            logging.root.removeHandler(handler)
     args.yaml_paths = []  # the recipe was checked before; the file is gone after
     return args
 
@@ -97,18 +94,20 @@ def _load(fedml: Any, args: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _logged(path: Path) -> Iterator[logging.Handler]:
-    """Send everything that FedML logs and prints to a file; put the root logger back afterwards."""
+def _logged(path: Path) -> Iterator[None]:
+    """Send all that FedML logs, warns of and prints to a file; put the root logger back afterwards."""
     root = logging.root
     handlers, level = list(root.handlers), root.level
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root.handlers = [handler]
     root.setLevel(logging.INFO)
+    logging.captureWarnings(True)
     try:
         with path.open("a") as out, contextlib.redirect_stdout(out):
-            yield handler
+            yield
     finally:
+        logging.captureWarnings(False)
         handler.close()
         root.handlers = handlers
         root.setLevel(level)

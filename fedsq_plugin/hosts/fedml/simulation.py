@@ -11,7 +11,6 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from fedml import mlops
@@ -22,6 +21,7 @@ from torch import nn
 from ...dualcopy import DualCopy
 from ...errors import UpdateError
 from ...federation.evaluate import Metrics, evaluate
+from ...federation.record import RoundRecord
 from ...federation.seeding import derive, isolated, sample_clients
 from ...federation.state import State, clone, fingerprint, nbytes, state_of
 from ...federation.updates import Update
@@ -29,24 +29,6 @@ from .adapters import FedSQAggregator, FedSQTrainer
 from .plan import Plan
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class RoundRecord:
-    """What a round did. `metrics` is None in rounds without an evaluation."""
-
-    round: int
-    """1-based."""
-    seconds: float = 0.0
-    """Wall clock of training and aggregation."""
-    seconds_evaluation: float = 0.0
-    bytes_up: int = 0
-    bytes_down: int = 0
-    metrics: Metrics | None = None
-    released: Metrics | None = None
-    """The quantitative copy alone, with its own gates; equals `metrics` for a plain model."""
-    notes: list[str] = field(default_factory=list)
-    """Clients skipped, updates refused."""
 
 
 class Simulation(FedAvgAPI):  # type: ignore[misc]

@@ -1,0 +1,108 @@
+"""The report on a run directory: summary.json, the plots, and the table to print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.table import Table
+
+from ..errors import ConfigError
+from .plots import accuracy_over_rounds, label_distribution
+from .rundir import RunDirectory
+from .statistics import STATISTICS, over_seeds, paired, runs
+from .tables import compare_table, run_table
+
+PAIRED = ("best_accuracy", "rounds_to_best", "final_accuracy", "final_accuracy_released")
+"""The statistics whose paired differences are kept in summary.json."""
+
+
+def write_report(directory: RunDirectory, label_counts: Sequence[Sequence[int]] | None = None) -> Table:
+    """Write summary.json and the plots of a run from its metrics; return the table to print.
+
+    summary.json gets "runs", "algorithms" and "paired", accuracies in [0, 1], and keeps its other
+    keys. Three of those are read: "label_counts" (a list per silo, which `label_counts` replaces)
+    and "classes" (their names) make labels.png; "warm_start" ({seed: {"accuracy": in [0, 1]}}) is
+    drawn, as the mean over seeds, in accuracy.png. The reference is FedAvg where it takes part,
+    else the first algorithm. ConfigError, before anything is written, if the test split has no rows
+    or one of the three keys holds something else.
+    """
+    of_runs = runs(directory.metrics)
+    summary = directory.summary
+    if label_counts is not None:
+        summary["label_counts"] = [list(row) for row in label_counts]
+    source = directory.path / "summary.json"
+    warm_start = _warm_start(summary.get("warm_start"), source)
+    counts, classes = _labels(summary.get("label_counts"), summary.get("classes"), source)
+    algorithms = list(of_runs["algorithm"].unique())
+    reference = "FedAvg" if "FedAvg" in algorithms else algorithms[0]
+    # The plots first: a summary that lies there says that its plots do too.
+    if counts is not None:
+        label_distribution(counts, directory.path_for("labels.png"), classes)
+    accuracy_over_rounds(directory.metrics, directory.path_for("accuracy.png"), warm_start=warm_start)
+    summary["runs"] = [_whole(run) for run in of_runs.to_dict("records")]
+    summary["algorithms"] = _algorithms(of_runs)
+    summary["paired"] = _paired(of_runs, reference)
+    directory.write_summary(summary)
+    return run_table(of_runs) if len(of_runs) == 1 else compare_table(of_runs, reference)
+
+
+def _algorithms(of_runs: pd.DataFrame) -> dict[str, Any]:
+    return {
+        row["algorithm"]: {
+            "seeds": int(row["seeds"]),
+            **{s: {"mean": row[f"{s}_mean"], "std": row[f"{s}_std"]} for s in STATISTICS},
+        }
+        for row in over_seeds(of_runs).to_dict("records")
+    }
+
+
+def _paired(of_runs: pd.DataFrame, reference: str) -> dict[str, Any]:
+    """{"reference": its name, statistic: {algorithm: {mean, std, n, wins}}}."""
+    return {
+        "reference": reference,
+        **{
+            statistic: {
+                row["algorithm"]: {key: row[key] for key in ("mean", "std", "n", "wins")}
+                for row in paired(of_runs, reference, statistic).to_dict("records")
+            }
+            for statistic in PAIRED
+        },
+    }
+
+
+def _whole(run: dict[Any, Any]) -> dict[str, Any]:
+    """The row of one run, its round number as a whole one (a column with NaN holds floats)."""
+    best = run["rounds_to_best"]
+    return {**run, "rounds_to_best": None if pd.isna(best) else int(best)}
+
+
+def _warm_start(value: Any, source: Path) -> float | None:
+    """The mean accuracy over seeds; seeds whose accuracy was NaN, null in JSON, left out."""
+    try:
+        found = [seed["accuracy"] for seed in (value or {}).values()]
+        accuracies = [float(accuracy) for accuracy in found if accuracy is not None]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        accuracies = [-1.0]
+    if not all(0 <= accuracy <= 1 for accuracy in accuracies):
+        raise ConfigError(
+            f"{source}: warm_start is {value!r}; "
+            "expected an accuracy from 0 to 1 per seed, as {'0': {'accuracy': 0.5}}"
+        )
+    return sum(accuracies) / len(accuracies) if accuracies else None
+
+
+def _labels(counts: Any, classes: Any, source: Path) -> tuple[list[list[int]] | None, list[str] | None]:
+    if counts is not None and not (_is_list(counts) and all(map(_is_list, counts))):
+        kind = type(counts).__name__
+        raise ConfigError(f"{source}: label_counts is a {kind}; expected a list for each silo")
+    if classes is not None and not _is_list(classes):
+        kind = type(classes).__name__
+        raise ConfigError(f"{source}: classes is a {kind}; expected a list of names")
+    return counts, None if classes is None else [str(name) for name in classes]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)

@@ -1,0 +1,146 @@
+"""The frames of `statistics` as tables to read: in a terminal of 100 columns, or in a README."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import pandas as pd
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from .statistics import over_seeds, paired
+
+ABSENT = "–"
+"""Stands for a number that does not exist."""
+
+_MEASURES = {
+    "best_accuracy": "best\naccuracy",
+    "rounds_to_best": "rounds\nto best",
+    "final_accuracy": "final\naccuracy",
+    "final_accuracy_released": "released\naccuracy",
+    "seconds_per_round": "seconds\n/round",
+    "bytes_per_round": "MB/round\nup+down",
+}
+
+
+def run_table(runs: pd.DataFrame) -> Table:
+    """One row per run of `statistics.runs`; the seed only where there are several.
+
+    Accuracies in percent of the split's samples, seconds of training and aggregation, MB = 10^6
+    bytes over all clients.
+    """
+    several = runs["seed"].nunique() > 1
+    keys = ["algorithm", "seed"] if several else ["algorithm"]
+    cells = [
+        [str(run[key]) for key in keys]
+        + [_with_deviation(column, float(run[column])) for column in _MEASURES]
+        for run in runs.to_dict("records")
+    ]
+    return _table([*keys, *_MEASURES.values()], cells)
+
+
+def compare_table(runs: pd.DataFrame, reference: str) -> Table:
+    """Mean ± sample deviation over seeds of each algorithm and, below, the paired differences.
+
+    Two tables in one grid, since 100 columns do not hold them side by side. Units as in
+    `run_table`; differences of accuracies in percentage points, as "+1.5 ± 0.8 points (3/3 seeds)",
+    the brackets counting the seeds where the algorithm is strictly better. ConfigError for an
+    unknown reference.
+    """
+    grid = Table.grid()
+    titles = ["algorithm", "seeds", *_MEASURES.values()]
+    grid.add_row(_table(titles, [[name, *cells] for name, cells in _means(runs).items()]))
+    differences = _differences(runs, reference)
+    if differences:
+        title = Text(f"difference to {reference}, paired by seed (seeds won)")
+        titles = ["algorithm", "best accuracy", "rounds to best"]
+        grid.add_row("")
+        grid.add_row(title)
+        grid.add_row(_table(titles, [[name, *cells] for name, cells in differences.items()]))
+    return grid
+
+
+def compare_markdown(runs: pd.DataFrame, reference: str) -> str:
+    """`compare_table` as one GitHub table, ending with a line end."""
+    differences = _differences(runs, reference)
+    titles = [
+        *("algorithm", "seeds"),
+        *(title.replace("\n", " ") for title in _MEASURES.values()),
+        f"best accuracy against {reference}",
+        f"rounds to best against {reference}",
+    ]
+    rows = [
+        [name, *cells, *differences.get(name, ["reference", "reference"])]
+        for name, cells in _means(runs).items()
+    ]
+    rule = ["---"] + ["---:"] * (len(titles) - 1)
+    return "".join(f"| {' | '.join(_escaped(row))} |\n" for row in [titles, rule, *rows])
+
+
+def _means(runs: pd.DataFrame) -> dict[str, list[str]]:
+    """Per algorithm: number of seeds, then a cell per measure."""
+    return {
+        row["algorithm"]: [
+            str(row["seeds"]),
+            *(_with_deviation(m, row[f"{m}_mean"], row[f"{m}_std"]) for m in _MEASURES),
+        ]
+        for row in over_seeds(runs).to_dict("records")
+    }
+
+
+def _differences(runs: pd.DataFrame, reference: str) -> dict[str, list[str]]:
+    """Per algorithm other than the reference: difference in best accuracy, in rounds to best."""
+    cells: dict[str, list[str]] = {}
+    for column, scale, unit in (("best_accuracy", 100, "points"), ("rounds_to_best", 1, "rounds")):
+        for row in paired(runs, reference, column).to_dict("records"):
+            mean, deviation, seeds = scale * row["mean"], scale * row["std"], row["n"]
+            cell = ABSENT
+            if not math.isnan(mean):
+                spread = "" if math.isnan(deviation) else f" ± {deviation:.1f}"
+                cell = f"{round(mean, 1) + 0.0:+.1f}{spread} {unit}"  # + 0.0: no "-0.0"
+            won = f" ({row['wins']}/{seeds} seed{'' if seeds == 1 else 's'})" if seeds else ""
+            cells.setdefault(row["algorithm"], []).append(cell + won)
+    return cells
+
+
+def _with_deviation(measure: str, mean: float, deviation: float = math.nan) -> str:
+    """A cell. Seconds and bytes go without deviation: there it tells of the machine's other work."""
+    if math.isnan(mean):
+        return ABSENT
+    spread = "" if math.isnan(deviation) else f" ± {deviation:.1f}"
+    if "accuracy" in measure:
+        spread = "" if math.isnan(deviation) else f" ± {100 * deviation:.1f}"
+        return f"{100 * mean:.1f}{spread}%"
+    if measure == "rounds_to_best":
+        return f"{mean:.1f}{spread}" if spread else f"{mean:.4g}"
+    return _short(mean if measure == "seconds_per_round" else mean / 1e6)
+
+
+def _short(value: float) -> str:
+    """At least two significant digits, and no exponent: a table of 1e-05 and 2e+03 reads badly."""
+    if value >= 100 or value == 0:
+        return f"{value:.0f}"
+    decimals = max(0, 1 - math.floor(math.log10(value)))
+    return f"{value:.{min(max(decimals, 1), 6)}f}"
+
+
+def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for number, title in enumerate(titles):
+        # Where space is short the names fold; a number cut short would be another number.
+        table.add_column(
+            Text(title),
+            justify="right" if number else "left",
+            no_wrap=number > 0,
+            overflow="fold",
+        )
+    for cells in rows:
+        # Text, so that rich does not take an algorithm's [brackets] for markup.
+        table.add_row(*(Text(cell) for cell in cells))
+    return table
+
+
+def _escaped(cells: Iterable[str]) -> list[str]:
+    return [cell.replace("|", "\\|").replace("\n", " ") for cell in cells]

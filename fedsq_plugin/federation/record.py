@@ -1,0 +1,25 @@
+"""What a host reports of a round."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .evaluate import Metrics
+
+
+@dataclass
+class RoundRecord:
+    """What a round did. `metrics` is None in rounds without an evaluation."""
+
+    round: int
+    """1-based."""
+    seconds: float = 0.0
+    """Wall clock of training and aggregation."""
+    seconds_evaluation: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    metrics: Metrics | None = None
+    released: Metrics | None = None
+    """The quantitative copy alone, with its own gates; equals `metrics` for a plain model."""
+    notes: list[str] = field(default_factory=list)
+    """Clients skipped, updates refused."""

@@ -1,0 +1,186 @@
+"""What `register()` changes in FedML, and what it leaves alone."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fedsq_plugin
+from fedsq_plugin import DualCopy
+from fedsq_plugin.errors import ConfigError
+from fedsq_plugin.hosts.fedml.simulation import Simulation
+
+from .conftest import MakeArgs, network, silos
+
+
+def test_registering_twice_changes_nothing(fedml: Any) -> None:
+    before = (fedml.FedMLRunner.__init__, fedml.model.create, fedml.data.load)
+    fedsq_plugin.register()
+    assert before == (fedml.FedMLRunner.__init__, fedml.model.create, fedml.data.load)
+
+
+@pytest.mark.parametrize("name", ["FedAvg", "FedProx", "FedNova"])
+def test_fedmls_own_optimizers_stay_fedmls(name: str, fedml: Any, make_args: MakeArgs) -> None:
+    args = make_args(federated_optimizer=name, mu=0.0, gmf=0.0, momentum=0.0, dampening=0.0)
+    runner = fedml.FedMLRunner(args, torch.device("cpu"), silos(), network())
+    assert type(runner.runner).__name__ == "SimulatorSingleProcess"
+    assert type(runner.runner.fl_trainer).__module__.startswith("fedml.")
+
+
+def test_our_rows_run_in_our_simulation(fedml: Any, make_args: MakeArgs) -> None:
+    runner = fedml.FedMLRunner(make_args(), torch.device("cpu"), silos(), network())
+    assert isinstance(runner.runner, Simulation)
+
+
+def test_an_algorithm_flow_is_left_alone(fedml: Any, make_args: MakeArgs) -> None:
+    flow = object()
+    assert fedml.FedMLRunner(make_args(), "cpu", silos(), network(), algorithm_flow=flow).runner is flow
+
+
+def test_an_unknown_optimizer_is_an_error_with_the_nearest_name(fedml: Any, make_args: MakeArgs) -> None:
+    with pytest.raises(ConfigError, match=r"federated_optimizer 'FedSq' is unknown; did you mean 'FedSQ'"):
+        fedml.FedMLRunner(make_args(federated_optimizer="FedSq"), "cpu", silos(), network())
+
+
+@pytest.mark.parametrize(
+    "options", [{"backend": "MPI"}, {"training_type": "cross_silo"}, {"backend": "NCCL"}]
+)
+def test_a_road_that_is_not_there_yet_is_one_clear_line(
+    options: dict[str, str], fedml: Any, make_args: MakeArgs
+) -> None:
+    args = make_args()
+    for key, value in options.items():
+        setattr(args, key, value)
+    with pytest.raises(ConfigError, match="does not run on"):
+        fedml.FedMLRunner(args, "cpu", silos(), network())
+
+
+def test_a_gpu_that_is_not_there_is_an_error(fedml: Any, make_args: MakeArgs) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU; run on one without to see the refusal")
+    args = make_args(using_gpu=True)
+    with pytest.raises(ConfigError, match="using_gpu is true, but no GPU"):
+        fedml.FedMLRunner(args, fedml.device.get_device(args), silos(), network())
+
+
+def test_homomorphic_encryption_is_refused(fedml: Any, make_args: MakeArgs) -> None:
+    with pytest.raises(ConfigError, match="enable_fhe"):
+        fedml.FedMLRunner(make_args(enable_fhe=True), "cpu", silos(), network())
+
+
+def test_unknown_keys_in_our_families_are_errors(fedml: Any, make_args: MakeArgs) -> None:
+    args = make_args()
+    path = Path(args.yaml_paths[0])
+    path.write_text(path.read_text() + "fedsq_args: {small_image: true}\n")
+    with pytest.raises(ConfigError, match="small_image is unknown; did you mean 'small_images'"):
+        fedml.FedMLRunner(args, "cpu", silos(), network())
+
+
+def test_models_of_ours_are_created_by_name(fedml: Any, make_args: MakeArgs) -> None:
+    model = fedml.model.create(make_args(model="resnet18", small_images=True), 7)
+    assert model.fc.out_features == 7
+    assert model.conv1.kernel_size == (3, 3)
+
+
+def test_a_dualcopy_model_trains_under_fedmls_own_optimizer(fedml: Any, make_args: MakeArgs) -> None:
+    args = make_args(
+        **{"model": "dualcopy_resnet18", "small_images": True, "federated_optimizer": "FedAvg"},
+        **{"client_num_in_total": 1, "client_num_per_round": 1, "comm_round": 1},
+    )
+    model = fedml.model.create(args, 3)
+    assert isinstance(model, DualCopy)
+    data = silos((8,))
+    for loader in (data[3], data[5][0]):
+        points, labels = loader.dataset.tensors
+        loader.dataset.tensors = (points.repeat(1, 32).view(-1, 3, 8, 8), labels)
+    before = model.structural.conv1.weight.clone()
+    fedml.FedMLRunner(args, torch.device("cpu"), data, model).run()
+    assert torch.equal(model.structural.conv1.weight, before)
+    assert not torch.equal(model.quantitative.conv1.weight, before)
+
+
+def test_fedmls_own_models_are_left_alone(fedml: Any, make_args: MakeArgs) -> None:
+    model = fedml.model.create(make_args(model="lr", dataset="mnist"), 10)
+    assert type(model).__module__ == "fedml.model.linear.lr"
+
+
+def test_an_unknown_model_is_an_error(fedml: Any, make_args: MakeArgs) -> None:
+    with pytest.raises(ConfigError, match=r"'resnet19' is unknown to FedML.*did you mean 'resnet1"):
+        fedml.model.create(make_args(model="resnet19"), 10)
+
+
+def test_an_unknown_data_set_is_an_error_instead_of_cifar10(fedml: Any, make_args: MakeArgs) -> None:
+    with pytest.raises(ConfigError, match="dataset 'digit' is unknown; did you mean 'digits'"):
+        fedml.data.load(make_args(dataset="digit"))
+
+
+def test_model_seed_decides_the_initial_weights(fedml: Any, make_args: MakeArgs) -> None:
+    first, again, other = (
+        fedml.model.create(make_args(model="resnet18", random_seed=r, model_seed=m), 10).fc.weight
+        for r, m in ((0, 1), (5, 1), (0, 2))
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_missing_recipe_is_not_swallowed(fedml: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FedML goes on without any option."""
+    monkeypatch.setattr(sys, "argv", ["main.py", "--cf", "no-such.yaml"])
+    with pytest.raises(ConfigError, match=r"recipe no-such.yaml: No such file"):
+        fedml.init()
+
+
+def test_a_broken_recipe_is_not_swallowed(
+    fedml: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text("common_args: {training_type: simulation\ntrain_args: ]")
+    monkeypatch.setattr(sys, "argv", ["main.py", "--cf", str(path)])
+    with pytest.raises(ConfigError, match="no valid YAML at line 2"):
+        fedml.init()
+
+
+def test_fedml_init_asks_the_network_for_nothing(
+    make_args: MakeArgs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FedML tries five times, half a second apart."""
+    asked: list[Any] = []
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        asked.append(args)
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    make_args()
+    assert asked == []
+
+
+def test_logging_and_printing_survive_fedml_init(
+    make_args: MakeArgs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """FedML replaces logging.root, which silences named loggers, and sys.stdout.write."""
+    root, seen = logging.root, []
+    make_args()
+    assert logging.root is root is logging.getLogger()
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            seen.append(record.getMessage())
+
+    handler = Keep()
+    root.addHandler(handler)
+    try:
+        logging.getLogger("somebody.else").info("still heard")
+    finally:
+        root.removeHandler(handler)
+    assert "still heard" in seen
+    capsys.readouterr()
+    print("plain")
+    assert capsys.readouterr().out == "plain\n"

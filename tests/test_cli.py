@@ -1,0 +1,262 @@
+"""The command line, as a user types it: one process per command where imports matter."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from PIL import Image
+
+from fedsq_plugin import cli
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
+SMALL = {
+    **{"comm_round": 2, "client_num_in_total": 2, "client_num_per_round": 2, "epochs": 1},
+    **{"warm_start_public": 0.3, "warm_start_epochs": 1, "partition_method": "homo"},
+    **{"threads": 1, "min_client_samples": 1, "dataset": "image_folder"},
+}
+
+
+def fedsq(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["fedsq", *arguments])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def settings(**options: Any) -> list[str]:
+    return [word for key, value in options.items() for word in ("--set", f"{key}={value}")]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> list[str]:
+    """Settings that turn the quickstart into a run of seconds, on a small folder of images."""
+    root, generator = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, count in (("train", 16), ("test", 8)):
+        for label in range(3):
+            (root / split / str(label)).mkdir(parents=True)
+            for number in range(count):
+                pixels = generator.integers(0, 150, (8, 8, 3), dtype=np.uint8) + np.uint8(50 * label)
+                Image.fromarray(pixels).save(root / split / str(label) / f"{number}.png")
+    return settings(**SMALL, data_cache_dir=root, warm_start_cache_dir=cache)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory, small: list[str]) -> Path:
+    """One comparison, in a process of its own and far from the repository."""
+    folder = tmp_path_factory.mktemp("compare")
+    command = [sys.executable, "-m", "fedsq_plugin.cli", "compare", str(QUICKSTART)]
+    command += ["--algorithms", "FedAvg,FedSQ", "--seeds", "0,1", "--out", "out"]
+    command += small
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    (folder / "stdout.txt").write_text(done.stdout)
+    return folder
+
+
+def test_a_comparison_prints_rounds_and_a_table(compared: Path) -> None:
+    text = (compared / "stdout.txt").read_text()
+    assert "FedSQ seed 1: round 2/2 accuracy" in text
+    assert "±" in text
+    assert "FedML" not in text.replace("starting FedML", "")
+
+
+def test_metrics_have_a_row_per_algorithm_seed_and_round(compared: Path) -> None:
+    metrics = pd.read_csv(compared / "out" / "metrics.csv")
+    keys = {(r.algorithm, r.seed, r.round, r.split) for r in metrics.itertuples()}
+    assert keys == {(a, s, r, "test") for a in ("FedAvg", "FedSQ") for s in (0, 1) for r in (1, 2)}
+    assert len(metrics) == 8
+    assert (metrics.seconds > 0).all()
+    assert metrics.accuracy.between(0, 1).all()
+
+
+def test_both_algorithms_send_the_same_bytes(compared: Path) -> None:
+    metrics = pd.read_csv(compared / "out" / "metrics.csv")
+    assert metrics.bytes_up.nunique() == metrics.bytes_down.nunique() == 1
+
+
+def test_a_plain_models_released_accuracy_is_its_accuracy(compared: Path) -> None:
+    metrics = pd.read_csv(compared / "out" / "metrics.csv").query("algorithm == 'FedAvg'")
+    assert (metrics.accuracy == metrics.accuracy_released).all()
+
+
+def test_the_run_directory_describes_the_run(compared: Path) -> None:
+    out = compared / "out"
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert config["train_args"]["momentum"] == 0.9
+    assert config["fedsq_args"]["clip_norm"] is None  # a default, resolved
+    environment = json.loads((out / "environment.json").read_text())
+    assert environment["threads"] == 1
+    assert environment["packages"]["fedml"] == "0.9.6"
+    summary = json.loads((out / "summary.json").read_text())
+    assert {run["algorithm"] for run in summary["runs"]} == {"FedAvg", "FedSQ"}
+    for name in ("accuracy.png", "labels.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_export_keeps_both_copies(compared: Path) -> None:
+    from safetensors.torch import load_file
+
+    tensors = load_file(compared / "out" / "FedSQ-seed0.safetensors")
+    plain = load_file(compared / "out" / "FedAvg-seed0.safetensors")
+    assert {f"{copy}.{key}" for copy in ("quantitative", "structural") for key in plain} == set(tensors)
+
+
+def test_seeds_share_the_cached_warm_start(compared: Path, cache: Path) -> None:
+    assert len(list(cache.glob("warm-start-*.safetensors"))) == 2  # one per seed, for both algorithms
+    log = (compared / "out" / "fedml.log").read_text()
+    assert log.count("trained for 1 epochs") == 2
+    assert log.count("read from the cache") == 2
+
+
+def test_a_run_repeats_itself_exactly(
+    compared: Path, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same seed, same metrics, alone or within a comparison; only the clock differs."""
+    out = tmp_path / "again"
+    assert fedsq("run", str(QUICKSTART), *small, "--out", str(out), monkeypatch=monkeypatch) == 0
+    columns = ["round", "loss", "accuracy", "accuracy_released", "bytes_up", "bytes_down"]
+    before = pd.read_csv(compared / "out" / "metrics.csv").query("algorithm == 'FedSQ' and seed == 0")
+    again = pd.read_csv(out / "metrics.csv")
+    pd.testing.assert_frame_equal(again[columns], before[columns].reset_index(drop=True))
+
+
+def test_report_makes_tables_and_pictures_anew(
+    compared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (compared / "out" / "accuracy.png").unlink()
+    assert fedsq("report", str(compared / "out"), monkeypatch=monkeypatch) == 0
+    assert "FedSQ" in capsys.readouterr().out
+    assert (compared / "out" / "accuracy.png").exists()
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert error.startswith("fedsq: error: ")
+    return error
+
+
+BAD: list[tuple[list[str], str]] = [
+    (["run", "missing.yaml"], "missing.yaml: No such file"),
+    (["run", str(QUICKSTART), "--set", "comm_round"], "write key=value"),
+    (["run", str(QUICKSTART), "--set", "comm_rounds=3"], "did you mean 'comm_round'"),
+    (["run", str(QUICKSTART), "--set", "comm_round=0"], "train_args.comm_round is 0"),
+    (["run", str(QUICKSTART), "--set", "federated_optimizer=FedSG"], "did you mean 'FedSQ'"),
+    (["run", str(QUICKSTART), "--set", "model=resnet19"], "resnet19"),
+    (["run", str(QUICKSTART), "--set", "dataset=digitz"], "did you mean 'digits'"),
+    (["run", str(QUICKSTART), "--set", "using_gpu=maybe"], "device_args.using_gpu"),
+    (["compare", str(QUICKSTART), "--algorithms", "FedAvg,FedXY"], "unknown algorithm 'FedXY'"),
+    (["compare", str(QUICKSTART), "--algorithms", "FedAvg", "--seeds", "a"], "whole numbers"),
+    (["compare", str(QUICKSTART), "--algorithms", "FedAvg,FedAvg"], "given twice"),
+    (["compare", str(QUICKSTART), "--algorithms", ","], "name at least one"),
+    (["report", "nowhere"], "nowhere"),
+    (["run"], "Missing argument"),
+    (["ruin"], "No such command"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), BAD)
+def test_bad_input_is_one_line_and_status_2(
+    arguments: list[str],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert fedsq(*arguments, monkeypatch=monkeypatch) == 2
+    assert expected in one_line(capsys)
+    assert not list(tmp_path.rglob("metrics.csv"))
+
+
+def test_a_folder_that_holds_something_is_not_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "precious").touch()
+    assert fedsq("run", str(QUICKSTART), "--out", str(tmp_path), monkeypatch=monkeypatch) == 2
+    assert "not an empty folder" in one_line(capsys)
+
+
+def test_check_says_everything_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "bad.yaml"
+    recipe.write_text(
+        """
+data_args: {dataset: image_folder, data_cache_dir: nowhere, partition_alpha: -1}
+model_args: {model: resnet81}
+train_args: {federated_optimizer: FedSO, client_num_in_total: 6, client_num_per_round: 2, comm_round: x}
+comm_args: {backend: MPI}
+fedsq_args: {small_image: true}
+"""
+    )
+    assert fedsq("check", str(recipe), monkeypatch=monkeypatch) == 2
+    lines = capsys.readouterr().out.splitlines()
+    for expected in (
+        *("partition_alpha is -1", "resnet81", "did you mean 'FedSQ'", "comm_round is 'x'"),
+        *("backend MPI", "did you mean 'small_images'"),
+    ):
+        assert sum(expected in line for line in lines) == 1, (expected, lines)
+
+
+def test_check_finds_missing_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = settings(
+        dataset="image_folder",
+        data_cache_dir=tmp_path,
+        warm_start="file",
+        warm_start_file=tmp_path / "none.pt",
+    )
+    assert fedsq("check", str(QUICKSTART), *options, monkeypatch=monkeypatch) == 2
+    out = capsys.readouterr().out
+    assert "no file" in out
+    assert out.count("no folder") == 2
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_our_recipes_have_nothing_wrong(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fedsq("check", str(recipe), monkeypatch=monkeypatch) == 0
+    assert "nothing wrong" in capsys.readouterr().out
+
+
+def test_help_and_import_stay_light() -> None:
+    code = (
+        "import sys; sys.argv = ['fedsq', '--help']\n"
+        "import fedsq_plugin\n"
+        "from fedsq_plugin.cli import cli\n"
+        "try: cli()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'fedml', 'torchvision', 'pandas', 'matplotlib', 'yaml'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_the_core_needs_no_host() -> None:
+    code = (
+        "import sys\n"
+        "import fedsq_plugin.dualcopy, fedsq_plugin.algorithms, fedsq_plugin.federation.warm_start\n"
+        "heavy = {'fedml', 'flamby', 'torchvision', 'pandas', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
