@@ -75,6 +75,9 @@ class Config(BaseModel):
     gate_pooling: Literal["structural", "own"] = _option(
         "structural", "fedsq_args", "who chooses in max-pooling: the structural copy, or each copy itself"
     )
+    keep_gates: bool = _option(
+        False, "fedsq_args", "keep the gates of training images, which then pass the structural copy once"
+    )
     buffers: Literal["average", "keep"] = _option(
         "average", "fedsq_args", "BatchNorm's statistics: average the silos', or keep the server's"
     )
@@ -139,6 +142,8 @@ class Config(BaseModel):
             problems.append(
                 f"warm_start_file is given but warm_start is '{self.warm_start}'; set warm_start: file"
             )
+        if self.keep_gates and self.augmentation:
+            problems.append("keep_gates is for images that come again; it does not go with augmentation")
         if self.nesterov and (self.momentum == 0 or self.client_optimizer != "sgd"):
             problems.append("nesterov needs client_optimizer sgd and a momentum above 0")
         if problems:
@@ -163,6 +168,21 @@ def family_of(key: str) -> str:
     extra = OPTIONS[key].json_schema_extra
     assert isinstance(extra, dict)
     return str(extra["family"])
+
+
+def reference() -> str:
+    """The options as a Markdown table, by family."""
+    rows = ["| family | key | default | meaning |", "| --- | --- | --- | --- |"]
+    for key, option in OPTIONS.items():
+        default = "required" if option.is_required() else _as_yaml(option.default)
+        rows.append(f"| `{family_of(key)}` | `{key}` | {default} | {option.description} |")
+    return "\n".join(rows)
+
+
+def _as_yaml(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(list(value)) if isinstance(value, tuple) else str(value)
 
 
 def parse(values: Mapping[str, Any]) -> tuple[Config | None, list[str]]:

@@ -166,6 +166,7 @@ BAD: list[tuple[list[str], str]] = [
     (["compare", str(QUICKSTART), "--algorithms", "FedAvg", "--seeds", "a"], "whole numbers"),
     (["compare", str(QUICKSTART), "--algorithms", "FedAvg,FedAvg"], "given twice"),
     (["compare", str(QUICKSTART), "--algorithms", ","], "name at least one"),
+    (["run", str(QUICKSTART), "--set", "model=alexnet", "--set", "small_images=false"], "small_images"),
     (["report", "nowhere"], "nowhere"),
     (["run"], "Missing argument"),
     (["ruin"], "No such command"),
@@ -237,6 +238,18 @@ def test_our_recipes_have_nothing_wrong(
 ) -> None:
     assert fedsq("check", str(recipe), monkeypatch=monkeypatch) == 0
     assert "nothing wrong" in capsys.readouterr().out
+
+
+def test_the_readme_lists_every_option() -> None:
+    from fedsq_plugin.config import reference
+
+    assert reference() in (ROOT / "README.md").read_text()
+
+
+def test_ci_runs_the_readmes_line() -> None:
+    command = "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/pytest"
+    assert command in (ROOT / "README.md").read_text()
+    assert command in (ROOT / ".ci" / "run").read_text().replace(" -q", "")
 
 
 def test_help_and_import_stay_light() -> None:

@@ -52,6 +52,8 @@ class DualCopy(nn.Module):
 
     _quantitative: nn.Module
     _structural: nn.Module
+    structural_version: int
+    """Counts the changes of the structural copy, for whoever keeps its gates."""
 
     def __init__(
         self,
@@ -86,6 +88,7 @@ class DualCopy(nn.Module):
             _accept=accept,
             _own_pooling=pooling == "own",
             _plans={},
+            structural_version=0,
         )
 
     @property
@@ -130,6 +133,7 @@ class DualCopy(nn.Module):
     def refresh(self, state: Mapping[str, Tensor] | None = None) -> None:
         """Replace the structural copy's weights by `state` (default: the quantitative copy's)."""
         self._structural.load_state_dict(self._quantitative.state_dict() if state is None else state)
+        self.structural_version += 1
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """Both copies: the plain keys, prefixed by `quantitative.` and `structural.`."""
@@ -148,6 +152,7 @@ class DualCopy(nn.Module):
         ):
             prefix = f"{name}."
             module.load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
+        self.structural_version += 1
 
     def _inspect(self, args: Any, kwargs: Any) -> Sequence[int | None] | None:
         """Check the first forward in each mode; how the copies' calls correspond."""

@@ -81,6 +81,7 @@ def local_update(
     objective: Objective | None = None,
     loss: Loss = cross_entropy,
     device: torch.device | str = "cpu",
+    forward: Callable[[Tensor], object] | None = None,
 ) -> LocalResult:
     """Train `model` in place, in training mode.
 
@@ -89,6 +90,7 @@ def local_update(
         round: 0-based, for the learning rate.
         seed: all randomness of the update (order of the data, augmentation, dropout) comes from it,
             so that neither other clients nor their order matter.
+        forward: the model's forward, where it is another than calling it (gates kept).
     """
     model.to(device).train()
     named = dict(model.named_parameters())
@@ -108,7 +110,7 @@ def local_update(
                         x, labels = x.to(device), labels.to(device)
                         x = augment(x, training.augmentation)
                         optimizer.zero_grad()
-                        value = loss(main_output(model(x)), labels)
+                        value = loss(main_output((forward or model)(x)), labels)
                         losses.append(value.detach())
                         total = value + objective(trained, start) if objective else value
                         torch.autograd.backward(total)

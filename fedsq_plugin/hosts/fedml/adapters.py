@@ -21,6 +21,7 @@ from ...algorithms.exchange import EXCHANGES
 from ...algorithms.objective import OBJECTIVES
 from ...algorithms.phases import PHASES
 from ...algorithms.server import SERVERS
+from ...dualcopy import DualCopy, GateCache
 from ...errors import UpdateError
 from ...federation.evaluate import evaluate
 from ...federation.local import LocalResult, local_update
@@ -68,6 +69,7 @@ class FedSQTrainer(_Travelling, ClientTrainer):  # type: ignore[misc]
     """A client's local update, for every row of the table."""
 
     last: LocalResult | None = None
+    _cache: GateCache | None = None
 
     def __init__(self, model: nn.Module, args: Any, plan: Plan) -> None:
         super().__init__(model, args)
@@ -75,6 +77,8 @@ class FedSQTrainer(_Travelling, ClientTrainer):  # type: ignore[misc]
 
     def train(self, train_data: Any, device: Any, args: Any) -> None:
         plan, row = self.plan, self.plan.algorithm
+        if plan.config.keep_gates and self._cache is None and isinstance(self.model, DualCopy):
+            self._cache = GateCache(self.model)
         self.last = local_update(
             self.model,
             train_data,
@@ -85,6 +89,7 @@ class FedSQTrainer(_Travelling, ClientTrainer):  # type: ignore[misc]
             seed=derive("local", plan.config.random_seed, args.round_idx, int(self.id)),
             objective=OBJECTIVES[row.objective](plan.options),
             device=device,
+            forward=self._cache,
         )
         if not self.last.steps:
             log.warning("round %d: silo %s has no batch to train on", args.round_idx + 1, self.id)

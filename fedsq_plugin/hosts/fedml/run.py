@@ -19,6 +19,8 @@ from ...federation.evaluate import Metrics
 from ...federation.record import RoundRecord
 from ...recipe import Families, with_host_defaults
 
+log = logging.getLogger(__name__)
+
 
 @dataclass
 class Outcome:
@@ -63,11 +65,20 @@ def execute(
         device = fedml.device.get_device(args)
         dataset, classes = _load(fedml, args)
         model = fedml.model.create(args, classes)
-        runner = fedml.FedMLRunner(args, device, dataset, model)
-        simulation = runner.runner
+        try:
+            runner = fedml.FedMLRunner(args, device, dataset, model)
+            simulation = runner.runner
+            metrics = simulation.evaluate_global()[0]
+        except RuntimeError as error:
+            log.exception("the first forward or the warm start failed")
+            reason = str(error).partition("\n")[0]
+            raise ConfigError(
+                f"model {args.model} does not run on the images of {args.dataset}: {reason}; "
+                f"try fedsq_args.small_images or image_size (full trace in {log_file})"
+            ) from None
         simulation.on_round = on_round
         counts, names = getattr(dataset, "counts", None), getattr(dataset, "classes", None)
-        on_start(Start(str(device), counts, names, simulation.evaluate_global()[0]))
+        on_start(Start(str(device), counts, names, metrics))
         runner.run()
     return Outcome(simulation.aggregator.model, simulation.structural_fingerprint, simulation.plan.head)
 

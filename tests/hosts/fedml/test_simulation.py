@@ -395,3 +395,17 @@ def test_the_users_model_object_is_the_quantitative_copy(fedml: Any, make_args: 
     run = simulate(fedml, make_args(comm_round=1), model=model)
     assert run.model_trainer.model.quantitative is model
     assert not torch.equal(model.state_dict()["0.weight"], before["0.weight"])
+
+
+def test_keeping_gates_changes_the_work_and_not_the_result(
+    fedml: Any, make_args: MakeArgs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedsq_plugin.hosts.fedml import adapters
+
+    kept: list[Any] = []
+    cache = adapters.GateCache
+    monkeypatch.setattr(adapters, "GateCache", lambda dual: kept.append(cache(dual)) or kept[-1])
+    results = [final(simulate(fedml, make_args(comm_round=3, keep_gates=k))) for k in (False, True)]
+    torch.testing.assert_close(results[1], results[0])
+    # 80 samples, once each; in the two rounds after the first they are known.
+    assert [(c.hits, c.misses) for c in kept] == [(160, 80)]
