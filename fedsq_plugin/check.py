@@ -35,10 +35,10 @@ def _names(values: dict[str, object]) -> list[str]:
     found = []
     for key, names in known.items():
         value = values.get(key)
-        if value is not None and value not in names:
+        if isinstance(value, str) and value not in names:
             family = {"federated_optimizer": "train_args", "dataset": "data_args", "model": "model_args"}[key]
             found.append(f"{family}.{key} '{value}' is unknown{nearest(str(value), names)}")
-    if values.get("dataset") in DATASETS and values.get("partition_method", "hetero") not in (
+    if str(values.get("dataset")) in DATASETS and values.get("partition_method", "hetero") not in (
         "homo",
         "hetero",
     ):

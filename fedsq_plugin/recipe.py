@@ -107,7 +107,12 @@ def problems(families: Families) -> tuple[Config | None, list[str]]:
         if family not in OURS and (close := difflib.get_close_matches(family, OURS, cutoff=0.8))
     ]
     config, wrong = parse(flat(families))
-    return config, found + [_with_hint(line, seen) for line in wrong]
+    for key, family in seen.items():
+        near = difflib.get_close_matches(key, OPTIONS, n=1, cutoff=0.88)
+        if family not in OURS and key not in OPTIONS and near and near[0] not in seen:
+            found.append(f"{family}.{key} looks like a misspelling of '{near[0]}'")
+            wrong = [line for line in wrong if f".{near[0]} is missing" not in line]
+    return config, found + wrong
 
 
 def resolve(families: Families) -> Config:
@@ -132,9 +137,20 @@ def resolved_families(families: Families, config: Config) -> Families:
     return result
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for number, (key, _) in enumerate(node.value):
+            if key.value in keys[:number] and key.value != "<<":
+                raise yaml.MarkedYAMLError(problem=f"{key.value} stands twice", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _yaml(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=_Loader)
     except (ValueError, LookupError, AttributeError, RecursionError) as error:
         # PyYAML lets these out for values such as a date in month 13, or `!!bool x`.
         raise yaml.MarkedYAMLError(problem=str(error)) from None
@@ -142,12 +158,3 @@ def _yaml(text: str) -> Any:
 
 def _keys_of(family: str) -> list[str]:
     return [key for key in OPTIONS if family_of(key) == family]
-
-
-def _with_hint(line: str, given: Mapping[str, str]) -> str:
-    """Add the misspelled key that a missing one may be."""
-    name, is_missing, _ = line.partition(" is missing")
-    key = name.rpartition(".")[2]
-    strangers = [known for known in given if known not in OPTIONS]
-    close = difflib.get_close_matches(key, strangers, n=1, cutoff=0.8) if is_missing else []
-    return f"{line}; is '{close[0]}' a misspelling of it?" if close else line

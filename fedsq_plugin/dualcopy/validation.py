@@ -46,7 +46,8 @@ class _Trace(TorchFunctionMode):
         super().__init__()
         self.path = [""]
         self.calls: list[Call] = []
-        self.suspects: list[tuple[Call, Tensor]] = []
+        self.suspects: list[tuple[Call, Tensor, int]] = []
+        """Calls that are fine as outputs, their results, and the version of these."""
         self._own_pooling = own_pooling
 
     def __torch_function__(
@@ -61,7 +62,7 @@ class _Trace(TorchFunctionMode):
             self.calls.append(Call(here, UNGATEABLE[func], gated=False))
         result = func(*args, **(kwargs or {}))
         if func in OUTPUT_ONLY:
-            self.suspects.append((Call(here, OUTPUT_ONLY[func], gated=False), result))
+            self.suspects.append((Call(here, OUTPUT_ONLY[func], gated=False), result, result._version))
         return result
 
 
@@ -94,7 +95,12 @@ def trace(
         stack.enter_context(watch)
         output = runner(*args, **kwargs)
     outputs = {t.untyped_storage().data_ptr() for t in _tensors(output)}
-    hidden = [c for c, result in watch.suspects if result.untyped_storage().data_ptr() not in outputs]
+    hidden = [
+        call
+        for call, result, version in watch.suspects
+        # Written into afterwards, as by x.sigmoid().mul_(x), it is not the output that it was.
+        if result.untyped_storage().data_ptr() not in outputs or result._version != version
+    ]
     return watch.calls + hidden
 
 
@@ -199,7 +205,9 @@ def validate(
     else:
         args = tuple(example) if isinstance(example, (tuple, list)) else (example,)
     known = {f.path for f in findings}
-    for finding in call_findings(trace(model, args, kwargs, pooling == "own"), accept):
+    # In evaluation mode, where batch normalisation takes a single example too.
+    calls = trace(detached_copy(model).eval(), args, kwargs, pooling == "own")
+    for finding in call_findings(calls, accept):
         if finding.path not in known or not finding.path:
             findings.append(finding)
     return findings

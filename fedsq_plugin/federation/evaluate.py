@@ -43,8 +43,8 @@ def evaluate(
     device: torch.device | str = "cpu",
     loss: Loss = cross_entropy,
 ) -> Metrics:
-    """Evaluate in evaluation mode; the model's mode is put back. NaN metrics without any sample."""
-    mode = model.training
+    """Evaluate in evaluation mode; every module's mode is put back. NaN metrics without any sample."""
+    modes = {module: module.training for module in model.modules()}
     model.to(device).eval()
     total, correct, samples = 0.0, 0, 0
     try:
@@ -55,7 +55,9 @@ def evaluate(
             correct += int((logits.argmax(-1) == labels).sum())
             samples += labels.numel()
     finally:
-        model.train(mode)
+        model.train(modes[model])
+        for module, mode in modes.items():
+            module.training = mode
     if not samples:
         return Metrics(float("nan"), float("nan"), 0)
     return Metrics(total / samples, correct / samples, samples)

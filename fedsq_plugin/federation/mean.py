@@ -41,12 +41,12 @@ class WeightedMean:
         self._weight += weight
 
     def result(self) -> State:
-        """The mean. Raises UpdateError when nothing was added."""
+        """The mean; the sums are given up for it. Raises UpdateError when nothing was added."""
         if not self._sums:
             raise UpdateError("there is no update to average: every client was skipped or refused")
         mean: State = OrderedDict()
-        for key, total in self._sums.items():
-            value, dtype = total / self._weight, self._dtypes[key]
+        for key in list(self._sums):
+            value, dtype = self._sums.pop(key).div_(self._weight), self._dtypes[key]
             exact = dtype.is_floating_point or dtype.is_complex
             mean[key] = (value if exact else value.round()).to(dtype)
         return mean

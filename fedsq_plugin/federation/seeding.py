@@ -13,7 +13,7 @@ import torch
 
 def derive(*keys: int | str) -> int:
     """A seed in [0, 2**32) that depends on all keys and their order, the same on every machine."""
-    text = "/".join(f"{type(key).__name__}:{key}" for key in keys)
+    text = "/".join(f"{'str' if isinstance(key, str) else 'int'}:{key}" for key in keys)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import WeightsError
+from ..errors import ConfigError, WeightsError
 from . import checkpoint
 from .local import LocalTraining, Phase, local_update
 from .roles import Role, roles
@@ -49,10 +50,22 @@ def public_warm_start(
     if path.exists():
         try:
             model.load_state_dict(checkpoint.load(path)[0])
+            model.to(device)
             return True
         except (WeightsError, RuntimeError):
             pass  # written by another version, or damaged: train again and replace it
+    _refuse_unwritable(cache)
     everything = (Phase(epochs, frozenset(Role)),)
     local_update(model, batches, training, everything, roles(model), round=0, seed=seed, device=device)
     checkpoint.save(path, state_of(model), {"epochs": epochs, "seed": seed, "public_data": content})
     return False
+
+
+def _refuse_unwritable(cache: Path) -> None:
+    """Before the training rather than after it."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            pass
+    except OSError as error:
+        raise ConfigError(f"warm_start_cache_dir {cache} cannot be written: {error.strerror}") from None

@@ -167,6 +167,7 @@ def test_logging_and_printing_survive_fedml_init(
 ) -> None:
     """FedML replaces logging.root, which silences named loggers, and sys.stdout.write."""
     root, seen = logging.root, []
+    root.handlers, root.level = [], logging.WARNING  # as in a main.py that sets up no logging
     make_args()
     assert logging.root is root is logging.getLogger()
 

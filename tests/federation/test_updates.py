@@ -1,0 +1,67 @@
+"""The reasons to refuse an update, one test each."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedsq_plugin.federation.updates import Update, problem
+
+
+def template() -> OrderedDict[str, Tensor]:
+    return OrderedDict(weight=torch.zeros(2, 3), bias=torch.zeros(2), count=torch.tensor(4))
+
+
+def reason(samples: float = 5, **changes: Tensor | None) -> str | None:
+    state = {key: value for key, value in {**template(), **changes}.items() if value is not None}
+    return problem(Update(0, samples, state), template())
+
+
+def test_good_update_has_no_problem() -> None:
+    assert reason() is None
+
+
+def test_order_of_the_keys_is_no_problem() -> None:
+    assert problem(Update(0, 1, dict(reversed(template().items()))), template()) is None
+
+
+@pytest.mark.parametrize("samples", [0, -3, float("nan"), float("inf")])
+def test_sample_count_that_is_no_weight(samples: float) -> None:
+    assert reason(samples) == f"its sample count is {samples}"
+
+
+def test_missing_key() -> None:
+    assert reason(weight=None) == "it lacks weight"
+
+
+def test_first_of_several_missing_keys_is_named() -> None:
+    assert reason(weight=None, bias=None) == "it lacks bias"
+
+
+def test_unknown_key() -> None:
+    assert reason(extra=torch.zeros(1)) == "it has the unknown key extra"
+
+
+def test_wrong_shape() -> None:
+    assert reason(weight=torch.zeros(3, 2)) == "weight has shape (3, 2) instead of (2, 3)"
+
+
+def test_shape_that_would_broadcast_is_wrong_too() -> None:
+    assert reason(bias=torch.zeros(1)) == "bias has shape (1,) instead of (2,)"
+
+
+def test_wrong_dtype() -> None:
+    wrong = torch.zeros(2, dtype=torch.float64)
+    assert reason(bias=wrong) == "bias is torch.float64 instead of torch.float32"
+
+
+def test_counter_that_became_a_float() -> None:
+    assert reason(count=torch.tensor(4.0)) == "count is torch.float32 instead of torch.int64"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_value_that_is_not_finite(bad: float) -> None:
+    assert reason(bias=torch.tensor([0.0, bad])) == "bias has NaN or infinite values"
