@@ -98,7 +98,8 @@ def _console() -> Any:
     from rich.console import Console
 
     # Bound now: while FedML runs, what is printed goes to its log file.
-    return Console(file=sys.stdout)
+    # Piped into a file, a table needs no folding at 80 columns.
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 100)
 
 
 def main() -> None:

@@ -1,4 +1,7 @@
-"""The frames of `statistics` as tables to read: in a terminal of 100 columns, or in a README."""
+"""The frames of `statistics` as tables to read: in a terminal of 100 columns, or in a README.
+
+Names of up to nine characters fit into 80 columns.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,12 @@ ABSENT = "–"
 """Stands for a number that does not exist."""
 
 _MEASURES = {
-    "best_accuracy": "best\naccuracy",
+    "best_accuracy": "best\naccuracy %",
     "rounds_to_best": "rounds\nto best",
-    "final_accuracy": "final\naccuracy",
-    "final_accuracy_released": "released\naccuracy",
+    "final_accuracy": "final\naccuracy %",
+    "final_accuracy_released": "released\naccuracy %",
     "seconds_per_round": "seconds\n/round",
-    "bytes_per_round": "MB/round\nup+down",
+    "bytes_per_round": "MB\n/round",
 }
 
 
@@ -29,7 +32,7 @@ def run_table(runs: pd.DataFrame) -> Table:
     """One row per run of `statistics.runs`; the seed only where there are several.
 
     Accuracies in percent of the split's samples, seconds of training and aggregation, MB = 10^6
-    bytes over all clients.
+    bytes over all clients, up and down.
     """
     several = runs["seed"].nunique() > 1
     keys = ["algorithm", "seed"] if several else ["algorithm"]
@@ -112,7 +115,7 @@ def _with_deviation(measure: str, mean: float, deviation: float = math.nan) -> s
     spread = "" if math.isnan(deviation) else f" ± {deviation:.1f}"
     if "accuracy" in measure:
         spread = "" if math.isnan(deviation) else f" ± {100 * deviation:.1f}"
-        return f"{100 * mean:.1f}{spread}%"
+        return f"{100 * mean:.1f}{spread}"
     if measure == "rounds_to_best":
         return f"{mean:.1f}{spread}" if spread else f"{mean:.4g}"
     return _short(mean if measure == "seconds_per_round" else mean / 1e6)

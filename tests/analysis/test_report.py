@@ -91,9 +91,9 @@ def test_without_label_counts_there_is_no_such_plot(tmp_path: Path) -> None:
 
 def test_the_table_fits_the_run(tmp_path: Path) -> None:
     one = text(write_report(directory(tmp_path / "one", {("FedSQ", 3): [0.5]})))
-    assert "seeds" not in one and "50.0%" in one
+    assert "seeds" not in one and "50.0" in one
     seeds = {("FedSQ", 0): [0.5], ("FedSQ", 1): [0.5]}
-    assert "50.0 ± 0.0%" in text(write_report(directory(tmp_path / "seeds", seeds)))
+    assert "50.0 ± 0.0" in text(write_report(directory(tmp_path / "seeds", seeds)))
     two = text(write_report(directory(tmp_path / "two", TWO)))
     assert "difference to FedAvg" in two and "+25.0 ± 0.0 points (2/2 seeds)" in two
     others = {("FedBN", 0): [0.5], ("FedSQ", 0): [0.5]}

@@ -46,7 +46,7 @@ def cells(lines: list[str], name: str) -> list[list[str]]:
 def test_one_run_shows_no_seed() -> None:
     lines = rendered(run_table(runs(table({("FedSQ", 4): [0.25, 0.579, NAN]}))))
     assert "seed" not in lines[1]
-    assert cells(lines, "FedSQ") == [["FedSQ", "57.9%", "2", "–", "25.0%", "2.0", "7.0"]]
+    assert cells(lines, "FedSQ") == [["FedSQ", "57.9", "2", "–", "25.0", "2.0", "7.0"]]
 
 
 def test_several_seeds_are_told_apart() -> None:
@@ -60,9 +60,9 @@ def test_comparison_by_hand() -> None:
     (average,) = cells(lines, "FedAvg")
     # rounds to best 1 2 1: mean 4/3, deviation sqrt(1/3); final 40 51 52: mean 143/3, and in thirds
     # deviations -23 10 13: sqrt(798 / 9 / 2) = 6.66
-    assert average[:5] == ["FedAvg", "3", "51.0 ± 1.0%", "1.3 ± 0.6", "47.7 ± 6.7%"]
+    assert average[:5] == ["FedAvg", "3", "51.0 ± 1.0", "1.3 ± 0.6", "47.7 ± 6.7"]
     fedsq, difference = cells(lines, "FedSQ")
-    assert fedsq[2:5] == ["52.7 ± 1.5%", "1.0 ± 0.0", "–"]
+    assert fedsq[2:5] == ["52.7 ± 1.5", "1.0 ± 0.0", "–"]
     # rounds 0 -1 0: mean -1/3, one seed earlier
     assert difference[1:] == ["+1.7 ± 0.6 points (3/3 seeds)", "-0.3 ± 0.6 rounds (1/3 seeds)"]
 
@@ -70,7 +70,7 @@ def test_comparison_by_hand() -> None:
 def test_one_seed_has_differences_without_deviation() -> None:
     of = runs(table({("FedAvg", 0): [0.5], ("FedSQ", 0): [0.4999], ("FedBN", 1): [0.5]}))
     lines = rendered(compare_table(of, "FedAvg"))
-    assert cells(lines, "FedAvg")[0][2:4] == ["50.0%", "1"]
+    assert cells(lines, "FedAvg")[0][2:4] == ["50.0", "1"]
     assert cells(lines, "FedSQ")[1][1:] == ["+0.0 points (0/1 seed)", "+0.0 rounds (0/1 seed)"]
     assert cells(lines, "FedBN")[1][1:] == ["–", "–"]
 
@@ -106,7 +106,7 @@ def test_the_widest_numbers_fit_without_wrapping() -> None:
     # 2 header lines, a rule, 2 rows; a gap, a title, a header, a rule, 1 row: nothing wrapped
     assert len(lines) == 10
     assert cells(lines, name)[0] == [
-        *(name, "3", "66.7 ± 57.7%", "50.0 ± 40.0", "66.7 ± 57.7%", "66.7 ± 57.7%"),
+        *(name, "3", "66.7 ± 57.7", "50.0 ± 40.0", "66.7 ± 57.7", "66.7 ± 57.7"),
         *("3599", "12345"),
     ]
     assert len(rendered(run_table(of))) == 9  # 2 header lines, a rule, 6 rows
@@ -120,7 +120,7 @@ def test_a_longer_name_fits_beside_common_numbers() -> None:
 def test_a_name_too_long_folds_and_the_numbers_stay_whole() -> None:
     of = THREE.assign(algorithm=THREE["algorithm"].replace("FedSQ", "x" * 60))
     text = "\n".join(rendered(compare_table(of, "FedAvg")))
-    assert "52.7 ± 1.5%" in text and "+1.7 ± 0.6 points (3/3 seeds)" in text and "…" not in text
+    assert "52.7 ± 1.5" in text and "+1.7 ± 0.6 points (3/3 seeds)" in text and "…" not in text
 
 
 def test_brackets_in_a_name_are_not_markup() -> None:
@@ -141,10 +141,10 @@ def test_small_numbers_keep_their_digits(seconds: float, size: float, shown: lis
 def test_markdown() -> None:
     text = compare_markdown(THREE.replace("FedSQ", "Fed|SQ"), "FedAvg")
     title, rule, average, fedsq = text.splitlines()
-    assert title.startswith("| algorithm | seeds | best accuracy | rounds to best |")
+    assert title.startswith("| algorithm | seeds | best accuracy % | rounds to best |")
     assert rule == "| --- |" + " ---: |" * 9
     assert average.endswith("| reference | reference |")
-    assert fedsq.startswith("| Fed\\|SQ | 3 | 52.7 ± 1.5% |")
+    assert fedsq.startswith("| Fed\\|SQ | 3 | 52.7 ± 1.5 |")
     assert "| +1.7 ± 0.6 points (3/3 seeds) |" in fedsq
     assert text.endswith("|\n")
 
