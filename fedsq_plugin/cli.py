@@ -27,10 +27,13 @@ def _out(command: Command) -> Command:
     )(command)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
 @click.version_option(__version__, prog_name="fedsq")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """FedSQ in FedML: federated fine-tuning under the gates of a frozen structural copy."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 @cli.command()
@@ -83,12 +86,16 @@ def report(directory: Path) -> None:
 @_settings
 def check(recipe: Path, settings: tuple[str, ...]) -> None:
     """Say everything that is wrong with RECIPE, at once. Nothing is trained or downloaded."""
-    from .check import check as findings
-    from .recipe import overridden, read_yaml
+    from . import check as checks
+    from .recipe import overridden, read_loosely
 
-    found = findings(overridden(read_yaml(recipe), settings))
+    families, repeated = read_loosely(recipe)
+    families = overridden(families, settings)
+    found = [*map(str, repeated), *checks.check(families)]
     for line in found:
         click.echo(f"{recipe}: {line}")
+    for line in checks.notes(families):
+        click.echo(f"note: {line}")
     if found:
         raise SystemExit(2)
     click.echo(f"{recipe}: nothing wrong")

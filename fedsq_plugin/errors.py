@@ -26,6 +26,10 @@ class WeightsError(FedSQError, ValueError):
     """A weights file does not fit the model, or cannot be read."""
 
 
+class RunError(FedSQError, RuntimeError):
+    """A run ended by an error that no check foresaw; the trace is in its log file."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the known name closest to `name`, or the list of known names.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,15 +21,19 @@ from . import __version__
 from .algorithms import algorithm
 from .analysis.report import write_report
 from .analysis.rundir import RunDirectory
+from .check import check
 from .config import Config
 from .dualcopy import DualCopy
-from .errors import ConfigError
+from .errors import ConfigError, FedSQError, RunError
 from .federation import checkpoint
+from .federation.evaluate import Metrics
 from .federation.record import RoundRecord
 from .hosts.fedml.run import Outcome, Start, execute
 from .recipe import Families, overridden, resolve, resolved_families
 
 SPLIT = "test"
+NO_METRICS = Metrics(float("nan"), float("nan"), 0)
+"""Of a round without an evaluation."""
 
 
 @dataclass
@@ -39,21 +44,19 @@ class _Session:
     console: Console
     progress: Progress
     notes: list[str] = field(default_factory=list)
+    ended_early: list[str] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
 
 
 def run(families: Families, out: Path, console: Console) -> None:
     """One run of a recipe's own algorithm and seed."""
-    config = resolve(families)
-    algorithm(config.federated_optimizer)
-    with _session(families, config, out, console, runs=1) as session:
-        _one(session, families, config)
+    _all([families], [families], out, console, {})
 
 
 def compare(
     families: Families, algorithms: Sequence[str], seeds: Sequence[int], out: Path, console: Console
 ) -> None:
-    """Every algorithm with every seed, all else equal."""
+    """Every algorithm with every seed, all else equal. A run that ends early does not end the others."""
     for name in algorithms:
         algorithm(name)
     repeated = {name for name in algorithms if list(algorithms).count(name) > 1}
@@ -64,11 +67,33 @@ def compare(
         for seed in seeds
         for name in algorithms
     ]
+    about = {"algorithms_compared": list(algorithms), "seeds": list(seeds)}
+    # Algorithms and seeds differ in nothing else that can be wrong with a recipe.
+    _all(variants, variants[: len(algorithms)], out, console, about)
+
+
+def _all(
+    variants: Sequence[Families],
+    to_check: Sequence[Families],
+    out: Path,
+    console: Console,
+    about: Mapping[str, Any],
+) -> None:
+    found = [line for variant in to_check for line in check(variant)]
+    if found:
+        raise ConfigError(" | ".join(dict.fromkeys(found)))
     configs = [resolve(variant) for variant in variants]
-    with _session(families, configs[0], out, console, runs=len(variants)) as session:
-        session.summary.update(algorithms_compared=list(algorithms), seeds=list(seeds))
+    with _session(variants[0], configs[0], out, console, len(variants)) as session:
+        session.summary.update(about)
         for variant, config in zip(variants, configs, strict=True):
-            _one(session, variant, config)
+            try:
+                _one(session, variant, config)
+            except FedSQError as error:
+                if isinstance(error, ConfigError) and session.directory.metrics.empty:
+                    raise
+                name = f"{config.federated_optimizer} seed {config.random_seed}"
+                session.ended_early.append(f"{name} ended early: {error}")
+                console.print(session.ended_early[-1], highlight=False, markup=False)
 
 
 def default_out(recipe: Path) -> Path:
@@ -97,15 +122,24 @@ def _session(
     )
     progress = Progress(*columns, console=console, disable=not console.is_terminal)
     session = _Session(directory, console, progress)
-    console.print(f"results go to {out}; {torch.get_num_threads()} threads")
-    with progress:
-        session.progress.add_task("starting FedML", total=runs * config.comm_round, accuracy="")
-        yield session
+    console.print(f"results go to {out}; {torch.get_num_threads()} threads", highlight=False)
+    try:
+        with progress:
+            session.progress.add_task("starting FedML", total=runs * config.comm_round, accuracy="")
+            yield session
+    except ConfigError:
+        if directory.metrics.empty:
+            shutil.rmtree(out, ignore_errors=True)  # nothing ran: the same command may be given again
+        raise
     for note in session.notes:
-        console.print(f"note: {note}", highlight=False)
+        console.print(f"note: {note}", highlight=False, markup=False)
+    session.summary["ended_early"] = session.ended_early
     directory.write_summary(session.summary)
-    console.print(write_report(directory))
+    if not directory.metrics.empty:
+        console.print(write_report(directory))
     console.print(f"results are in {out}", highlight=False)
+    if session.ended_early:
+        raise RunError(" | ".join(session.ended_early))
 
 
 def _one(session: _Session, families: Families, config: Config) -> None:
@@ -114,8 +148,10 @@ def _one(session: _Session, families: Families, config: Config) -> None:
     session.progress.update(task, description=f"{name} seed {seed}")
 
     def on_start(start: Start) -> None:
-        warm = {"accuracy": start.warm_start.accuracy, "loss": start.warm_start.loss}
-        session.summary.setdefault("warm_start", {})[str(seed)] = warm
+        before = {"accuracy": start.metrics.accuracy, "loss": start.metrics.loss}
+        kind = "initial" if config.warm_start == "none" else "warm_start"
+        session.summary.setdefault(kind, {})[str(seed)] = before
+        session.notes += [note for note in start.notes if note not in session.notes]
         session.summary["device"] = start.device
         if start.counts is not None and "label_counts" not in session.summary:
             session.summary.update(label_counts=start.counts, classes=start.classes, label_counts_seed=seed)
@@ -127,24 +163,21 @@ def _one(session: _Session, families: Families, config: Config) -> None:
             line = f"{name} seed {seed}: round {record.round}/{config.comm_round} {accuracy}"
             session.console.print(line, highlight=False)
         session.notes += [f"{name} seed {seed}, {note}" for note in record.notes]
-        if record.metrics and record.released:
-            session.directory.add(
-                [
-                    {
-                        "algorithm": name,
-                        "seed": seed,
-                        "round": record.round,
-                        "split": SPLIT,
-                        "loss": record.metrics.loss,
-                        "accuracy": record.metrics.accuracy,
-                        "accuracy_released": record.released.accuracy,
-                        "seconds": record.seconds,
-                        "seconds_evaluation": record.seconds_evaluation,
-                        "bytes_up": record.bytes_up,
-                        "bytes_down": record.bytes_down,
-                    }
-                ]
-            )
+        metrics, released = record.metrics or NO_METRICS, record.released or NO_METRICS
+        row = {
+            "algorithm": name,
+            "seed": seed,
+            "round": record.round,
+            "split": SPLIT,
+            "loss": metrics.loss,
+            "accuracy": metrics.accuracy,
+            "accuracy_released": released.accuracy,
+            "seconds": record.seconds,
+            "seconds_evaluation": record.seconds_evaluation,
+            "bytes_up": record.bytes_up,
+            "bytes_down": record.bytes_down,
+        }
+        session.directory.add([row])
 
     log_file = session.directory.path_for("fedml.log")
     outcome: Outcome = execute(families, log_file, on_start, on_round)

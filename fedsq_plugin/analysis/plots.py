@@ -55,6 +55,8 @@ def accuracy_over_rounds(
     the metrics have no such split, or the file cannot be written.
     """
     rows = of_split(metrics, split)
+    # A round that was not evaluated is no gap in the curve, as one that diverged is.
+    rows = rows[rows["accuracy"].notna() | (rows["seconds_evaluation"] > 0)]
     figure = Figure(figsize=(9, 4.8), dpi=_DPI, layout="constrained")
     axes = figure.add_subplot()
     algorithms = list(rows["algorithm"].unique())

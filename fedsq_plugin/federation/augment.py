@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import ConfigError
+
 _PADDING = 8  # a crop moves an image by up to 1/8 of its size, as 4 pixels do at 32
 
 
@@ -34,6 +36,11 @@ AUGMENTATIONS: dict[str, Callable[[Tensor], Tensor]] = {"crop": crop, "flip": fl
 
 def augment(images: Tensor, names: Sequence[str]) -> Tensor:
     """Apply augmentations by name, in order."""
+    if names and images.dim() != 4:
+        raise ConfigError(
+            f"augmentation is for images (N, C, H, W), not for inputs of shape {tuple(images.shape)}; "
+            "set augmentation: []"
+        )
     for name in names:
         images = AUGMENTATIONS[name](images)
     return images

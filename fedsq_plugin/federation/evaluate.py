@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""(logits (N, classes), labels (N,)) -> mean loss of the batch."""
+"""(logits (N, classes, …), labels (N, …)) -> mean loss of the batch."""
 
 
 class Metrics(NamedTuple):
@@ -52,7 +52,7 @@ def evaluate(
             x, labels = x.to(device), labels.to(device)
             logits = main_output(model(x))
             total += float(loss(logits, labels)) * labels.numel()
-            correct += int((logits.argmax(-1) == labels).sum())
+            correct += int((logits.argmax(1) == labels).sum())
             samples += labels.numel()
     finally:
         model.train(modes[model])

@@ -34,7 +34,7 @@ class WeightedMean:
             raise UpdateError(f"the weight of a state in a mean is {weight}; it must be above 0 and finite")
         if not self._sums:
             self._dtypes = {key: value.dtype for key, value in state.items()}
-            self._sums = {key: value.detach().to(_wide(value)) * weight for key, value in state.items()}
+            self._sums = {k: v.detach().to(_wide(v), copy=True).mul_(weight) for k, v in state.items()}
         else:
             for key, total in self._sums.items():
                 total.add_(state[key].detach().to(total.device, total.dtype), alpha=weight)

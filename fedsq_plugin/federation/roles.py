@@ -32,7 +32,7 @@ def roles(model: nn.Module, head: str | None = None) -> dict[str, Role]:
     """The role of every key of `model.state_dict()`, in its order.
 
     Args:
-        head: module path of the head, `fc` for a ResNet. A normalisation layer inside it is head.
+        head: module path of the head, `fc` for a ResNet. A normalisation layer's parameters in it are head.
 
     Raises:
         ConfigError: no module has that path.
@@ -46,15 +46,15 @@ def roles(model: nn.Module, head: str | None = None) -> dict[str, Role]:
         owner = modules.get(key.rpartition(".")[0])
         if not (value.is_floating_point() or value.is_complex()):
             found[key] = Role.COUNTER
-        elif head is not None and key.startswith(f"{head}."):
-            found[key] = Role.HEAD
         elif key not in parameters:
             found[key] = Role.NORM_BUFFER
+        elif head is not None and key.startswith(f"{head}."):
+            found[key] = Role.HEAD
         else:
             found[key] = Role.NORM_PARAMETER if isinstance(owner, NORMALISATION) else Role.BODY
     return found
 
 
 def check_finite(value: torch.Tensor) -> bool:
-    """Whether all entries are finite; one reduction, as a NaN or infinity survives a sum of zeros."""
-    return bool(torch.isfinite((value * 0).sum()).item())
+    """Whether all entries are finite. A finite sum says so in one pass; finite entries can overflow it."""
+    return bool(torch.isfinite(value.sum())) or bool(torch.isfinite(value).all())

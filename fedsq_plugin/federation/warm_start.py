@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .. import __version__
 from ..errors import ConfigError, WeightsError
 from . import checkpoint
 from .local import LocalTraining, Phase, local_update
-from .roles import Role, roles
+from .roles import Role, check_finite, roles
 from .state import fingerprint, state_of
 
 
@@ -30,7 +31,7 @@ def public_warm_start(
     """Train `model` in place on public data, or load the result of having done so before.
 
     The cache is keyed by content: the model as printed, its initial weights, the data (`content` is
-    their fingerprint), the options, the seed and torch's version. A damaged entry is made anew.
+    their fingerprint), the options, the seed, the threads and the versions. A damaged entry is made anew.
 
     Returns:
         Whether the result came from the cache.
@@ -43,6 +44,8 @@ def public_warm_start(
         epochs,
         seed,
         torch.__version__,
+        torch.get_num_threads(),
+        __version__,
         str(device),
     )
     name = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32]
@@ -57,6 +60,11 @@ def public_warm_start(
     _refuse_unwritable(cache)
     everything = (Phase(epochs, frozenset(Role)),)
     local_update(model, batches, training, everything, roles(model), round=0, seed=seed, device=device)
+    if not all(check_finite(value) for value in model.state_dict().values() if value.is_floating_point()):
+        raise ConfigError(
+            f"the warm start diverged: weights are not finite after {epochs} epochs; "
+            "lower warm_start_learning_rate"
+        )
     checkpoint.save(path, state_of(model), {"epochs": epochs, "seed": seed, "public_data": content})
     return False
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fedsq_plugin import DualCopy, models
+from fedsq_plugin.dualcopy import GateCache
 
 
 def main() -> None:
@@ -38,11 +39,11 @@ def main() -> None:
     kept = DualCopy(copy.deepcopy(plain)).train()
     images = torch.randn(options.batch, 3, options.size, options.size)
     labels = torch.randint(10, (options.batch,))
-    gates = kept.gates(images)
+    cache = GateCache(kept)
     steps = {
         "FedAvg": stepper(plain, lambda: plain(images), labels),
         "FedSQ": stepper(dual, lambda: dual(images), labels),
-        "FedSQ, gates kept": stepper(kept, lambda: kept.gated(gates, images), labels),
+        "FedSQ, gates kept": stepper(kept, lambda: cache(images), labels),
     }
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(options.repeats + 3):

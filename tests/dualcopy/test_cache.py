@@ -99,3 +99,24 @@ def test_calls_without_a_row_per_sample_are_refused() -> None:
 
     with pytest.raises(GateError, match="has not one row per sample"):
         GateCache(DualCopy(Folded()))(torch.randn(3, 4))
+
+
+def test_samples_of_several_sizes_keep_gates_of_their_own() -> None:
+    torch.manual_seed(0)
+    dual = DualCopy(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)))
+    cache, small, large = GateCache(dual), torch.randn(2, 1, 5, 5), torch.randn(2, 1, 7, 7)
+    for x in (small, large, small, large):
+        torch.testing.assert_close(cache(x), dual(x))
+    assert (cache.hits, cache.misses) == (4, 4)
+
+
+def test_equal_bytes_in_another_shape_are_another_sample() -> None:
+    dual = DualCopy(nn.Sequential(nn.ReLU()))
+    cache, x = GateCache(dual), torch.randn(2, 6)
+    cache(x)
+    assert cache(x.view(2, 2, 3)).shape == (2, 2, 3)
+
+
+def test_an_empty_batch_has_empty_gates() -> None:
+    dual = DualCopy(nn.Sequential(nn.Linear(3, 4), nn.ReLU()))
+    assert GateCache(dual)(torch.zeros(0, 3)).shape == (0, 4)

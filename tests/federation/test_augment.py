@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedsq_plugin.errors import ConfigError
 from fedsq_plugin.federation.augment import AUGMENTATIONS, augment, crop, flip
 from fedsq_plugin.federation.seeding import isolated
 
@@ -126,3 +127,8 @@ def test_augment_applies_the_names_in_order() -> None:
     with isolated(1):
         expected = crop(flip(batch))
     assert torch.equal(found, expected)
+
+
+def test_inputs_that_are_no_images_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"not for inputs of shape \(4, 784\)"):
+        augment(torch.zeros(4, 784), ["flip"])

@@ -53,9 +53,10 @@ def test_batches_count_by_their_samples() -> None:
 
 def test_several_labels_per_sample_are_counted_as_the_loss_counts_them() -> None:
     # A loss that is a mean over all six labels, 0.5 everywhere, is 0.5 over the data set too.
-    batches = [(torch.zeros(2, 3, 2), torch.zeros(2, 3)), (torch.zeros(1, 3, 2), torch.zeros(1, 3))]
+    # Classes are the second dimension, as in torch's cross-entropy.
+    batches = [(torch.zeros(2, 5, 3), torch.zeros(2, 3)), (torch.zeros(1, 5, 3), torch.zeros(1, 3))]
     found = evaluate(nn.Identity(), batches, loss=lambda logits, labels: torch.tensor(0.5))
-    assert (found.loss, found.samples) == (0.5, 9)
+    assert (found.loss, found.accuracy, found.samples) == (0.5, 1.0, 9)
 
 
 def test_own_loss_is_used() -> None:

@@ -57,7 +57,7 @@ def test_head_is_matched_by_whole_path_components() -> None:
     assert [key for key, role in roles(model, "fc").items() if role is Role.HEAD] == ["fc.weight", "fc.bias"]
 
 
-def test_norm_inside_the_head_is_head_and_its_counter_a_counter() -> None:
+def test_norm_parameters_inside_the_head_are_head_and_its_statistics_are_not() -> None:
     model = nn.ModuleDict(
         {"body": nn.Linear(2, 2), "head": nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1))}
     )
@@ -66,8 +66,8 @@ def test_norm_inside_the_head_is_head_and_its_counter_a_counter() -> None:
         "body.bias": Role.BODY,
         "head.0.weight": Role.HEAD,
         "head.0.bias": Role.HEAD,
-        "head.0.running_mean": Role.HEAD,
-        "head.0.running_var": Role.HEAD,
+        "head.0.running_mean": Role.NORM_BUFFER,
+        "head.0.running_var": Role.NORM_BUFFER,
         "head.0.num_batches_tracked": Role.COUNTER,
         "head.1.weight": Role.HEAD,
         "head.1.bias": Role.HEAD,

@@ -145,3 +145,11 @@ def test_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(ConfigError, match="cannot be written"):
         started(tmp_path / "file")
+
+
+def test_a_diverged_warm_start_is_an_error_and_is_not_kept(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    batches = [(torch.tensor([[float("inf"), 1.0]]), torch.tensor([0]))]
+    with pytest.raises(ConfigError, match=r"the warm start diverged.*lower warm_start_learning_rate"):
+        public_warm_start(model, batches, "data", LocalTraining(), 1, 0, tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from fedml.core import ClientTrainer, ServerAggregator
@@ -22,14 +22,13 @@ from ...algorithms.objective import OBJECTIVES
 from ...algorithms.phases import PHASES
 from ...algorithms.server import SERVERS
 from ...dualcopy import DualCopy, GateCache
-from ...errors import UpdateError
 from ...federation.evaluate import evaluate
-from ...federation.local import LocalResult, local_update
+from ...federation.local import local_update
 from ...federation.mean import WeightedMean
 from ...federation.roles import NORMALISATION, Role, roles
 from ...federation.seeding import derive, isolated
 from ...federation.state import State, clone, state_of
-from ...federation.updates import Update, problem
+from ...federation.updates import Update
 from .plan import Plan
 
 log = logging.getLogger(__name__)
@@ -68,7 +67,6 @@ class _Travelling:
 class FedSQTrainer(_Travelling, ClientTrainer):  # type: ignore[misc]
     """A client's local update, for every row of the table."""
 
-    last: LocalResult | None = None
     _cache: GateCache | None = None
 
     def __init__(self, model: nn.Module, args: Any, plan: Plan) -> None:
@@ -79,7 +77,7 @@ class FedSQTrainer(_Travelling, ClientTrainer):  # type: ignore[misc]
         plan, row = self.plan, self.plan.algorithm
         if plan.config.keep_gates and self._cache is None and isinstance(self.model, DualCopy):
             self._cache = GateCache(self.model)
-        self.last = local_update(
+        result = local_update(
             self.model,
             train_data,
             plan.training,
@@ -91,7 +89,7 @@ class FedSQTrainer(_Travelling, ClientTrainer):  # type: ignore[misc]
             device=device,
             forward=self._cache,
         )
-        if not self.last.steps:
+        if not result.steps:
             log.warning("round %d: silo %s has no batch to train on", args.round_idx + 1, self.id)
 
     def on_after_local_training(self, train_data: Any, device: Any, args: Any) -> None:
@@ -112,15 +110,11 @@ class FedSQTrainer(_Travelling, ClientTrainer):  # type: ignore[misc]
 
 
 class FedSQAggregator(_Travelling, ServerAggregator):  # type: ignore[misc]
-    """The server's side, for every row of the table: refuses bad updates, then follows the row's rule."""
+    """The server's side, for every row of the table: follows the row's rule."""
 
     def __init__(self, model: nn.Module, args: Any, plan: Plan) -> None:
         super().__init__(model, args)
         self._prepare(model, plan)
-        self.clients: Sequence[int] | None = None
-        """The clients of the round, in the order of their updates, to name them."""
-        self.refused: list[str] = []
-        """Updates refused in this round, and why."""
         self._counters: Mapping[str, Tensor] = {}
         self._variances = {
             f"{path}.running_var" if path else "running_var"
@@ -135,38 +129,18 @@ class FedSQAggregator(_Travelling, ServerAggregator):  # type: ignore[misc]
         ours = all(getattr(type(self), hook) is getattr(FedSQAggregator, hook) for hook in hooks)
         return ours and not security_enabled()
 
-    def accepts(self, update: Update, template: Mapping[str, Tensor]) -> bool:
-        """Whether an update may reach the average; if not, it is named and, as the option says, fatal."""
-        reason = problem(update, template)
-        if reason is None:
-            return True
-        line = f"round {self.args.round_idx + 1}: the update of silo {update.client} is refused: {reason}"
-        if self.plan.config.nonfinite == "fail":
-            raise UpdateError(f"{line} (fedsq_args.nonfinite: fail)")
-        log.warning(line)
-        self.refused.append(line)
-        return False
-
     def begin(self, template: Mapping[str, Tensor]) -> Any:
         """The row's rule, at the start of a round's aggregation."""
         return SERVERS[self.plan.algorithm.server](template, self.roles, self.plan.options)
 
     def on_before_aggregation(self, raw_client_model_or_grad_list: Any) -> Any:
-        template = self.get_model_params()
-        clients = self.clients or range(len(raw_client_model_or_grad_list))
-        updates = [
-            (samples, state)
-            for client, (samples, state) in zip(clients, raw_client_model_or_grad_list, strict=True)
-            if self.accepts(Update(client, samples, state), template)
-        ]
-        if not updates:
-            raise UpdateError(f"round {self.args.round_idx + 1}: no update is left to aggregate")
+        updates = raw_client_model_or_grad_list
         if not security_enabled():
             return updates, list(range(len(updates)))
         counters = WeightedMean()
         for samples, state in updates:
             counters.add(self._only_counters(state), samples)
-        self._counters = counters.result() if self._only_counters(template) else {}
+        self._counters = counters.result() if Role.COUNTER in self.roles.values() else {}
         self.hide_counters = True
         # FedML's clipping and attacks write into the tensors that they are given.
         floats = [(n, clone({k: v for k, v in s.items() if k not in self._counters})) for n, s in updates]

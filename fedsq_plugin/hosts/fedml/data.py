@@ -13,13 +13,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
 
 from ...config import Config
 from ...errors import ConfigError
 from ...federation.partition import Labels, label_counts, matching, partition
 from ...federation.seeding import derive
 
+_MEMORY = 2**30
+"""Bytes up to which the decoded images of a split are kept."""
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -73,14 +75,21 @@ class _Tensors(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: Any) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.images[index], self.labels[index]
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        return self.images[indices], self.labels[indices]
+
+
+def _collate(batch: Any) -> Any:
+    return batch if isinstance(batch, tuple) else default_collate(batch)
 
 
 def loader(dataset: Dataset[Any], batch_size: int, shuffle: bool = False) -> DataLoader[Any]:
     """Batches of a data set; shuffled by the global torch generator."""
     size = len(dataset)  # type: ignore[arg-type]
-    return DataLoader(dataset, batch_sampler=_Batches(size, batch_size, shuffle))
+    return DataLoader(dataset, batch_sampler=_Batches(size, batch_size, shuffle), collate_fn=_collate)
 
 
 def load(config: Config) -> tuple[SiloData, int]:
@@ -188,12 +197,43 @@ def _image_folder(config: Config) -> _Splits:
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))[0]
         raise ConfigError(f"image_folder: the class {odd} is in only one of {root}/train and {root}/test")
-    sizes = {_open_image(path).size for path, _ in train.samples[:: max(len(train) // 20, 1)]}
-    if len(sizes) > 1 and not config.image_size:
-        raise ConfigError(f"image_folder: images in {root}/train differ in size; set fedsq_args.image_size")
-    return _Splits(
-        train, np.asarray(train.targets), test, np.asarray(test.targets), [str(c) for c in train.classes]
-    )
+    if not config.image_size:
+        _refuse_differing_sizes([path for folder in folders for path, _ in folder.samples])
+    labels = [np.asarray(folder.targets) for folder in folders]
+    kept = [_in_memory(folder, targets) for folder, targets in zip(folders, labels, strict=True)]
+    return _Splits(kept[0], labels[0], kept[1], labels[1], [str(name) for name in train.classes])
+
+
+def _in_memory(folder: Any, labels: Labels) -> Dataset[Any]:
+    """The folder decoded once where it fits into memory; as it is, decoded in every epoch, else."""
+    size = folder[0][0].numel() * 4 * len(folder)
+    if size > _MEMORY:
+        return folder  # type: ignore[no-any-return]
+    return _Tensors(torch.stack([image for image, _ in folder]), labels)
+
+
+def _refuse_differing_sizes(paths: Sequence[str]) -> None:
+    sizes: dict[tuple[int, int], str] = {}
+    for path in paths:
+        sizes.setdefault(_image_size(path), path)
+        if len(sizes) > 1:
+            (one, first), (other, second) = sizes.items()
+            raise ConfigError(
+                f"image_folder: {first} has {one[0]}x{one[1]} pixels and {second} {other[0]}x{other[1]}; "
+                "set fedsq_args.image_size"
+            )
+
+
+def _image_size(path: str) -> tuple[int, int]:
+    """Width and height, from the file's header."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            return width, height
+    except (UnidentifiedImageError, OSError) as error:
+        raise ConfigError(f"image_folder: {path} cannot be read as an image ({error})") from None
 
 
 def _open_image(path: str) -> Any:

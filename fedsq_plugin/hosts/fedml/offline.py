@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 
@@ -35,6 +37,9 @@ def own_logging(runtime_log: Any) -> None:
     @functools.wraps(init_logs)
     def wrapped(self: Any, *args: Any, **options: Any) -> None:
         root, write = logging.root, vars(sys.stdout).get("write")
+        if not getattr(self.args, "using_mlops", False):
+            # It makes the folder for its log file also where it writes none.
+            self.args.log_file_dir = str(Path(tempfile.gettempdir()) / "fedml-logs")
         init_logs(self, *args, **options)
         theirs, logging.root = logging.root, root
         if write is None:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from torch import nn
 
-from ...errors import ConfigError
+from ...errors import ConfigError, FedSQError, RunError
 from ...federation.evaluate import Metrics
 from ...federation.record import RoundRecord
 from ...recipe import Families, with_host_defaults
@@ -38,8 +38,10 @@ class Start:
     device: str
     counts: list[list[int]] | None
     classes: list[str] | None
-    warm_start: Metrics
+    metrics: Metrics
     """The global model before the first round, on the global test set."""
+    notes: list[str]
+    """How the model came by its weights."""
 
 
 def execute(
@@ -55,31 +57,47 @@ def execute(
     with _logged(log_file), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.yaml"
         path.write_text(yaml.safe_dump(with_host_defaults(families), sort_keys=False))
-        import fedml
-
-        from . import hook
-
-        hook.register()
-        args = _init(fedml, path)
-        setattr(args, hook.OWN_ROWS, True)
-        device = fedml.device.get_device(args)
-        dataset, classes = _load(fedml, args)
-        model = fedml.model.create(args, classes)
         try:
-            runner = fedml.FedMLRunner(args, device, dataset, model)
-            simulation = runner.runner
-            metrics = simulation.evaluate_global()[0]
-        except RuntimeError as error:
-            log.exception("the first forward or the warm start failed")
-            reason = str(error).partition("\n")[0]
-            raise ConfigError(
-                f"model {args.model} does not run on the images of {args.dataset}: {reason}; "
-                f"try fedsq_args.small_images or image_size (full trace in {log_file})"
-            ) from None
-        simulation.on_round = on_round
-        counts, names = getattr(dataset, "counts", None), getattr(dataset, "classes", None)
-        on_start(Start(str(device), counts, names, metrics))
-        runner.run()
+            return _run(path, on_start, on_round)
+        except FedSQError:
+            raise
+        except Exception as error:
+            log.exception("the run ended")
+            reason = str(error).strip().partition("\n")[0]
+            raise RunError(f"{type(error).__name__}: {reason} (full trace in {log_file})") from error
+
+
+def _run(path: Path, on_start: Callable[[Start], None], on_round: Callable[[RoundRecord], None]) -> Outcome:
+    import fedml
+
+    from . import hook
+
+    hook.register()
+    args = _init(fedml, path)
+    setattr(args, hook.OWN_ROWS, True)
+    device = fedml.device.get_device(args)
+    dataset, classes = _load(fedml, args)
+    model = fedml.model.create(args, classes)
+    with _heard(hook.__name__.replace("hook", "plan")) as notes:
+        runner = fedml.FedMLRunner(args, device, dataset, model)
+    simulation = runner.runner
+    try:
+        metrics = simulation.evaluate_global()[0]
+    except RuntimeError as error:
+        log.exception("the first forward failed")
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"model {args.model} does not run on the images of {args.dataset}: {reason}; "
+            "try fedsq_args.small_images or image_size"
+        ) from None
+    simulation.on_round = on_round
+    counts, names = getattr(dataset, "counts", None), getattr(dataset, "classes", None)
+    on_start(Start(str(device), counts, names, metrics, notes))
+    runner.run()
+    if getattr(args, "enable_wandb", False):
+        import wandb
+
+        wandb.finish()  # the next run of a comparison is a run of its own
     return Outcome(simulation.aggregator.model, simulation.structural_fingerprint, simulation.plan.head)
 
 
@@ -122,3 +140,20 @@ def _logged(path: Path) -> Iterator[None]:
         handler.close()
         root.handlers = handlers
         root.setLevel(level)
+
+
+@contextlib.contextmanager
+def _heard(name: str) -> Iterator[list[str]]:
+    """The messages of a logger, as they come."""
+    messages: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    logger, handler = logging.getLogger(name), Keep()
+    logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)

@@ -10,25 +10,27 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fedml import mlops
-from fedml.core import Context
 from fedml.simulation.sp.fedavg import FedAvgAPI
-from torch import nn
+from torch import Tensor, nn
 
 from ...dualcopy import DualCopy
-from ...errors import UpdateError
+from ...errors import ConfigError, UpdateError
 from ...federation.evaluate import Metrics, evaluate
 from ...federation.record import RoundRecord
 from ...federation.seeding import derive, isolated, sample_clients
-from ...federation.state import State, clone, fingerprint, nbytes, state_of
-from ...federation.updates import Update
+from ...federation.state import State, clone, fingerprint, nbytes
+from ...federation.updates import Update, problem
 from .adapters import FedSQAggregator, FedSQTrainer
 from .plan import Plan
 
 log = logging.getLogger(__name__)
+
+OTHER_LOSSES = ("fed_shakespeare", "stackoverflow_nwp", "stackoverflow_lr")
+"""Data sets that FedML trains with other losses than cross-entropy over classes."""
 
 
 class Simulation(FedAvgAPI):  # type: ignore[misc]
@@ -46,6 +48,12 @@ class Simulation(FedAvgAPI):  # type: ignore[misc]
     ) -> None:
         self.plan = plan
         self.on_round: Callable[[RoundRecord], None] = lambda record: None
+        if args.dataset in OTHER_LOSSES and (client_trainer is None or server_aggregator is None):
+            raise ConfigError(
+                f"{args.dataset} is no classification task; pass a client_trainer and a server_aggregator"
+            )
+        if getattr(args, "enable_contribution", False):
+            raise ConfigError("enable_contribution: contribution assessment does not run in FedML's sp")
         super().__init__(args, device, dataset, model)
         # The aggregator holds the global model, which the trainer's training must not touch.
         self.model_trainer = client_trainer or FedSQTrainer(model, args, plan)
@@ -53,7 +61,6 @@ class Simulation(FedAvgAPI):  # type: ignore[misc]
         for part, network in ((client_trainer, model), (server_aggregator, copy.deepcopy(model))):
             if part is not None:
                 part.model = network
-        self.template = state_of(model)
         self.structural_fingerprint = (
             fingerprint(model.structural.state_dict()) if isinstance(model, DualCopy) else None
         )
@@ -87,17 +94,28 @@ class Simulation(FedAvgAPI):  # type: ignore[misc]
                 record.seconds_evaluation = time.perf_counter() - started
             mlops.log_round_info(args.comm_round, round_idx)
             self.on_round(record)
+        # The script's own model object is the trainer's: it ends as the global model.
+        self.model_trainer.set_model_params(clone(self.aggregator.get_model_params()))
         mlops.log_training_finished_status()
         mlops.log_aggregation_finished_status()
 
-    def evaluate_global(self) -> tuple[Metrics, Metrics]:
-        """The global model on the global test set: as trained, and as its quantitative copy alone."""
-        model = self.aggregator.model
-        with isolated(derive("test", self.plan.config.random_seed)):
+    def evaluate_global(self) -> tuple[Metrics | None, Metrics | None]:
+        """The global model on the global test set: as trained, and as its quantitative copy alone.
+
+        A user's aggregator tests by its own measure; (accuracy, loss, …) is what FedML expects of it.
+        """
+        model, seed = self.aggregator.model, derive("test", self.plan.config.random_seed)
+        if not isinstance(self.aggregator, FedSQAggregator):
+            with isolated(seed):
+                tested = self.aggregator.test(self.test_global, self.device, self.args)
+            if not isinstance(tested, tuple):
+                return None, None
+            return Metrics(tested[1], tested[0], self.test_data_num_in_total), None
+        with isolated(seed):
             metrics = evaluate(model, self.test_global, self.device)
         if not isinstance(model, DualCopy):
             return metrics, metrics
-        with isolated(derive("test", self.plan.config.random_seed)):
+        with isolated(seed):
             return metrics, evaluate(model.quantitative, self.test_global, self.device)
 
     def _round(self, record: RoundRecord) -> None:
@@ -106,80 +124,97 @@ class Simulation(FedAvgAPI):  # type: ignore[misc]
         clients = [client for client in sampled if self._has_data(client, record)]
         if not clients:
             raise UpdateError(f"round {record.round}: none of the silos {sampled} has a sample to train on")
-        weights = aggregator.get_model_params()
-        # A user's own aggregator may hand out its model's live state.
-        weights = clone(weights)
-        record.bytes_down = nbytes(weights) * len(clients)
+        weights: State = aggregator.get_model_params()
         ours = isinstance(aggregator, FedSQAggregator)
-        if ours:
-            aggregator.clients, aggregator.refused = clients, []
+        if not ours:
+            weights = clone(weights)  # perhaps the live state of its model
+        record.bytes_down = nbytes(weights) * len(clients)
         rule = aggregator.begin(weights) if ours and aggregator.streams else None
-        together: list[tuple[float, State]] = []
+        together: list[tuple[float, Mapping[str, Tensor]]] = []
+        accepted = 0
         for client in clients:
-            samples, state = self.train_data_local_num_dict[client], self._train_client(client, weights)
-            record.bytes_up += nbytes(state)
+            update = Update(
+                client, self.train_data_local_num_dict[client], self._train_client(client, weights)
+            )
+            record.bytes_up += nbytes(update.state)
+            if not self._accepts(update, weights, record):
+                continue
+            accepted += 1
             if rule is None:
-                together.append((samples, state))
-            elif aggregator.accepts(update := Update(client, samples, state), weights):
+                together.append((update.samples, update.state))
+            else:
                 rule.add(update)
+        if not accepted:
+            raise UpdateError(f"no update is left to aggregate: {'; '.join(record.notes)}")
         mlops.event("agg", event_started=True, event_value=str(args.round_idx))
         aggregator.set_model_params(rule.finish() if rule else self._aggregate(together))
         mlops.event("agg", event_started=False, event_value=str(args.round_idx))
-        if ours:
-            record.notes += aggregator.refused
-        Context().add(Context.KEY_CLIENT_ID_LIST_IN_THIS_ROUND, clients)
 
     def _has_data(self, client: int, record: RoundRecord) -> bool:
         if self.train_data_local_num_dict.get(client) and self.train_data_local_dict.get(client) is not None:
             return True
-        record.notes.append(f"round {record.round}: silo {client} has no samples and is skipped")
-        log.warning(record.notes[-1])
+        self._note(record, f"round {record.round}: silo {client} has no samples and is skipped")
         return False
+
+    def _accepts(self, update: Update, template: State, record: RoundRecord) -> bool:
+        """Whether an update may reach the aggregator; if not, it is named and, as the option says, fatal."""
+        reason = problem(update, template)
+        if reason is None:
+            return True
+        line = f"round {record.round}: the update of silo {update.client} is refused: {reason}"
+        if self.plan.config.nonfinite == "fail":
+            raise UpdateError(f"{line} (fedsq_args.nonfinite: fail)")
+        self._note(record, line)
+        return False
+
+    def _note(self, record: RoundRecord, line: str) -> None:
+        record.notes.append(line)
+        log.warning(line)
 
     def _train_client(self, client: int, weights: State) -> State:
         trainer, args = self.model_trainer, self.args
         event = f"{args.round_idx}_{client}"
         mlops.event("train", event_started=True, event_value=event)
         local = (self.train_data_local_dict[client], self.test_data_local_dict.get(client))
-        trainer.set_id(client)
-        trainer.update_dataset(*local, self.train_data_local_num_dict[client])
-        trainer.set_model_params(clone(weights))
-        # A data-poisoning attack puts other data into the trainer.
-        data = local[0] if trainer.local_train_dataset is None else trainer.local_train_dataset
-        trainer.on_before_local_training(data, self.device, args)
-        trainer.train(data, self.device, args)
-        trainer.on_after_local_training(data, self.device, args)
+        # A user's own trainer draws from the global generators, too.
+        with isolated(derive("client", self.plan.config.random_seed, args.round_idx, client)):
+            trainer.set_id(client)
+            trainer.update_dataset(*local, self.train_data_local_num_dict[client])
+            # Ours copies what it is given; another trainer might go on training it.
+            trainer.set_model_params(weights if isinstance(trainer, FedSQTrainer) else clone(weights))
+            # A data-poisoning attack puts other data into the trainer.
+            data = local[0] if trainer.local_train_dataset is None else trainer.local_train_dataset
+            trainer.on_before_local_training(data, self.device, args)
+            trainer.train(data, self.device, args)
+            trainer.on_after_local_training(data, self.device, args)
         mlops.event("train", event_started=False, event_value=event)
         state: State = trainer.get_model_params()
         return state if isinstance(trainer, FedSQTrainer) else clone(state)
 
-    def _aggregate(self, w_locals: Sequence[tuple[float, State]]) -> State:
-        accepted, _ = self.aggregator.on_before_aggregation(w_locals)
-        Context().add(Context.KEY_CLIENT_MODEL_LIST, accepted)
-        result: State = self.aggregator.on_after_aggregation(self.aggregator.aggregate(accepted))
+    def _aggregate(self, w_locals: Sequence[tuple[float, Mapping[str, Tensor]]]) -> State:
+        try:
+            accepted, _ = self.aggregator.on_before_aggregation(w_locals)
+            result: State = self.aggregator.on_after_aggregation(self.aggregator.aggregate(accepted))
+        except ValueError as error:  # a defence that has too few updates left, say
+            raise UpdateError(
+                f"round {self.args.round_idx + 1}: aggregating {len(w_locals)} updates failed: {error}"
+            ) from error
         return result
 
     def _evaluate(self, record: RoundRecord) -> None:
-        args, aggregator = self.args, self.aggregator
+        args = self.args
+        self.aggregator.test_all(self.train_data_local_dict, self.test_data_local_dict, self.device, args)
         record.metrics, record.released = self.evaluate_global()
-        aggregator.test_all(self.train_data_local_dict, self.test_data_local_dict, self.device, args)
+        if record.metrics is None:
+            return
         loss, accuracy, _ = record.metrics
-        if isinstance(aggregator, FedSQAggregator):
-            own: Any = (accuracy, loss, None, None)
-        else:
-            own = aggregator.test(self.test_global, self.device, args)
-        before = Context().get(Context.KEY_METRICS_ON_AGGREGATED_MODEL)
-        Context().add(Context.KEY_METRICS_ON_AGGREGATED_MODEL, own)
-        Context().add(Context.KEY_METRICS_ON_LAST_ROUND, own if before is None else before)
-        if getattr(args, "enable_contribution", False):
-            aggregator.assess_contribution()
         logged = {"Test/Acc": accuracy, "Test/Loss": loss, "round": args.round_idx}
         mlops.log(logged)
         if args.enable_wandb:
             import wandb
 
             wandb.log(logged)
-        released = f", released {record.released.accuracy:.4f}" if self.structural_fingerprint else ""
+        released = f", released {record.released.accuracy:.4f}" if record.released else ""
         log.info(
             "%s round %d/%d: test accuracy %.4f%s, loss %.4f",
             self.plan.algorithm.name, record.round, args.comm_round, accuracy, released, loss,

@@ -171,13 +171,23 @@ def test_an_empty_class_is_named(folder: Path) -> None:
 
 def test_differing_sizes_need_image_size(folder: Path) -> None:
     Image.new("RGB", (5, 5)).save(folder / "train" / "cat" / "0.png")
-    with pytest.raises(ConfigError, match=r"differ in size; set fedsq_args.image_size"):
+    with pytest.raises(ConfigError, match=r"5x5 pixels and .*; set fedsq_args.image_size"):
         from_folder(folder)
     assert next(iter(from_folder(folder, image_size=9)[0][2]))[0].shape[-2:] == (9, 9)
 
 
 def test_a_damaged_image_is_named(folder: Path) -> None:
     (folder / "test" / "cat" / "1.png").write_bytes(b"not an image")
-    data, _ = from_folder(folder)
     with pytest.raises(ConfigError, match=r"1\.png cannot be read as an image"):
-        list(data[3])
+        from_folder(folder)
+
+
+def test_folders_beyond_the_memory_bound_are_decoded_as_they_come(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = from_folder(folder)[0]
+    monkeypatch.setattr("fedsq_plugin.hosts.fedml.data._MEMORY", 0)
+    streamed = from_folder(folder)[0]
+    for one, other in zip(kept[3], streamed[3], strict=True):
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[1], other[1])

@@ -238,10 +238,11 @@ def test_a_users_own_trainer_and_aggregator_live_the_whole_life(fedml: Any, make
     assert client == [
         *("set_id", "update_dataset", "set_model_params", "on_before_local_training", "train"),
         *("on_after_local_training", "get_model_params"),
+        "set_model_params",  # the global model, at the end
     ]
     assert server == [
         *("set_id", "get_model_params", "on_before_aggregation", "aggregate", "on_after_aggregation"),
-        *("set_model_params", "test_all", "test"),
+        *("set_model_params", "test_all", "test", "get_model_params"),
     ]
     assert isinstance(trainer.model, DualCopy)
     assert run.records[0].metrics is not None
@@ -395,6 +396,7 @@ def test_the_users_model_object_is_the_quantitative_copy(fedml: Any, make_args: 
     run = simulate(fedml, make_args(comm_round=1), model=model)
     assert run.model_trainer.model.quantitative is model
     assert not torch.equal(model.state_dict()["0.weight"], before["0.weight"])
+    assert fingerprint(model.state_dict()) == fingerprint(final(run))  # what a script saves afterwards
 
 
 def test_keeping_gates_changes_the_work_and_not_the_result(
@@ -409,3 +411,92 @@ def test_keeping_gates_changes_the_work_and_not_the_result(
     torch.testing.assert_close(results[1], results[0])
     # 80 samples, once each; in the two rounds after the first they are known.
     assert [(c.hits, c.misses) for c in kept] == [(160, 80)]
+
+
+def test_a_nan_update_is_refused_for_a_users_aggregator_too(fedml: Any, make_args: MakeArgs) -> None:
+    from fedml.ml.aggregator.default_aggregator import DefaultServerAggregator
+
+    args = make_args(comm_round=1)
+    run = simulate(fedml, args, poisoned(1), server_aggregator=DefaultServerAggregator(network(), args))
+    assert "silo 1 is refused" in run.records[0].notes[0]
+    assert all(torch.isfinite(v).all() for v in final(run).values())
+
+
+def test_a_users_trainer_does_not_depend_on_the_order_of_clients(fedml: Any, make_args: MakeArgs) -> None:
+    from fedml.ml.trainer.my_model_trainer_classification import ModelTrainerCLS
+
+    seen = []
+    for order in ([0, 1, 2], [2, 0, 1]):
+        args = make_args(comm_round=1)
+        trainer = ModelTrainerCLS(network(), args)
+        runner = fedml.FedMLRunner(args, torch.device("cpu"), silos(), network(), client_trainer=trainer)
+        runner.runner._client_sampling = lambda *_, order=order: order
+        weights = {}
+        train = runner.runner._train_client
+
+        def spy(client: int, state: State, train: Any = train, weights: Any = weights) -> State:
+            weights[client] = train(client, state)
+            return weights[client]
+
+        runner.runner._train_client = spy
+        runner.run()
+        seen.append({client: fingerprint(state) for client, state in weights.items()})
+    assert seen[0] == seen[1]
+
+
+def test_a_users_aggregator_measures_by_its_own_test(fedml: Any, make_args: MakeArgs) -> None:
+    """A regression: cross-entropy over classes would end in an error."""
+    from fedml.ml.aggregator.default_aggregator import DefaultServerAggregator
+    from fedml.ml.trainer.my_model_trainer_classification import ModelTrainerCLS
+
+    class Trainer(ModelTrainerCLS):
+        def train(self, train_data: Any, device: Any, args: Any) -> None:
+            optimizer = torch.optim.SGD(self.model.parameters(), 0.01)
+            for x, _ in train_data:
+                optimizer.zero_grad()
+                (self.model(x) - x[:, :3]).square().mean().backward()
+                optimizer.step()
+
+    class Aggregator(DefaultServerAggregator):
+        def test(self, test_data: Any, device: Any, args: Any) -> Any:
+            self.model.eval()
+            with torch.no_grad():
+                losses = [float((self.model(x) - x[:, :3]).square().mean()) for x, _ in test_data]
+            return 0.25, sum(losses), None, None
+
+    args = make_args(comm_round=1)
+    parts = {"client_trainer": Trainer(network(), args), "server_aggregator": Aggregator(network(), args)}
+    record = simulate(fedml, args, **parts).records[0]
+    assert record.metrics.accuracy == 0.25
+    assert record.released is None
+
+
+def test_a_defence_with_too_few_updates_left_is_an_error_of_the_round(
+    fedml: Any, make_args: MakeArgs, unsecured: Any
+) -> None:
+    data = silos((16, 16, 24, 24, 40))
+    data[5][1].dataset.tensors[0][0, 0] = float("nan")
+    with pytest.raises(UpdateError, match="round 1: aggregating 4 updates failed: byzantine_client_num"):
+        simulate(fedml, make_args(comm_round=1, **SECURITY["krum"]), data)
+
+
+def test_no_update_left_names_the_reasons(fedml: Any, make_args: MakeArgs) -> None:
+    data = silos((16,))
+    data[5][0].dataset.tensors[0][0, 0] = float("nan")
+    args = make_args(comm_round=1, client_num_in_total=1, client_num_per_round=1)
+    with pytest.raises(UpdateError, match="no update is left to aggregate: round 1: the update of silo 0"):
+        simulate(fedml, args, data)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataset": "stackoverflow_lr"}, "is no classification task"),
+        ({"enable_contribution": True}, "enable_contribution"),
+    ],
+)
+def test_what_cannot_work_says_so_at_the_start(
+    options: dict[str, Any], message: str, fedml: Any, make_args: MakeArgs
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        simulate(fedml, make_args(**options))
