@@ -1,89 +1,268 @@
-"""`fedsq check`: everything wrong with a recipe, found without training, downloads or FedML."""
+"""`fedsq check`: everything wrong with a recipe, found without training, downloads or FedML.
+
+Every check runs where the options that it reads are valid, whatever else is wrong.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .config import OPTIONS, Config
-from .errors import FedSQError, nearest
+from .config import Config, family_of, validated
+from .errors import ConfigError, FedSQError, nearest
 from .recipe import Families, flat, problems
+
+if TYPE_CHECKING:
+    from torch import nn
+
+MODEL = ("model", "small_images", "model_seed", "random_seed", "head", "gate_accept", "gate_pooling")
+"""What building a model of ours reads."""
+DATA = (
+    *("dataset", "data_cache_dir", "partition_method", "partition_alpha", "client_num_in_total"),
+    *("min_client_samples", "batch_size", "image_size", "data_seed", "random_seed"),
+    *("warm_start", "warm_start_public", "warm_start_batch_size"),
+)
+"""What loading a data set of ours reads."""
+ONE_SILO = {
+    **{"client_num_in_total": 1, "partition_method": "homo", "partition_alpha": 1.0},
+    **{"min_client_samples": 0, "batch_size": 32, "warm_start": "none"},
+}
+"""In place of a partition that cannot be had, so that the model still meets the images."""
+LARGEST_BATCH = 32
+"""Samples of a trial batch; `batch_size: -1` can mean thousands."""
 
 
 def check(families: Families) -> list[str]:
     """One line per problem; empty when `fedsq run` may start."""
-    config, found = problems(families)
-    # Names are checked even when another option is wrong, so that all is said at once.
-    values = {key: value for key, value in flat(families).items() if key in OPTIONS}
-    found += _names(values)
-    if config is not None:
-        found += _files(config)
-        if not found:
-            found += _model(config)
+    found = [str(finding) for finding in problems(families)[1]]
+    values = flat(families)
+    valid = validated(values)[0]
+    found += _names(valid)
+    found += _host(values, valid)
+    found += _trial(valid)
     return list(dict.fromkeys(found))
 
 
-def _names(values: dict[str, object]) -> list[str]:
+def notes(families: Families) -> list[str]:
+    """One line per option that would silently do nothing. Recipes for `compare` have such options: some
+    algorithms read them, others do not."""
+    from .algorithms import ALGORITHMS
+    from .hosts.fedml.names import NATIVE_SP
+    from .hosts.fedml.unused import unused
+
+    valid = validated(flat(families))[0]
+    name = valid.get("federated_optimizer")
+    return unused(valid, ours=name in ALGORITHMS or name not in NATIVE_SP)
+
+
+def _names(valid: dict[str, Any]) -> Iterator[str]:
     from . import models
     from .algorithms import ALGORITHMS
+    from .federation.partition import METHODS
     from .hosts.fedml.data import DATASETS, FEDML_DATASETS
+    from .hosts.fedml.names import FEDML_MODELS, NATIVE_SP
 
     known = {
-        "federated_optimizer": list(ALGORITHMS),
+        "federated_optimizer": [*ALGORITHMS],
         "dataset": [*DATASETS, *FEDML_DATASETS],
         "model": [*models.names(), *FEDML_MODELS],
     }
-    found = []
     for key, names in known.items():
-        value = values.get(key)
-        if isinstance(value, str) and value not in names:
-            family = {"federated_optimizer": "train_args", "dataset": "data_args", "model": "model_args"}[key]
-            found.append(f"{family}.{key} '{value}' is unknown{nearest(str(value), names)}")
-    if str(values.get("dataset")) in DATASETS and values.get("partition_method", "hetero") not in (
-        "homo",
-        "hetero",
-    ):
-        found.append(f"data_args.partition_method '{values['partition_method']}' is unknown; homo or hetero")
-    if (backend := values.get("backend", "sp")) != "sp" or values.get(
-        "training_type", "simulation"
-    ) != "simulation":
-        found.append(f"comm_args.backend {backend}: this version runs training_type simulation, backend sp")
-    return found
+        if key not in valid or valid[key] in names:
+            continue
+        what = f"is unknown{nearest(valid[key], names)}"
+        if key == "federated_optimizer" and valid[key] in NATIVE_SP:
+            what = (
+                f"is FedML's own: run it by `python -m fedsq_plugin main.py`, or use {', '.join(ALGORITHMS)}"
+            )
+        yield f"{family_of(key)}.{key} '{valid[key]}' {what}"
+    method = valid.get("partition_method", "homo")
+    if valid.get("dataset") in DATASETS and method not in METHODS:
+        yield f"data_args.partition_method '{method}' is unknown; {' or '.join(METHODS)}"
 
 
-FEDML_MODELS = (
-    *("lr", "cnn_web", "cnn", "resnet18_gn", "rnn", "resnet56", "mobilenet", "mobilenet_v3"),
-    *("efficientnet", "darts"),
-)
-"""What fedml.model.create knows by name (some for certain data sets only)."""
-
-
-def _files(config: Config) -> list[str]:
-    found = []
-    if config.warm_start == "file" and not Path(str(config.warm_start_file)).expanduser().is_file():
-        found.append(f"warm_start_args.warm_start_file: no file {config.warm_start_file}")
-    if config.dataset == "image_folder":
-        root = Path(config.data_cache_dir).expanduser()
-        for split in ("train", "test"):
-            if not config.data_cache_dir or not (root / split).is_dir():
-                found.append(f"data_args.data_cache_dir: no folder {root / split}")
-    if config.warm_start == "public" and config.dataset not in ("digits", "image_folder"):
-        found.append(f"warm_start_args.warm_start 'public': {config.dataset} has no public split")
-    return found
-
-
-def _model(config: Config) -> list[str]:
-    """Build one of our backbones and see whether the algorithm can take it."""
+def _host(values: dict[str, Any], valid: dict[str, Any]) -> Iterator[str]:
+    """What FedML, or our use of it, is known to refuse."""
     from . import models
+    from .algorithms import ALGORITHMS
+    from .hosts.fedml.data import FEDML_DATASETS
+    from .hosts.fedml.names import FEDML_MODELS, NO_COLOUR_IMAGES, OTHER_LOSSES, WITHOUT_GATES
 
-    if config.model not in models.names():
-        return []
+    dataset, model = valid.get("dataset", ""), valid.get("model", "")
+    row = ALGORITHMS.get(valid.get("federated_optimizer", ""))
+    backend, training = valid.get("backend", "sp"), valid.get("training_type", "simulation")
+    if (backend, training) != ("sp", "simulation"):
+        yield (
+            f"comm_args.backend {backend}, common_args.training_type {training}: "
+            "this version runs training_type simulation, backend sp"
+        )
+    if dataset in FEDML_DATASETS:
+        for key in ("data_cache_dir", "partition_method", "partition_alpha", "batch_size"):
+            if key not in values:
+                yield f"{family_of(key)}.{key} is missing; FedML's loader of {dataset} has no default for it"
+    if dataset and model in FEDML_MODELS and FEDML_MODELS[model] and dataset not in FEDML_MODELS[model]:
+        homes = ", ".join(FEDML_MODELS[model])
+        yield f"model_args.model {model} is FedML's for {homes}, not for {dataset}"
+    if dataset in NO_COLOUR_IMAGES and model in models.names():
+        yield f"model_args.model {model} takes images of three channels, {dataset} has none"
+    if dataset in OTHER_LOSSES:
+        yield f"data_args.dataset {dataset} is no classification task; pass a trainer of your own in main.py"
+    if row is not None and row.view == "dualcopy" and model in WITHOUT_GATES:
+        yield f"model_args.model {model} has no ReLU-like activation that {row.name} could gate"
+    if valid.get("using_gpu") and not _gpu():
+        yield "device_args.using_gpu is true, but no GPU is available; set using_gpu: false"
+    if values.get("enable_wandb") and not values.get("wandb_project"):
+        yield "tracking_args.wandb_project is missing; enable_wandb: true needs it"
+    for key in ("enable_fhe", "enable_contribution"):
+        if values.get(key):
+            yield f"{key} is true, which this plugin's algorithms do not support"
+
+
+def _gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+def _trial(valid: dict[str, Any]) -> Iterator[str]:
+    """Load the data, build the model, read the weights, and run a batch through what is there."""
+    from . import models
+    from .hosts.fedml.data import DATASETS, load
+    from .hosts.fedml.plan import created, public_split, refuse_warm_start
+
+    config = Config.model_construct(**valid)
+    data, classes = None, 10
+    model: nn.Module | None = None
+    folders = list(_missing_folders(config)) if _all_in(valid, "dataset", "data_cache_dir") else []
+    yield from folders
+    if valid.get("dataset") in DATASETS and not folders:
+        for options in ({}, ONE_SILO):
+            if data is None and _all_in({**valid, **options}, *DATA):
+                try:
+                    data, classes = load(config.model_copy(update=options))
+                    if not options and config.warm_start == "public":
+                        public_split(data, config)
+                except FedSQError as error:
+                    yield str(error)
+    if valid.get("model") in models.names() and _all_in(valid, *MODEL):
+        try:
+            model = created(config, classes)
+        except FedSQError as error:
+            yield str(error)
+    if _all_in(valid, "warm_start", "dataset", "model", "small_images"):
+        try:
+            refuse_warm_start(config)
+        except ConfigError as error:
+            yield str(error)
+    if config.warm_start == "file" and valid.get("warm_start_file"):
+        yield from _weights(config, model)
+    if model is not None:
+        yield from _forward(config, valid, model, data)
+
+
+def _all_in(valid: dict[str, Any], *keys: str) -> bool:
+    return all(key in valid for key in keys)
+
+
+def _missing_folders(config: Config) -> Iterator[str]:
+    if config.dataset != "image_folder":
+        return
+    if not config.data_cache_dir:
+        yield "data_args.data_cache_dir is missing; image_folder reads train/<class>/ and test/<class>/ in it"
+        return
+    for split in ("train", "test"):
+        folder = Path(config.data_cache_dir).expanduser() / split
+        if not folder.is_dir():
+            yield f"data_args.data_cache_dir: no folder {folder}"
+
+
+def _weights(config: Config, model: nn.Module | None) -> Iterator[str]:
+    from .dualcopy import DualCopy
+    from .hosts.fedml.plan import in_recipe_terms, load_pretrained
+    from .models import read_state
+
+    file = str(config.warm_start_file)
+    if not Path(file).expanduser().is_file():
+        yield f"warm_start_args.warm_start_file: no file {file}"
+        return
+    try:
+        if model is None:
+            with in_recipe_terms():
+                read_state(file)
+        else:
+            load_pretrained(model.quantitative if isinstance(model, DualCopy) else model, config)
+    except FedSQError as error:
+        yield str(error)
+
+
+def _forward(config: Config, valid: dict[str, Any], model: nn.Module, data: Any) -> Iterator[str]:
+    """The algorithm's view of the model, and a batch through it: as evaluated and as trained."""
+    from .algorithms import ALGORITHMS
+    from .algorithms.options import Options
+    from .algorithms.view import VIEWS
     from .federation.roles import roles
-    from .hosts.fedml.plan import created, plan_of, viewed
+    from .federation.seeding import isolated
+    from .hosts.fedml.plan import head_of, in_recipe_terms
 
     try:
-        model = created(config, 10)
-        plan = plan_of(config, model)
-        roles(viewed(model, plan), plan.head)
+        roles(model, head_of(config, model))
+    except ConfigError as error:
+        yield f"fedsq_args.{error}"
+    row = ALGORITHMS.get(valid.get("federated_optimizer", ""))
+    options = Options(gate_accept=config.gate_accept, gate_pooling=config.gate_pooling)
+    try:
+        with in_recipe_terms():
+            model = model if row is None else VIEWS[row.view](model, options)
     except FedSQError as error:
-        return [str(error)]
-    return []
+        yield str(error)
+        return
+    if data is None:
+        return
+    with isolated(0):
+        yield from _batches(config, model, data)
+
+
+def _batches(config: Config, model: nn.Module, data: Any) -> Iterator[str]:
+    import torch
+
+    from .hosts.fedml.plan import in_recipe_terms
+
+    # The smallest batch is the one that batch normalisation may refuse, and the quickest.
+    sizes = [
+        (len(batch), silo) for silo, loader in data[5].items() for batch in loader.batch_sampler if batch
+    ]
+    smallest, silo = min(sizes)
+    samples = data[5][silo].dataset
+    images = torch.stack([samples[n][0] for n in range(min(smallest, LARGEST_BATCH))])
+    two = torch.cat([images, images])[:2]
+    size = f"{images.shape[-1]}x{images.shape[-2]}"
+    try:
+        with in_recipe_terms(), torch.no_grad():
+            model.eval()(two)
+    except FedSQError as error:
+        yield str(error)
+        return
+    except (RuntimeError, ValueError) as error:
+        yield (
+            f"model_args.model {config.model} does not run on {size} images of {config.dataset}: "
+            f"{_first_line(error)}; set fedsq_args.small_images: true, or a larger fedsq_args.image_size"
+        )
+        return
+    try:
+        with in_recipe_terms(), torch.no_grad():
+            model.train()(images)
+    except FedSQError as error:
+        yield str(error)
+    except (RuntimeError, ValueError) as error:
+        remedy = "raise train_args.batch_size"
+        if config.batch_size != 1:
+            remedy = f"silo {silo} has one sample: raise fedsq_args.min_client_samples to 2"
+        yield (
+            f"model_args.model {config.model} does not train on a batch of {smallest} {size} images: "
+            f"{_first_line(error)}; {remedy if smallest == 1 else 'set fedsq_args.image_size'}"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -7,24 +7,33 @@ this file is an error. The other families are FedML's and may hold more than is 
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
+
+from .hosts.fedml.names import SETS_CLIENT_NUMBER
 
 OURS = ("fedsq_args", "warm_start_args")
 """Families that this plugin adds to FedML's."""
+
+Kind = Literal["missing", "value", "misfit", "unknown", "family", "misspelt", "two families", "repeated"]
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong with a recipe."""
+
+    kind: Kind
+    key: str
+    """The option, or the family, or of several options the one to mend."""
+    line: str
+
+    def __str__(self) -> str:
+        return self.line
 
 
 def _option(default: Any, family: str, meaning: str, **constraints: Any) -> Any:
@@ -126,29 +135,20 @@ class Config(BaseModel):
     def _any_case(cls, value: Any) -> Any:
         return value.lower() if isinstance(value, str) else value
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Config:
-        problems = []
-        if self.client_num_per_round > self.client_num_in_total:
-            problems.append(
-                f"client_num_per_round is {self.client_num_per_round}, "
-                f"more than client_num_in_total {self.client_num_in_total}"
-            )
-        if self.batch_size < 1 and self.batch_size != -1:
-            problems.append(f"batch_size is {self.batch_size}; use a number above 0, or -1 for all data")
-        if self.warm_start == "file" and not self.warm_start_file:
-            problems.append("warm_start is 'file': warm_start_file must name the weights")
-        if self.warm_start != "file" and self.warm_start_file:
-            problems.append(
-                f"warm_start_file is given but warm_start is '{self.warm_start}'; set warm_start: file"
-            )
-        if self.keep_gates and self.augmentation:
-            problems.append("keep_gates is for images that come again; it does not go with augmentation")
-        if self.nesterov and (self.momentum == 0 or self.client_optimizer != "sgd"):
-            problems.append("nesterov needs client_optimizer sgd and a momentum above 0")
-        if problems:
-            raise ValueError(" | ".join(problems))
-        return self
+    @field_validator("batch_size")
+    @classmethod
+    def _size(cls, value: int) -> int:
+        if value < 1 and value != -1:
+            raise PydanticCustomError("size", "Use a number above 0, or -1 for all data")
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _kept(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic gives back nothing of a model that has one wrong field.
+        if info.context is not None:
+            info.context[info.field_name] = value
+        return value
 
     def seed(self, purpose: Literal["data", "model", "sampling"]) -> int:
         """The seed for a purpose: its own, or `random_seed`."""
@@ -185,21 +185,87 @@ def _as_yaml(value: Any) -> str:
     return str(list(value)) if isinstance(value, tuple) else str(value)
 
 
-def parse(values: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
-    """Check flat values: the config, or everything that is wrong, one line each."""
+def parse(values: Mapping[str, Any]) -> tuple[Config | None, list[Finding]]:
+    """Check flat values: the config, or everything that is wrong."""
+    valid, found = validated(values)
+    found += misfits(valid)
+    return (None if found else Config(**valid)), found
+
+
+def validated(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[Finding]]:
+    """The options that are valid by themselves, defaults included, and what is wrong with the others."""
     given = {key: value for key, value in values.items() if key in OPTIONS}
+    valid = {
+        key: option.default
+        for key, option in OPTIONS.items()
+        if key not in given and not option.is_required()
+    }
     try:
-        return Config(**given), []
+        Config.model_validate(given, context=valid)
     except ValidationError as error:
-        return None, [line for e in error.errors() for line in _lines(e, given)]
+        wrong = [_finding(e, given) for e in error.errors()]
+        return {k: v for k, v in valid.items() if k not in {f.key for f in wrong}}, wrong
+    return valid, []
 
 
-def _lines(error: Any, given: Mapping[str, Any]) -> list[str]:
-    if not error["loc"]:
-        return str(error["msg"]).removeprefix("Value error, ").split(" | ")
+def _finding(error: Any, given: Mapping[str, Any]) -> Finding:
     key = str(error["loc"][0])
     where = f"{family_of(key)}.{key}"
     if error["type"] == "missing":
-        return [f"{where} is missing ({OPTIONS[key].description})"]
+        return Finding("missing", key, f"{where} is missing ({OPTIONS[key].description})")
     message = str(error["msg"])
-    return [f"{where} is {given.get(key)!r}: {message[0].lower()}{message[1:]}"]
+    return Finding("value", key, f"{where} is {given.get(key)!r}: {message[0].lower()}{message[1:]}")
+
+
+def misfits(valid: Mapping[str, Any]) -> list[Finding]:
+    """Options that do not go together, among those that are valid by themselves."""
+    return [
+        Finding("misfit", next(iter(inspect.signature(rule).parameters)), line)
+        for rule, line in said(_RULES, valid)
+    ]
+
+
+Rule = Callable[..., str | None]
+"""Reads the options that its parameters name; says what does not go together, or None."""
+
+
+def said(rules: Iterable[Rule], valid: Mapping[str, Any]) -> list[tuple[Rule, str]]:
+    """What rules say. A rule is passed over where an option that it must have is not valid."""
+    found = []
+    for rule in rules:
+        wanted = inspect.signature(rule).parameters
+        if all(key in valid or p.default is not p.empty for key, p in wanted.items()):
+            line = rule(**{key: valid[key] for key in wanted if key in valid})
+            found += [(rule, line)] if line else []
+    return found
+
+
+def _silos(client_num_per_round: int, client_num_in_total: int, dataset: str = "") -> str | None:
+    if client_num_per_round <= client_num_in_total or dataset in SETS_CLIENT_NUMBER:
+        return None
+    return (
+        f"client_num_per_round is {client_num_per_round}, more than client_num_in_total {client_num_in_total}"
+    )
+
+
+def _weights(warm_start_file: str | None, warm_start: str) -> str | None:
+    if warm_start == "file" and not warm_start_file:
+        return "warm_start is 'file': warm_start_file must name the weights"
+    if warm_start != "file" and warm_start_file:
+        return f"warm_start_file is given but warm_start is '{warm_start}'; set warm_start: file"
+    return None
+
+
+def _gates(keep_gates: bool, augmentation: tuple[str, ...]) -> str | None:
+    if keep_gates and augmentation:
+        return "keep_gates is for images that come again; it does not go with augmentation"
+    return None
+
+
+def _nesterov(nesterov: bool, momentum: float, client_optimizer: str) -> str | None:
+    if nesterov and (momentum == 0 or client_optimizer != "sgd"):
+        return "nesterov needs client_optimizer sgd and a momentum above 0"
+    return None
+
+
+_RULES: tuple[Rule, ...] = (_silos, _weights, _gates, _nesterov)

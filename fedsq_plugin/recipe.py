@@ -9,24 +9,26 @@ from typing import Any
 
 import yaml
 
-from .config import OPTIONS, OURS, Config, family_of, parse
+from .config import OPTIONS, OURS, Config, Finding, family_of, parse
 from .errors import ConfigError, nearest
 
 Families = dict[str, dict[str, Any]]
 
-_HOST_DEFAULTS: Families = {
-    # FedML fails without these, or asks the network.
-    "common_args": {"training_type": "simulation", "random_seed": 0},
-    "train_args": {"client_id_list": "[]"},
-    "device_args": {"using_gpu": False, "gpu_id": 0},
-    "comm_args": {"backend": "sp"},
-    "validation_args": {"frequency_of_the_test": 1},
-    "tracking_args": {"enable_wandb": False},
-}
-
 
 def read_yaml(path: str | Path) -> Families:
     """Read a recipe's families.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or is not a mapping of families; a key stands twice.
+    """
+    families, repeated = read_loosely(path)
+    if repeated:
+        raise ConfigError(f"recipe {path}: {' | '.join(map(str, repeated))}")
+    return families
+
+
+def read_loosely(path: str | Path) -> tuple[Families, list[Finding]]:
+    """Read a recipe's families as FedML does, the last of two equal keys, and list those keys.
 
     Raises:
         ConfigError: the file is missing, is not YAML, or is not a mapping of families.
@@ -37,10 +39,10 @@ def read_yaml(path: str | Path) -> Families:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"recipe {path}: {reason}") from None
     try:
-        content = _yaml(text)
+        content, repeated = _yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        where = f" at {_place(mark)}" if mark else ""
         reason = getattr(error, "problem", None) or "not readable as YAML"
         raise ConfigError(f"recipe {path}: no valid YAML{where}: {reason}") from None
     if not isinstance(content, dict) or not content:
@@ -50,7 +52,7 @@ def read_yaml(path: str | Path) -> Families:
             raise ConfigError(f"recipe {path}: {family!r} is no name of a family")
         if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
             raise ConfigError(f"recipe {path}: {family} must be a mapping of options")
-    return content
+    return content, repeated
 
 
 def overridden(families: Families, settings: Iterable[str]) -> Families:
@@ -70,27 +72,28 @@ def overridden(families: Families, settings: Iterable[str]) -> Families:
         if home is None and key not in OPTIONS:
             raise ConfigError(f"--set {setting}: unknown option '{key}'{nearest(key, OPTIONS)}")
         try:
-            value = _yaml(text)
+            value, repeated = _yaml(text)
         except yaml.YAMLError:
             raise ConfigError(f"--set {setting}: '{text}' is no valid YAML value") from None
+        if repeated:
+            raise ConfigError(f"--set {setting}: {repeated[0]}")
         result.setdefault(home or family_of(key), {})[key] = value
     return result
 
 
-def with_host_defaults(families: Families) -> Families:
-    """The families, completed by what FedML needs to run at all."""
-    result = {family: dict(options) for family, options in families.items()}
-    present = {key for options in families.values() for key in options}
-    for family, options in _HOST_DEFAULTS.items():
-        missing = {key: value for key, value in options.items() if key not in present}
-        result.setdefault(family, {}).update(missing)
-    return result
+def problems(families: Families) -> tuple[Config | None, list[Finding]]:
+    """The config, and everything wrong with the recipe's keys and values."""
+    config, wrong = parse(flat(families))
+    found = misplaced(families)
+    mistyped = {finding.key for finding in found if finding.kind == "misspelt"}
+    return config, found + [f for f in wrong if f.kind != "missing" or f.key not in mistyped]
 
 
-def problems(families: Families) -> tuple[Config | None, list[str]]:
-    """The config, and everything wrong with the recipe's keys and values, one line each."""
+def misplaced(families: Families) -> list[Finding]:
+    """What is wrong with the recipe's keys: unknown, misspelt (`key` is then the right one), or in two
+    families."""
     found = [
-        f"{family}.{key} is unknown{nearest(key, _keys_of(family))}"
+        Finding("unknown", key, f"{family}.{key} is unknown{nearest(key, _keys_of(family))}")
         for family in OURS
         for key in families.get(family, {})
         if key not in OPTIONS
@@ -99,27 +102,27 @@ def problems(families: Families) -> tuple[Config | None, list[str]]:
     for family, options in families.items():
         for key in options:
             if key in seen:
-                found.append(f"{key} stands in {seen[key]} and in {family}; FedML keeps one of them")
+                line = f"{key} stands in {seen[key]} and in {family}; FedML keeps one of them"
+                found.append(Finding("two families", key, line))
             seen[key] = family
     found += [
-        f"family {family} is unknown{nearest(family, close)}"
+        Finding("family", family, f"family {family} is unknown{nearest(family, close)}")
         for family in families
         if family not in OURS and (close := difflib.get_close_matches(family, OURS, cutoff=0.8))
     ]
-    config, wrong = parse(flat(families))
     for key, family in seen.items():
         near = difflib.get_close_matches(key, OPTIONS, n=1, cutoff=0.88)
         if family not in OURS and key not in OPTIONS and near and near[0] not in seen:
-            found.append(f"{family}.{key} looks like a misspelling of '{near[0]}'")
-            wrong = [line for line in wrong if f".{near[0]} is missing" not in line]
-    return config, found + wrong
+            line = f"{family}.{key} looks like a misspelling of '{near[0]}'"
+            found.append(Finding("misspelt", near[0], line))
+    return found
 
 
 def resolve(families: Families) -> Config:
     """The checked config of a recipe. Raises ConfigError with everything that is wrong."""
     config, found = problems(families)
     if config is None or found:
-        raise ConfigError(" | ".join(found))
+        raise ConfigError(" | ".join(map(str, found)))
     return config
 
 
@@ -140,20 +143,34 @@ def resolved_families(families: Families, config: Config) -> Families:
 class _Loader(yaml.SafeLoader):
     """PyYAML keeps the last of two equal keys and says nothing."""
 
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.repeated: list[Finding] = []
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
         for number, (key, _) in enumerate(node.value):
             if key.value in keys[:number] and key.value != "<<":
-                raise yaml.MarkedYAMLError(problem=f"{key.value} stands twice", problem_mark=key.start_mark)
+                line = f"{key.value} stands twice, again at {_place(key.start_mark)}"
+                self.repeated.append(Finding("repeated", str(key.value), line))
         return super().construct_mapping(node, deep)
 
 
-def _yaml(text: str) -> Any:
+def _yaml(text: str) -> tuple[Any, list[Finding]]:
+    """The content of a YAML text, and its repeated keys."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        loader = _Loader(text)
+        try:
+            return loader.get_single_data(), loader.repeated
+        finally:
+            loader.dispose()
     except (ValueError, LookupError, AttributeError, RecursionError) as error:
         # PyYAML lets these out for values such as a date in month 13, or `!!bool x`.
         raise yaml.MarkedYAMLError(problem=str(error)) from None
+
+
+def _place(mark: Any) -> str:
+    return f"line {mark.line + 1}, column {mark.column + 1}"
 
 
 def _keys_of(family: str) -> list[str]:

@@ -217,6 +217,27 @@ fedsq_args: {small_image: true}
         assert sum(expected in line for line in lines) == 1, (expected, lines)
 
 
+def test_check_says_a_repeated_key_with_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "twice.yaml"
+    recipe.write_text(QUICKSTART.read_text() + "  warm_start: file\n  xyz: 1\n")
+    assert fedsq("check", str(recipe), monkeypatch=monkeypatch) == 2
+    out = capsys.readouterr().out
+    for expected in ("warm_start stands twice", "warm_start_args.xyz is unknown", "must name the weights"):
+        assert out.count(expected) == 1
+
+
+def test_an_option_without_effect_is_a_note_and_nothing_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = settings(federated_optimizer="FedAvg", keep_gates="true")
+    assert fedsq("check", str(QUICKSTART), *options, monkeypatch=monkeypatch) == 0
+    note, end = capsys.readouterr().out.splitlines()
+    assert note == "note: fedsq_args.keep_gates has no effect: FedAvg trains the plain model, without gates"
+    assert end.endswith("nothing wrong")
+
+
 def test_check_finds_missing_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsq_plugin import config as module
-from fedsq_plugin.config import OPTIONS, OURS, Config, family_of, parse
+from fedsq_plugin.config import OPTIONS, OURS, Config, Finding, family_of, parse, validated
+from fedsq_plugin.hosts.fedml.names import SETS_CLIENT_NUMBER
 
 REQUIRED = {
     "dataset": "digits",
@@ -37,7 +38,7 @@ def refused(**options: Any) -> str:
     config, problems = parse({**REQUIRED, **options})
     assert config is None
     assert len(problems) == 1
-    return problems[0]
+    return problems[0].line
 
 
 # What is accepted
@@ -107,7 +108,8 @@ def test_home_in_the_cache_folder_is_expanded(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("key", sorted(REQUIRED))
 def test_missing_option_is_named_with_its_family_and_meaning(key: str) -> None:
     config, problems = parse({name: value for name, value in REQUIRED.items() if name != key})
-    assert (config, problems) == (None, [f"{family_of(key)}.{key} is missing ({OPTIONS[key].description})"])
+    line = f"{family_of(key)}.{key} is missing ({OPTIONS[key].description})"
+    assert (config, problems) == (None, [Finding("missing", key, line)])
 
 
 @pytest.mark.parametrize(
@@ -189,11 +191,38 @@ def test_line_break_in_a_value_stays_one_line() -> None:
 
 def test_everything_wrong_is_said_at_once() -> None:
     _, problems = parse({**REQUIRED, "comm_round": 0, "epochs": -1, "buffers": "drop"})
-    assert [line.split(" ")[0] for line in problems] == [
-        "train_args.comm_round",
-        "train_args.epochs",
-        "fedsq_args.buffers",
+    assert [(finding.kind, finding.key) for finding in problems] == [
+        ("value", "comm_round"),
+        ("value", "epochs"),
+        ("value", "buffers"),
     ]
+
+
+def test_misfits_are_said_although_another_option_is_wrong() -> None:
+    _, problems = parse({**REQUIRED, "epochs": -1, "client_num_per_round": 5, "nesterov": True})
+    assert [(finding.kind, finding.key) for finding in problems] == [
+        ("value", "epochs"),
+        ("misfit", "client_num_per_round"),
+        ("misfit", "nesterov"),
+    ]
+
+
+def test_misfit_of_a_wrong_option_is_not_said() -> None:
+    # Whether 5 silos per round are too many is unknown while the number of silos is.
+    _, problems = parse({**REQUIRED, "client_num_in_total": "x", "client_num_per_round": 5})
+    assert [finding.key for finding in problems] == ["client_num_in_total"]
+
+
+def test_misfit_with_a_default_is_said_although_another_option_is_missing() -> None:
+    _, problems = parse({"warm_start_file": "w.pt"})
+    assert [finding.key for finding in problems if finding.kind == "misfit"] == ["warm_start_file"]
+
+
+def test_valid_options_are_given_back_beside_wrong_ones() -> None:
+    valid, problems = validated({**REQUIRED, "epochs": "x", "learning_rate": "1e-3"})
+    assert [finding.key for finding in problems] == ["epochs"]
+    assert valid.keys() == OPTIONS.keys() - {"epochs"}
+    assert (valid["learning_rate"], valid["model"], valid["buffers"]) == (0.001, "resnet18", "average")
 
 
 # Options that must fit one another
@@ -203,9 +232,16 @@ def test_more_silos_per_round_than_there_are() -> None:
     assert refused(client_num_per_round=5) == "client_num_per_round is 5, more than client_num_in_total 4"
 
 
+@pytest.mark.parametrize("dataset", SETS_CLIENT_NUMBER)
+def test_number_of_silos_that_fedmls_loader_sets_is_not_compared(dataset: str) -> None:
+    # 1000 silos come with FedML's MNIST, whatever the recipe says.
+    assert accepted(dataset=dataset, client_num_per_round=5).client_num_per_round == 5
+
+
 @pytest.mark.parametrize("size", [0, -2])
 def test_batch_size_that_is_no_size(size: int) -> None:
-    assert refused(batch_size=size) == f"batch_size is {size}; use a number above 0, or -1 for all data"
+    line = f"train_args.batch_size is {size}: use a number above 0, or -1 for all data"
+    assert refused(batch_size=size) == line
 
 
 def test_warm_start_from_a_file_without_one() -> None:
@@ -234,7 +270,7 @@ def test_nesterov_with_momentum() -> None:
 
 def test_several_misfits_are_a_line_each() -> None:
     _, problems = parse({**REQUIRED, "client_num_per_round": 5, "nesterov": True})
-    assert [line.split(" ")[0] for line in problems] == ["client_num_per_round", "nesterov"]
+    assert [finding.key for finding in problems] == ["client_num_per_round", "nesterov"]
 
 
 # The list of options
@@ -305,7 +341,7 @@ values = st.recursive(
 def test_any_value_gives_a_config_or_one_line_per_problem(given_: dict[str, Any], whole: bool) -> None:
     config, problems = parse({**REQUIRED, **given_} if whole else given_)
     assert (config is None) == bool(problems)
-    assert not any(len(line.splitlines()) != 1 for line in problems)
+    assert not any(len(finding.line.splitlines()) != 1 for finding in problems)
 
 
 @settings(max_examples=50, deadline=None)

@@ -13,15 +13,16 @@ from hypothesis import strategies as st
 
 from fedsq_plugin.config import OPTIONS, family_of
 from fedsq_plugin.errors import ConfigError
+from fedsq_plugin.hosts.fedml.names import with_host_defaults
 from fedsq_plugin.recipe import (
     Families,
     flat,
     overridden,
     problems,
+    read_loosely,
     read_yaml,
     resolve,
     resolved_families,
-    with_host_defaults,
 )
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -50,9 +51,8 @@ def without(key: str) -> Families:
 
 def only(found: Families) -> str:
     """The only problem of a recipe."""
-    lines = problems(found)[1]
-    assert len(lines) == 1
-    return lines[0]
+    (finding,) = problems(found)[1]
+    return finding.line
 
 
 # Reading
@@ -277,8 +277,33 @@ def test_keys_that_only_fedml_knows_are_left_alone() -> None:
 def test_a_key_twice_in_one_family_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "twice.yaml"
     path.write_text("train_args:\n  epochs: 1\n  epochs: 2\n")
-    with pytest.raises(ConfigError, match="no valid YAML at line 3, column 3: epochs stands twice"):
+    with pytest.raises(ConfigError, match=r"twice.yaml: epochs stands twice, again at line 3, column 3"):
         read_yaml(path)
+
+
+def test_fedmls_reading_keeps_the_last_of_two_equal_keys_and_lists_them_all(tmp_path: Path) -> None:
+    text = "train_args:\n  epochs: 1\n  epochs: 2\ndata_args: {dataset: a, dataset: b}\n"
+    found, repeated = read_loosely(written(tmp_path, text))
+    assert found == {"train_args": {"epochs": 2}, "data_args": {"dataset": "b"}}
+    assert [(finding.kind, finding.key) for finding in repeated] == [
+        ("repeated", "epochs"),
+        ("repeated", "dataset"),
+    ]
+
+
+def test_a_family_twice_is_listed(tmp_path: Path) -> None:
+    _, repeated = read_loosely(written(tmp_path, "train_args: {a: 1}\ntrain_args: {b: 1}\n"))
+    assert [finding.key for finding in repeated] == ["train_args"]
+
+
+def test_setting_with_a_key_twice() -> None:
+    with pytest.raises(ConfigError, match=r"--set head=.*: a stands twice"):
+        overridden({}, ["head={a: 1, a: 2}"])
+
+
+def test_merged_keys_are_not_repeated(tmp_path: Path) -> None:
+    text = "common_args: &base {a: 1}\ntrain_args:\n  <<: *base\n  a: 2\n"
+    assert read_loosely(written(tmp_path, text))[1] == []
 
 
 @pytest.mark.parametrize(
@@ -342,8 +367,24 @@ def test_wrong_value_is_named_with_its_family() -> None:
 
 def test_everything_wrong_is_said_at_once() -> None:
     found = families(train_args={"comm_round": 0}, fedsq_args={"xyz": 1}, fedsqargs={"a": 1})
-    lines = problems(found)[1]
-    assert [line.split(" ")[0] for line in lines] == ["fedsq_args.xyz", "family", "train_args.comm_round"]
+    assert [(finding.kind, finding.key) for finding in problems(found)[1]] == [
+        ("unknown", "xyz"),
+        ("family", "fedsqargs"),
+        ("value", "comm_round"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "key"),
+    [
+        ({"common_args": {"epochs": 1}, "train_args": {"epochs": 2}}, "two families", "epochs"),
+        ({"train_args": {"learning_rte": 1}}, "misspelt", "learning_rate"),
+        ({"train_args": {"client_num_per_round": 9}}, "misfit", "client_num_per_round"),
+    ],
+)
+def test_finding_says_its_kind_and_key(changes: dict[str, Any], kind: str, key: str) -> None:
+    (finding,) = problems(families(**changes))[1]
+    assert (finding.kind, finding.key) == (kind, key)
 
 
 def test_resolve_gives_the_config() -> None:
@@ -379,9 +420,9 @@ names = st.sampled_from(["train_args", "fedsq_args", "warm_start_args", "fedsq_a
 @settings(max_examples=150, deadline=None)
 @given(st.dictionaries(names, st.dictionaries(keys, values, max_size=4), max_size=3))
 def test_any_families_give_a_config_or_problems(found: Families) -> None:
-    config, lines = problems(found)
-    assert config is not None or lines
-    assert all(isinstance(line, str) for line in lines)
+    config, wrong = problems(found)
+    assert config is not None or wrong
+    assert all(isinstance(finding.line, str) for finding in wrong)
 
 
 # Completing

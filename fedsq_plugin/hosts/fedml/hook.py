@@ -1,36 +1,39 @@
 """What `register()` does to FedML: it wraps six functions on their own modules and classes.
 
-They are wrapped in place, so that `from fedml import FedMLRunner` before or after makes no difference.
+Classes are wrapped in place: `from fedml import FedMLRunner` before or after makes no difference. Of
+functions only the modules' names are replaced: `from fedml.data import load` before `register()` keeps
+FedML's own.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from ... import models
 from ...algorithms import ALGORITHMS
-from ...config import Config
+from ...config import OURS, Config
 from ...errors import ConfigError, nearest
-from ...recipe import read_yaml
+from ...federation.seeding import derive, isolated
+from ...recipe import misplaced, read_loosely
 from . import offline
 from .data import DATASETS, FEDML_DATASETS
 from .data import load as load_ours
-from .plan import config_of, created, plan_of, viewed, warm_start
+from .names import NATIVE_SP
+from .plan import FINDINGS, HostName, algorithm_of, config_of, created, plan_of, viewed, warm_start
+from .unused import unused
 
 log = logging.getLogger(__name__)
 
 OWN_ROWS = "fedsq_own_rows"
 """Attribute of FedML's args: our rows also for the names that FedML has itself."""
 
-NATIVE_SP = (
-    *("FedAvg", "FedOpt", "FedNova", "FedDyn", "FedProx", "SCAFFOLD", "Mime"),
-    *("HierarchicalFL", "turbo_aggregate", "classical_vertical"),
-)
-"""What FedML's `sp` runs by itself."""
+ASKED = "fedsq_asked"
+"""Attribute of FedML's args: whether its YAML files have a family of ours, perhaps misspelt."""
 
 _registered = False
 
@@ -49,11 +52,22 @@ def register() -> None:
 
     offline.quiet_start(mlops)
     offline.own_logging(MLOpsRuntimeLog)
-    Arguments.load_yaml_config = lambda self, path: read_yaml(path)
+    Arguments.load_yaml_config = _load_yaml_config
     fedml.data.load = data_loader.load = _load(data_loader.load)
     fedml.model.create = model_hub.create = _create(model_hub.create)
     fedml.FedMLRunner.__init__ = _init(fedml.FedMLRunner.__init__)
     _registered = True
+
+
+def _load_yaml_config(self: Any, path: str) -> dict[str, Any]:
+    """FedML goes on without a file that is missing or broken. What is wrong with the keys waits on
+    `self`, for the case that something of ours runs."""
+    families, found = read_loosely(path)
+    found += misplaced(families)
+    setattr(self, FINDINGS, getattr(self, FINDINGS, []) + found)
+    asked = bool(families.keys() & set(OURS)) or any(finding.kind == "family" for finding in found)
+    setattr(self, ASKED, getattr(self, ASKED, False) or asked)
+    return families
 
 
 def _load(original: Any) -> Any:
@@ -74,8 +88,11 @@ def _create(original: Any) -> Any:
     def create(args: Any, output_dim: int) -> Any:
         if args.model in models.names():
             return created(config_of(args), output_dim)
+        seeded = getattr(args, "model_seed", None) is not None
+        seed = derive("model", config_of(args).seed("model")) if seeded else 0
         try:
-            return original(args, output_dim)
+            with isolated(seed) if seeded else nullcontext():
+                return original(args, output_dim)
         except Exception as error:
             if "no such model definition" not in str(error):
                 raise
@@ -108,6 +125,8 @@ def _init(original: Any) -> Any:
             original(self, args, device, dataset, model, *rest)
             return
         config = config_of(args)
+        for line in (*unused(config.model_dump(), ours), *(str(f) for f in getattr(args, FINDINGS, []))):
+            log.warning(line)
         check_device(config, device)
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -135,7 +154,7 @@ def is_ours(args: Any, custom: bool) -> bool:
     Raises:
         ConfigError: nobody knows the algorithm, or it cannot run as asked.
     """
-    name = args.federated_optimizer
+    name = algorithm_of(args)
     simulated = args.training_type == "simulation"
     sp = simulated and args.backend == "sp"
     native = name in NATIVE_SP if sp else name not in ALGORITHMS or name in ("FedAvg", "FedProx")
@@ -159,7 +178,7 @@ def is_ours(args: Any, custom: bool) -> bool:
 
 def _asks_for_ours(args: Any) -> bool:
     """Whether a recipe for FedML's own algorithm uses what only the plugin can give."""
-    return getattr(args, "warm_start", "none") not in ("none", None)
+    return getattr(args, ASKED, False) or getattr(args, "warm_start", "none") not in ("none", None)
 
 
 def check_device(config: Config, device: Any) -> None:
@@ -174,9 +193,9 @@ def prepare_host(args: Any) -> None:
 
     if getattr(args, "enable_fhe", False):
         raise ConfigError("enable_fhe: homomorphic encryption is not supported by this plugin's algorithms")
-    args.fedsq_algorithm = args.federated_optimizer
+    args.fedsq_algorithm = algorithm_of(args)
     # FedML's operators and defences branch on this name and know only their own.
-    args.federated_optimizer = "FedAvg"
+    args.federated_optimizer = HostName("FedAvg")
     args.enable_wandb = getattr(args, "enable_wandb", False)
     if not getattr(args, "enable_dp", False):
         FedMLDifferentialPrivacy.get_instance().is_enabled = False  # its init never turns it off

@@ -17,7 +17,8 @@ from torch import nn
 from ...errors import ConfigError, FedSQError, RunError
 from ...federation.evaluate import Metrics
 from ...federation.record import RoundRecord
-from ...recipe import Families, with_host_defaults
+from ...recipe import Families
+from .names import with_host_defaults
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ def _run(path: Path, on_start: Callable[[Start], None], on_round: Callable[[Roun
     device = fedml.device.get_device(args)
     dataset, classes = _load(fedml, args)
     model = fedml.model.create(args, classes)
-    with _heard(hook.__name__.replace("hook", "plan")) as notes:
+    with _heard(__package__) as notes:
         runner = fedml.FedMLRunner(args, device, dataset, model)
     simulation = runner.runner
     try:
@@ -144,7 +145,7 @@ def _logged(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _heard(name: str) -> Iterator[list[str]]:
-    """The messages of a logger, as they come."""
+    """What the plugin's FedML side logs from the options: warm start, options without effect."""
     messages: list[str] = []
 
     class Keep(logging.Handler):

@@ -25,12 +25,10 @@ from ...federation.seeding import derive, isolated, sample_clients
 from ...federation.state import State, clone, fingerprint, nbytes
 from ...federation.updates import Update, problem
 from .adapters import FedSQAggregator, FedSQTrainer
-from .plan import Plan
+from .names import OTHER_LOSSES
+from .plan import Plan, in_recipe_terms
 
 log = logging.getLogger(__name__)
-
-OTHER_LOSSES = ("fed_shakespeare", "stackoverflow_nwp", "stackoverflow_lr")
-"""Data sets that FedML trains with other losses than cross-entropy over classes."""
 
 
 class Simulation(FedAvgAPI):  # type: ignore[misc]
@@ -74,7 +72,8 @@ class Simulation(FedAvgAPI):  # type: ignore[misc]
 
     def run(self) -> None:
         """FedMLRunner's entry."""
-        self.train()
+        with in_recipe_terms():
+            self.train()
 
     def train(self) -> None:
         args = self.args

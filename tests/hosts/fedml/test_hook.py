@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 import socket
 import sys
 from pathlib import Path
@@ -12,8 +14,9 @@ import pytest
 import torch
 
 import fedsq_plugin
-from fedsq_plugin import DualCopy
-from fedsq_plugin.errors import ConfigError
+from fedsq_plugin import DualCopy, models
+from fedsq_plugin.errors import ConfigError, GateError, WeightsError
+from fedsq_plugin.hosts.fedml.plan import algorithm_of
 from fedsq_plugin.hosts.fedml.simulation import Simulation
 
 from .conftest import MakeArgs, network, silos
@@ -74,11 +77,170 @@ def test_homomorphic_encryption_is_refused(fedml: Any, make_args: MakeArgs) -> N
         fedml.FedMLRunner(make_args(enable_fhe=True), "cpu", silos(), network())
 
 
-def test_unknown_keys_in_our_families_are_errors(fedml: Any, make_args: MakeArgs) -> None:
-    args = make_args()
-    path = Path(args.yaml_paths[0])
-    path.write_text(path.read_text() + "fedsq_args: {small_image: true}\n")
+@pytest.fixture
+def init(make_args: MakeArgs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fedml: Any) -> Any:
+    """`fedml.init` on a recipe with some text added to it."""
+
+    def make(added: str, **overrides: Any) -> Any:
+        path = Path(make_args(**overrides).yaml_paths[0])
+        path.write_text(path.read_text() + added)
+        return fedml.init()
+
+    return make
+
+
+def test_unknown_keys_in_our_families_are_errors(fedml: Any, init: Any) -> None:
+    args = init("fedsq_args: {small_image: true}\n")
     with pytest.raises(ConfigError, match="small_image is unknown; did you mean 'small_images'"):
+        fedml.FedMLRunner(args, "cpu", silos(), network())
+
+
+TWICE = "more_args:\n  a: 1\n  a: 2\n"
+
+
+def test_fedmls_own_recipe_may_have_a_key_twice(fedml: Any, init: Any) -> None:
+    """It runs without the plugin, so it runs under the launcher."""
+    args = init(TWICE, federated_optimizer="FedAvg")
+    assert args.a == 2
+    fedml.FedMLRunner(args, "cpu", silos(), network())
+
+
+@pytest.mark.parametrize(
+    ("added", "name"), [(TWICE, "FedSQ"), (TWICE + "fedsq_args: {threads: 1}\n", "FedAvg")]
+)
+def test_a_key_twice_is_an_error_where_something_of_ours_runs(
+    added: str, name: str, fedml: Any, init: Any
+) -> None:
+    with pytest.raises(ConfigError, match=r"^a stands twice, again at line \d+, column 3$"):
+        fedml.FedMLRunner(init(added, federated_optimizer=name), "cpu", silos(), network())
+
+
+def test_a_misspelt_family_of_ours_is_an_error_under_fedmls_own_optimizer(fedml: Any, init: Any) -> None:
+    args = init("fedsq_arg: {threads: 1}\n", federated_optimizer="FedAvg")
+    with pytest.raises(ConfigError, match="family fedsq_arg is unknown; did you mean 'fedsq_args'"):
+        fedml.FedMLRunner(args, "cpu", silos(), network())
+
+
+def test_keys_that_are_fedmls_business_are_warnings(
+    fedml: Any, init: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    args = init("more_args: {epochs: 1, learning_rte: 3}\n")
+    fedml.FedMLRunner(args, "cpu", silos(), network())
+    assert "epochs stands in train_args and in more_args; FedML keeps one of them" in caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"client_optimizer": "adam", "momentum": 0.5}, "train_args.momentum has no effect: adam has none"),
+        (
+            {"federated_optimizer": "FedAvg", "clip_norm": 1.0},
+            "fedsq_args.clip_norm has no effect: FedML's own FedAvg runs the rounds",
+        ),
+    ],
+)
+def test_options_without_effect_are_warnings(
+    options: dict[str, Any], line: str, fedml: Any, make_args: MakeArgs, caplog: pytest.LogCaptureFixture
+) -> None:
+    fedml.FedMLRunner(make_args(**options), "cpu", silos(), network())
+    assert line in caplog.messages
+
+
+def test_threads_count_under_fedmls_own_optimizer(fedml: Any, make_args: MakeArgs) -> None:
+    before = torch.get_num_threads()
+    try:
+        args = make_args(federated_optimizer="FedAvg", threads=before + 1)
+        fedml.FedMLRunner(args, "cpu", silos(), network())
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_second_runner_on_the_same_arguments_runs_the_same_algorithm(
+    fedml: Any, make_args: MakeArgs
+) -> None:
+    args = make_args()
+    for _ in range(2):
+        runner = fedml.FedMLRunner(args, torch.device("cpu"), silos(), network())
+        assert isinstance(runner.runner, Simulation)
+        assert runner.runner.plan.algorithm.name == args.fedsq_algorithm == "FedSQ"
+        assert args.federated_optimizer == "FedAvg"  # for FedML's own operators
+
+
+def test_a_name_that_a_script_sets_for_the_second_runner_counts(fedml: Any, make_args: MakeArgs) -> None:
+    args = make_args()
+    fedml.FedMLRunner(args, torch.device("cpu"), silos(), network())
+    args.federated_optimizer = "FedAvg"
+    runner = fedml.FedMLRunner(args, torch.device("cpu"), silos(), network())
+    assert type(runner.runner).__name__ == "SimulatorSingleProcess"
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda args: pickle.loads(pickle.dumps(args))])
+def test_a_copy_of_used_arguments_keeps_the_algorithm(copier: Any, fedml: Any, make_args: MakeArgs) -> None:
+    args = make_args()
+    fedml.FedMLRunner(args, torch.device("cpu"), silos(), network())
+    assert algorithm_of(copier(args)) == "FedSQ"
+
+
+def test_gate_options_reach_a_dualcopy_model(fedml: Any, make_args: MakeArgs) -> None:
+    options = {"model": "dualcopy_resnet18", "gate_pooling": "own", "gate_accept": ["layer1.*"]}
+    model = fedml.model.create(make_args(**options), 3)
+    images = torch.randn(2, 3, 32, 32)
+    kinds = {gate.kind for gate in model.gates(images)}
+    routed = {gate.kind for gate in DualCopy(model.quantitative).gates(images)}
+    assert len(routed - kinds) == 1  # the max-pooling
+    assert model._accept == ("layer1.*",)
+
+
+def test_a_dualcopy_model_starts_from_the_same_weights_as_the_plain_one(
+    fedml: Any, make_args: MakeArgs
+) -> None:
+    plain, dual = (fedml.model.create(make_args(model=name), 3) for name in ("resnet18", "dualcopy_resnet18"))
+    for key, value in plain.state_dict().items():
+        assert torch.equal(dual.state_dict()[key], value)
+
+
+def test_model_seed_decides_the_weights_of_fedmls_own_models(fedml: Any, make_args: MakeArgs) -> None:
+    options = {"model": "lr", "dataset": "mnist"}
+    weights = []
+    for seed in (1, 1, 2):
+        args = make_args(**options, model_seed=seed)
+        torch.manual_seed(len(weights))
+        before = torch.get_rng_state()
+        weights.append(fedml.model.create(args, 10).linear.weight)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_without_a_model_seed_fedmls_own_models_draw_as_ever(fedml: Any, make_args: MakeArgs) -> None:
+    args = make_args(model="lr", dataset="mnist")
+    torch.manual_seed(5)
+    expected = torch.nn.Linear(28 * 28, 10).weight
+    torch.manual_seed(5)
+    assert torch.equal(fedml.model.create(args, 10).linear.weight, expected)
+
+
+def test_a_model_that_cannot_be_gated_advises_the_recipes_key(fedml: Any, make_args: MakeArgs) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(6, 3), torch.nn.GELU(), torch.nn.ReLU())
+    with pytest.raises(GateError, match=r"fedsq_args\.gate_accept: \['1'\]"):
+        fedml.FedMLRunner(make_args(), "cpu", silos(), model)
+
+
+def test_weights_that_do_not_fit_advise_the_recipes_key(
+    fedml: Any, make_args: MakeArgs, tmp_path: Path
+) -> None:
+    path = tmp_path / "small.pt"
+    torch.save(models.create("resnet18", 3, small_images=True).state_dict(), path)
+    args = make_args(warm_start="file", warm_start_file=str(path))
+    model = fedml.model.create(args, 3)
+    with pytest.raises(WeightsError, match=r"this file needs fedsq_args\.small_images: true"):
+        fedml.FedMLRunner(args, "cpu", silos(), model)
+
+
+def test_imagenet_for_a_model_that_is_fedmls_is_one_clear_line(fedml: Any, make_args: MakeArgs) -> None:
+    args = make_args(warm_start="imagenet", model="resnet56")
+    with pytest.raises(ConfigError, match="no such weights for resnet56"):
         fedml.FedMLRunner(args, "cpu", silos(), network())
 
 

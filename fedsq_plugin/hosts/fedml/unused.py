@@ -1,0 +1,68 @@
+"""Options of ours that a recipe gives and that would silently do nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ... import models
+from ...algorithms import ALGORITHMS
+from ...config import OPTIONS, family_of
+from ...models.backbones import PREFIX
+from .data import DATASETS
+
+GATES = ("gate_accept", "gate_pooling")
+DATA = ("data_seed", "image_size", "min_client_samples")
+PUBLIC = (
+    *("warm_start_public", "warm_start_epochs", "warm_start_learning_rate", "warm_start_momentum"),
+    *("warm_start_batch_size", "warm_start_cache_dir"),
+)
+LOOP = (
+    *("keep_gates", "buffers", "nonfinite", "nesterov", "clip_norm", "sampling_seed"),
+    *("lr_schedule", "lr_decay", "lr_decay_rounds"),
+)
+"""Read by our own loop, trainer and aggregator alone."""
+
+
+def unused(valid: Mapping[str, Any], ours: bool = True) -> list[str]:
+    """A line for every option that is not at its default and has no effect beside the others.
+
+    Args:
+        valid: options that are valid by themselves; a wrong one is taken for one that has an effect.
+        ours: whether our rows run the recipe, rather than FedML's own optimizer.
+    """
+    get = valid.get
+    model, dataset, name = str(get("model", "")), str(get("dataset", "")), str(get("federated_optimizer", ""))
+    warm, row = get("warm_start", "public"), ALGORITHMS.get(name) if ours else None
+    gated = model.startswith(PREFIX) or (row is not None and row.view == "dualcopy")
+    idle: dict[str, str] = {}
+
+    def mark(keys: tuple[str, ...], why: str) -> None:
+        for key in keys:
+            idle.setdefault(key, why)
+
+    if not ours:
+        mark(LOOP, f"FedML's own {name} runs the rounds")
+        if warm != "public":
+            mark(("augmentation",), f"FedML's own {name} trains")
+        if warm not in ("file", "imagenet"):
+            mark(("head",), f"FedML's own {name} knows no head")
+    if not gated and (row is not None or not ours):
+        mark(("keep_gates", *GATES), f"{name} trains the plain model, without gates")
+    if "model" in valid and model not in models.names():
+        mark(("small_images",), f"{model} is none of our models")
+    if "dataset" in valid and dataset not in DATASETS:
+        mark(DATA, f"{dataset} is FedML's own data set")
+    if ours and get("client_optimizer", "sgd") != "sgd":
+        mark(("momentum",), f"{valid['client_optimizer']} has none")
+    if row is not None and row.objective != "proximal":
+        mark(("fedprox_mu",), f"{name} has no proximal term")
+    if warm != "public":
+        mark(PUBLIC, f"warm_start is '{warm}'")
+    if get("lr_schedule", "step") != "step":
+        mark(("lr_decay", "lr_decay_rounds"), f"lr_schedule is '{valid['lr_schedule']}'")
+    return [
+        f"{family_of(key)}.{key} has no effect: {why}"
+        for key, why in idle.items()
+        if key in valid and valid[key] != OPTIONS[key].default
+    ]
