@@ -267,6 +267,10 @@ def test_the_readme_lists_every_option() -> None:
     assert reference() in (ROOT / "README.md").read_text()
 
 
+def test_the_readme_has_no_gap() -> None:
+    assert "@@" not in (ROOT / "README.md").read_text()
+
+
 def test_ci_runs_the_readmes_line() -> None:
     command = "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/pytest"
     assert command in (ROOT / "README.md").read_text()
