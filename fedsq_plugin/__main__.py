@@ -26,6 +26,8 @@ def main() -> None:
         runpy.run_path(str(script), run_name="__main__")
     except FedSQError as error:
         fail(str(error))
+    except KeyboardInterrupt:
+        fail("interrupted", status=130)
 
 
 if __name__ == "__main__":

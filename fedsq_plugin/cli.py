@@ -78,7 +78,9 @@ def report(directory: Path) -> None:
     from .analysis.report import write_report
     from .analysis.rundir import RunDirectory
 
-    _console().print(write_report(RunDirectory.open(directory)))
+    console = _console()
+    console.print(write_report(RunDirectory.open(directory)))
+    console.print(f"pictures and summary.json in {directory} are new", highlight=False)
 
 
 @cli.command()
@@ -87,14 +89,15 @@ def report(directory: Path) -> None:
 def check(recipe: Path, settings: tuple[str, ...]) -> None:
     """Say everything that is wrong with RECIPE, at once. Nothing is trained or downloaded."""
     from . import check as checks
-    from .recipe import overridden, read_loosely
+    from .hosts.fedml.unused import untrained_gates
+    from .recipe import flat, overridden, read_loosely
 
     families, repeated = read_loosely(recipe)
     families = overridden(families, settings)
     found = [*map(str, repeated), *checks.check(families)]
     for line in found:
         click.echo(f"{recipe}: {line}")
-    for line in checks.notes(families):
+    for line in [*checks.notes(families), *untrained_gates(flat(families))]:
         click.echo(f"note: {line}")
     if found:
         raise SystemExit(2)

@@ -11,7 +11,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -175,8 +175,17 @@ def reference() -> str:
     rows = ["| family | key | default | meaning |", "| --- | --- | --- | --- |"]
     for key, option in OPTIONS.items():
         default = "required" if option.is_required() else _as_yaml(option.default)
-        rows.append(f"| `{family_of(key)}` | `{key}` | {default} | {option.description} |")
+        choices = ", ".join(_choices(option.annotation))
+        meaning = f"{option.description} ({choices})" if choices else option.description
+        rows.append(f"| `{family_of(key)}` | `{key}` | {default} | {meaning} |")
     return "\n".join(rows)
+
+
+def _choices(annotation: Any) -> list[str]:
+    """The words that an option takes, where it takes only some."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [word for part in get_args(annotation) for word in _choices(part)]
 
 
 def _as_yaml(value: Any) -> str:
@@ -213,7 +222,7 @@ def _finding(error: Any, given: Mapping[str, Any]) -> Finding:
     where = f"{family_of(key)}.{key}"
     if error["type"] == "missing":
         return Finding("missing", key, f"{where} is missing ({OPTIONS[key].description})")
-    message = str(error["msg"])
+    message = str(error["msg"]).replace("valid tuple", "list").partition(", unable to parse")[0]
     return Finding("value", key, f"{where} is {given.get(key)!r}: {message[0].lower()}{message[1:]}")
 
 

@@ -110,6 +110,12 @@ def misplaced(families: Families) -> list[Finding]:
         for family in families
         if family not in OURS and (close := difflib.get_close_matches(family, OURS, cutoff=0.8))
     ]
+    homes = {family_of(key) for key in OPTIONS}.difference(OURS)
+    found += [
+        Finding("family", family, f"family {family} looks like a misspelling of '{close[0]}'")
+        for family in families
+        if family not in homes and (close := difflib.get_close_matches(family, homes, n=1, cutoff=0.9))
+    ]
     for key, family in seen.items():
         near = difflib.get_close_matches(key, OPTIONS, n=1, cutoff=0.88)
         if family not in OURS and key not in OPTIONS and near and near[0] not in seen:

@@ -122,11 +122,16 @@ def _session(
     )
     progress = Progress(*columns, console=console, disable=not console.is_terminal)
     session = _Session(directory, console, progress)
-    console.print(f"results go to {out}; {torch.get_num_threads()} threads", highlight=False)
+    console.print(f"results go to {out}; CPU threads: {torch.get_num_threads()}", highlight=False)
     try:
         with progress:
             session.progress.add_task("starting FedML", total=runs * config.comm_round, accuracy="")
             yield session
+    except KeyboardInterrupt:
+        session.summary["ended_early"] = ["interrupted"]
+        directory.write_summary(session.summary)
+        console.print(f"the finished rounds are in {out}; `fedsq report` shows them", highlight=False)
+        raise
     except ConfigError:
         if directory.metrics.empty:
             shutil.rmtree(out, ignore_errors=True)  # nothing ran: the same command may be given again
@@ -151,7 +156,8 @@ def _one(session: _Session, families: Families, config: Config) -> None:
         before = {"accuracy": start.metrics.accuracy, "loss": start.metrics.loss}
         kind = "initial" if config.warm_start == "none" else "warm_start"
         session.summary.setdefault(kind, {})[str(seed)] = before
-        session.notes += [note for note in start.notes if note not in session.notes]
+        for note in start.notes:
+            session.console.print(f"{name} seed {seed}: {note}", highlight=False, markup=False)
         session.summary["device"] = start.device
         if start.counts is not None and "label_counts" not in session.summary:
             session.summary.update(label_counts=start.counts, classes=start.classes, label_counts_seed=seed)

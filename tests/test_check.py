@@ -358,3 +358,13 @@ def test_fedml_is_not_imported() -> None:
         "assert 'fedml' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1], timeout=120)
+
+
+def test_gates_of_random_weights_are_a_note() -> None:
+    from fedsq_plugin.hosts.fedml.unused import untrained_gates
+
+    given = {"model": "resnet18", "federated_optimizer": "FedSQ"}
+    assert len(untrained_gates(given)) == 1
+    assert untrained_gates({**given, "warm_start": "public"}) == []
+    assert untrained_gates({**given, "federated_optimizer": "FedAvg"}) == []
+    assert untrained_gates({**given, "model": "resnet56"}) == []  # a script's own weights are its business

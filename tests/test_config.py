@@ -122,7 +122,7 @@ def test_missing_option_is_named_with_its_family_and_meaning(key: str) -> None:
         ("learning_rate", [0.1], "train_args.learning_rate is [0.1]: input should be a valid number"),
         ("model", 18, "model_args.model is 18: input should be a valid string"),
         ("small_images", "maybe", "fedsq_args.small_images is 'maybe': input should be a valid boolean"),
-        ("augmentation", "crop", "fedsq_args.augmentation is 'crop': input should be a valid tuple"),
+        ("augmentation", "crop", "fedsq_args.augmentation is 'crop': input should be a list"),
     ],
 )
 def test_wrong_type(key: str, value: Any, line: str) -> None:

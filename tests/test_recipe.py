@@ -497,3 +497,9 @@ def test_resolved_families_come_back_through_yaml(tmp_path: Path) -> None:
     found = resolved(**changes)
     text = yaml.safe_dump(found, sort_keys=False)
     assert resolve(read_yaml(written(tmp_path, text))) == resolve(families(**changes))
+
+
+def test_a_misspelt_family_of_fedmls_is_found() -> None:
+    found = families()
+    found["data_arg"] = found.pop("data_args")
+    assert "family data_arg looks like a misspelling of 'data_args'" in [str(f) for f in problems(found)[1]]

@@ -67,7 +67,7 @@ def good(families: Any, log_file: Path, on_start: Any, on_round: Any) -> Outcome
 def test_how_the_model_came_by_its_weights_is_said(told: Any, tmp_path: Path) -> None:
     out = told(good)
     runs.run(recipe(), tmp_path / "out", Console(file=out))
-    assert "note: head fc: newly initialised" in out.getvalue()
+    assert "FedSQ seed 0: head fc: newly initialised" in out.getvalue()
 
 
 def test_skipped_silos_are_said(told: Any, tmp_path: Path) -> None:

@@ -50,6 +50,11 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             raise _error(f"weights file {path} has the key {key!r}, not a name; {_SAVE}")
         if fault := _fault(value):
             raise _error(f"weights file {path}: {key} is {fault}, not a dense tensor; {_SAVE}")
+    if any(key.startswith("quantitative.") for key in content):
+        raise _error(
+            f"weights file {path} holds both copies of a DualCopy; "
+            "load it by DualCopy(model).load_full_state_dict(safetensors.torch.load_file(path))"
+        )
     prefix = "module." if all(key.startswith("module.") for key in content) else ""
     return {key[len(prefix) :]: value.detach() for key, value in content.items()}
 

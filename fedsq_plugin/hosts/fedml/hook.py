@@ -25,7 +25,7 @@ from .data import DATASETS, FEDML_DATASETS
 from .data import load as load_ours
 from .names import NATIVE_SP
 from .plan import FINDINGS, HostName, algorithm_of, config_of, created, plan_of, viewed, warm_start
-from .unused import unused
+from .unused import untrained_gates, unused
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +125,9 @@ def _init(original: Any) -> Any:
             original(self, args, device, dataset, model, *rest)
             return
         config = config_of(args)
-        for line in (*unused(config.model_dump(), ours), *(str(f) for f in getattr(args, FINDINGS, []))):
+        given = config.model_dump()
+        findings = map(str, getattr(args, FINDINGS, []))
+        for line in (*unused(given, ours), *untrained_gates(given), *findings):
             log.warning(line)
         check_device(config, device)
         if config.threads:

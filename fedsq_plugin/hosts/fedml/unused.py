@@ -1,4 +1,4 @@
-"""Options of ours that a recipe gives and that would silently do nothing."""
+"""What a recipe asks for that would silently do nothing, or not what is meant."""
 
 from __future__ import annotations
 
@@ -66,3 +66,14 @@ def unused(valid: Mapping[str, Any], ours: bool = True) -> list[str]:
         for key, why in idle.items()
         if key in valid and valid[key] != OPTIONS[key].default
     ]
+
+
+def untrained_gates(valid: Mapping[str, Any]) -> list[str]:
+    """A line when the gates of one of our models are frozen before anything was learned."""
+    model, row = str(valid.get("model", "")), ALGORITHMS.get(str(valid.get("federated_optimizer", "")))
+    gated = model.startswith(PREFIX) or (row is not None and row.view == "dualcopy")
+    if gated and model in models.names() and valid.get("warm_start", "none") == "none":
+        return [
+            "warm_start is none: the gates of random weights are frozen; FedSQ is meant for pretrained ones"
+        ]
+    return []
