@@ -116,6 +116,7 @@ def _session(
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
+        TextColumn("round"),
         MofNCompleteColumn(),
         TextColumn("{task.fields[accuracy]}"),
         TimeRemainingColumn(),
