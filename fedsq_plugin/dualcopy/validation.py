@@ -67,19 +67,21 @@ class _Trace(TorchFunctionMode):
 
 
 def trace(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], own_pooling: bool = False
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    own_pooling: bool = False,
+    evaluation: bool = False,
 ) -> list[Call]:
-    """The activation calls of one forward, in order. The model, its buffers and the global random
-    generators are left as they were: a copy runs."""
+    """The activation calls of one forward, in order; in evaluation mode, or in the model's own. The
+    model, its buffers and the global random generators are left as they were: a copy runs."""
     runner = detached_copy(model)
+    if evaluation:
+        runner.eval()
     args, kwargs = cloned(args, kwargs)
     watch = _Trace(own_pooling)
-    seen: set[int] = set()
     with ExitStack() as stack:
         for path, module in runner.named_modules():
-            if id(module) in seen:
-                continue
-            seen.add(id(module))
 
             def enter(_: nn.Module, __: Any, path: str = path) -> None:
                 watch.path.append(path)
@@ -206,7 +208,7 @@ def validate(
         args = tuple(example) if isinstance(example, (tuple, list)) else (example,)
     known = {f.path for f in findings}
     # In evaluation mode, where batch normalisation takes a single example too.
-    calls = trace(detached_copy(model).eval(), args, kwargs, pooling == "own")
+    calls = trace(model, args, kwargs, pooling == "own", evaluation=True)
     for finding in call_findings(calls, accept):
         if finding.path not in known or not finding.path:
             findings.append(finding)

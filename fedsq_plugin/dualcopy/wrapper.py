@@ -73,8 +73,6 @@ class DualCopy(nn.Module):
         else:
             refuse(static_findings(model, accept))
         structural = detached_copy(model).eval().requires_grad_(False)
-        for parameter in structural.parameters():
-            parameter.grad = None
         # Sharing the registries makes this module and the plain one the same to every walk over
         # modules, parameters and buffers; the copies themselves stay outside the registries.
         self.__dict__.update(

@@ -160,10 +160,9 @@ class FedSQAggregator(_Travelling, ServerAggregator):  # type: ignore[misc]
         return self._by_rule(self.args, raw_client_model_or_grad_list)
 
     def on_after_aggregation(self, aggregated_model_or_grad: State) -> State:
+        after: State = super().on_after_aggregation(aggregated_model_or_grad)
         if not self.hide_counters:
-            after: State = super().on_after_aggregation(aggregated_model_or_grad)
             return after
-        after = super().on_after_aggregation(aggregated_model_or_grad)
         self.hide_counters = False
         template = self.get_model_params()
         whole: State = OrderedDict()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -226,22 +226,20 @@ def _refuse_differing_sizes(paths: Sequence[str]) -> None:
 
 def _image_size(path: str) -> tuple[int, int]:
     """Width and height, from the file's header."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            return width, height
-    except (UnidentifiedImageError, OSError) as error:
-        raise ConfigError(f"image_folder: {path} cannot be read as an image ({error})") from None
+    width, height = _with_image(path, lambda image: image.size)
+    return width, height
 
 
 def _open_image(path: str) -> Any:
+    return _with_image(path, lambda image: image.convert("RGB"))
+
+
+def _with_image(path: str, use: Callable[[Any], Any]) -> Any:
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return use(image)
     except (UnidentifiedImageError, OSError) as error:
         raise ConfigError(f"image_folder: {path} cannot be read as an image ({error})") from None
 
