@@ -16,6 +16,7 @@ from ..silo import Silos
 from ..simulation import refuse_foreign
 from .client import Client
 from .server import Server, rank_of
+from .tls import credentials
 from .transport import MpiTransport
 
 MIB = 2**20
@@ -64,14 +65,14 @@ def node(
         trainer = client_trainer or FedSQTrainer(model, args, plan)
         mine = [silo for silo in range(args.client_num_in_total) if rank_of(silo, ranks) == rank]
         silos = Silos(plan, args, device, trainer, sizes, train, tests)
-        return Client(args, _transport(args, model, [0]), silos, mine)
+        return Client(args, _transport(args, plan, model, [0]), silos, mine)
     if server_aggregator is not None:
         server_aggregator.model = model
     aggregator = server_aggregator or FedSQAggregator(model, args, plan)
     if isinstance(aggregator, FedSQAggregator):
         _ = aggregator.coordinator  # refuses what does not go together before the first round
     scoring = Scoring(plan, args, device, aggregator, (test, dataset[1]), (train, tests))
-    transport = _transport(args, model, range(1, ranks + 1))
+    transport = _transport(args, plan, model, range(1, ranks + 1))
     return Server(args, transport, plan, aggregator, scoring, ranks)
 
 
@@ -87,7 +88,7 @@ def _ranks(args: Any) -> int:
     return ranks
 
 
-def _transport(args: Any, model: nn.Module, peers: Any) -> Any:
+def _transport(args: Any, plan: Plan, model: nn.Module, peers: Any) -> Any:
     # The most that is sent at once is the whole model with its structural copy.
     limit = 4 * nbytes(state_of(model)) + MIB
     if args.backend == "MPI":
@@ -102,4 +103,5 @@ def _transport(args: Any, model: nn.Module, peers: Any) -> Any:
         from .grpc_transport import GrpcTransport
     except ImportError as error:
         raise ConfigError(f"comm_args.backend GRPC: {error}; pip install 'fedsq-plugin[grpc]'") from None
-    return GrpcTransport(str(table), int(args.rank), list(peers), limit)
+    rank = int(args.rank)
+    return GrpcTransport(str(table), rank, list(peers), limit, credentials(plan.config, rank))
