@@ -55,16 +55,17 @@ def run(recipe: Path, settings: tuple[str, ...], out: Path | None) -> None:
 @click.option(
     "--clients", type=click.IntRange(min=1), help="Client processes; default: worker_num, or one per silo."
 )
+@click.option("--tls", is_flag=True, help="Mutual TLS (GRPC), with certificates made for this run alone.")
 @_settings
 @_out
-def launch(recipe: Path, clients: int | None, settings: tuple[str, ...], out: Path | None) -> None:
+def launch(recipe: Path, clients: int | None, tls: bool, settings: tuple[str, ...], out: Path | None) -> None:
     """Run RECIPE, of backend MPI or GRPC, with all its processes on this machine."""
     from . import launch as launcher
     from .recipe import overridden, read_yaml
     from .runs import default_out
 
     families = overridden(read_yaml(recipe), settings)
-    status = launcher.launch(families, clients, out or default_out(recipe))
+    status = launcher.launch(families, clients, out or default_out(recipe), tls)
     if status:
         raise SystemExit(status)
 
@@ -107,6 +108,21 @@ def compare(recipe: Path, algorithms: str, seeds: str, settings: tuple[str, ...]
         raise ConfigError("--algorithms is empty; name at least one, as FedAvg,FedSQ")
     families = overridden(read_yaml(recipe), settings)
     runs.compare(families, names, numbers, out or runs.default_out(recipe), _console())
+
+
+@cli.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--clients", type=click.IntRange(min=1), required=True, help="Client processes.")
+@click.option("--days", type=click.IntRange(min=1, max=3650), default=30, show_default=True, help="Validity.")
+def certificates(directory: Path, clients: int, days: int) -> None:
+    """Make certificates and keys in DIRECTORY for a GRPC run under mutual TLS."""
+    from .certificates import write
+
+    write(directory, clients, days)
+    click.echo(
+        f"{directory}: ca.pem for everybody; rank-<k>.pem and rank-<k>-key.pem for rank <k> alone "
+        f"(0: the server); valid for {days} days"
+    )
 
 
 @cli.command()
