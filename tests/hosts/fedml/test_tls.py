@@ -16,6 +16,7 @@ from fedsq_plugin import certificates
 from fedsq_plugin.config import Config, parse
 from fedsq_plugin.errors import ConfigError
 from fedsq_plugin.hosts.fedml.distributed.tls import credentials
+from fedsq_plugin.hosts.fedml.unused import unused
 
 from .credentials import NEEDED, config
 
@@ -119,7 +120,9 @@ def test_tls_on_a_road_without_it_is_an_error_and_not_believed() -> None:
     assert [str(one) for one in found] == [
         "tls_cert is given, but only backend GRPC has TLS, and backend is MPI"
     ]
-    assert parse({**NEEDED, "backend": "sp", **paths})[1] == []
+    one_process = {**NEEDED, "backend": "sp", **paths}
+    assert parse(one_process)[1] == []
+    assert "fedsq_args.tls_cert has no effect: backend sp is one process" in unused(one_process)
 
 
 def test_tls_asks_for_our_rows_where_fedml_has_its_own(fedml: Any) -> None:

@@ -58,13 +58,11 @@ class _Servicer(grpc_comm_manager_pb2_grpc.gRPCCommManagerServicer):  # type: ig
 
     def _no_peer(self, rank: int, context: Any) -> str | None:
         if self._tls:
-            names = [
-                name.decode() for name in context.auth_context().get("x509_subject_alternative_name", ())
-            ]
+            shown = context.auth_context().get("x509_subject_alternative_name", ())
+            names = [name.decode(errors="replace") for name in shown]
             if name_of(rank) not in names:
-                return (
-                    f"it says that it is rank {rank}, and its certificate is for {', '.join(names) or 'none'}"
-                )
+                its = ", ".join(names) or "none"
+                return f"it says that it is rank {rank}, and its certificate is for {its}"
         return None if rank in self._peers else f"rank {rank} has nothing to say to this process"
 
 
@@ -125,7 +123,8 @@ class GrpcTransport(Transport):
             log.warning(
                 "rank %d listens on %s without TLS: whoever reaches that port can speak for any rank "
                 "(fedsq_args.tls_cert, tls_key, tls_ca)",
-                *(rank, listening[rank]),
+                rank,
+                listening[rank],
             )
         self._server.start()
         self._stubs: dict[int, Any] = {}
