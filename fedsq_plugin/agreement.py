@@ -24,6 +24,7 @@ MAY_CHANGE = frozenset(
         *("checkpoint_dir", "checkpoint_every", "resume", "threads", "keep_gates", "using_gpu"),
         *("data_cache_dir", "warm_start_file", "warm_start_cache_dir"),
         *("min_clients", "round_timeout_s", "nonfinite"),
+        *("tls_cert", "tls_key", "tls_ca"),
     )
 )
 """Options that a resumed run may have otherwise."""

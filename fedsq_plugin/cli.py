@@ -86,12 +86,14 @@ def run(recipe: Path | None, settings: tuple[str, ...], out: Path | None, resume
 @click.option(
     "--clients", type=click.IntRange(min=1), help="Client processes; default: worker_num, or one per silo."
 )
+@click.option("--tls", is_flag=True, help="Mutual TLS (GRPC), with certificates made for this run alone.")
 @_settings
 @_out
 @_resume
 def launch(
     recipe: Path | None,
     clients: int | None,
+    tls: bool,
     settings: tuple[str, ...],
     out: Path | None,
     resume: Path | None,
@@ -100,7 +102,7 @@ def launch(
     from . import launch as launcher
 
     families, out, _ = _begun_or_new(recipe, settings, out, resume)
-    status = launcher.launch(families, clients, out, resume is not None)
+    status = launcher.launch(families, clients, out, tls, resume is not None)
     if status:
         raise SystemExit(status)
 
@@ -156,6 +158,21 @@ def compare(
     if not names:
         raise ConfigError("--algorithms is empty; name at least one, as FedAvg,FedSQ")
     runs.compare(families, names, numbers, out, _console())
+
+
+@cli.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--clients", type=click.IntRange(min=1), required=True, help="Client processes.")
+@click.option("--days", type=click.IntRange(min=1, max=3650), default=30, show_default=True, help="Validity.")
+def certificates(directory: Path, clients: int, days: int) -> None:
+    """Make certificates and keys in DIRECTORY for a GRPC run under mutual TLS."""
+    from .certificates import write
+
+    write(directory, clients, days)
+    click.echo(
+        f"{directory}: ca.pem for everybody; rank-<k>.pem and rank-<k>-key.pem for rank <k> alone "
+        f"(0: the server); valid for {days} days"
+    )
 
 
 @cli.command()

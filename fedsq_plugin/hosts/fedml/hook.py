@@ -24,6 +24,7 @@ from ...recipe import flat, misplaced, read_loosely
 from . import offline
 from .data import DATASETS, FEDML_DATASETS
 from .data import load as load_ours
+from .distributed.tls import credentials
 from .names import NATIVE_SP, broken_road, refused_road
 from .plan import FINDINGS, HostName, algorithm_of, config_of, created, plan_of, viewed, warm_start
 from .unused import untrained_gates, unused
@@ -159,6 +160,8 @@ def _init(original: Any) -> Any:
         from .simulation import Simulation
 
         one_process = (args.training_type, args.backend) == ("simulation", "sp")
+        if not one_process:
+            credentials(config, int(args.rank))  # before a warm start that takes long
         checkpoints = ServerCheckpoints(plan) if one_process or not is_client(args) else None
         if checkpoints is not None and not checkpoints.resumes:
             self.reluised = warm_start(model, config, dataset, device)
@@ -175,8 +178,8 @@ def _init(original: Any) -> Any:
 def is_ours(args: Any, custom: bool) -> bool:
     """Whether our rows run this, rather than FedML itself.
 
-    FedML's own algorithms stay FedML's, unless our rows are asked for, or a trainer or aggregator is
-    passed that FedML's `sp` would ignore (FedML issue 565).
+    FedML's own algorithms stay FedML's, unless our rows are asked for, or TLS, which FedML has not, or a
+    trainer or aggregator is passed that FedML's `sp` would ignore (FedML issue 565).
 
     Raises:
         ConfigError: nobody knows the algorithm, or it cannot run as asked.
@@ -185,7 +188,12 @@ def is_ours(args: Any, custom: bool) -> bool:
     simulated = args.training_type == "simulation"
     sp = simulated and args.backend == "sp"
     native = name in NATIVE_SP if sp else not known(name) or name in ("FedAvg", "FedProx")
-    if native and not getattr(args, OWN_ROWS, False) and not (custom and sp):
+    tls = bool(getattr(args, "tls_cert", None)) and not sp
+    if tls and native and not known(name):
+        raise ConfigError(
+            f"FedML's own {name} has no TLS (fedsq_args.tls_cert); use one of {', '.join(rows())}"
+        )
+    if native and not getattr(args, OWN_ROWS, False) and not (custom and sp) and not tls:
         return False
     if "+" in name:
         algorithm(name)  # says which part is wrong

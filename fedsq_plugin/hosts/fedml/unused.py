@@ -77,6 +77,8 @@ def unused(valid: Mapping[str, Any], ours: bool = True) -> list[str]:
         mark(("warm_start_epochs",), f"warm_start is '{warm}'")
         if not relu_ise:
             mark(("warm_start_learning_rate", *PUBLIC), f"warm_start is '{warm}'")
+    if get("backend", "GRPC") == "sp":
+        mark(("tls_cert", "tls_key", "tls_ca"), "backend sp is one process")
     if get("lr_schedule", "step") != "step":
         mark(("lr_decay", "lr_decay_rounds"), f"lr_schedule is '{valid['lr_schedule']}'")
     return [

@@ -17,6 +17,7 @@ from ..silo import Silos
 from ..simulation import refuse_foreign
 from .client import Client
 from .server import Server, rank_of
+from .tls import credentials
 from .transport import MpiTransport
 
 MIB = 2**20
@@ -67,7 +68,7 @@ def node(
         mine = [silo for silo in range(args.client_num_in_total) if rank_of(silo, ranks) == rank]
         kept = SiloCheckpoints(plan, trainer, mine) if isinstance(trainer, FedSQTrainer) else None
         silos = Silos(plan, args, device, trainer, sizes, train, tests, kept)
-        return Client(args, _transport(args, model, [0]), silos, mine)
+        return Client(args, _transport(args, plan, model, [0]), silos, mine)
     checkpoints = checkpoints or ServerCheckpoints(plan)
     if server_aggregator is not None:
         server_aggregator.model = model
@@ -76,7 +77,7 @@ def node(
         _ = aggregator.coordinator  # refuses what does not go together before the first round
         checkpoints.restore(aggregator)
     scoring = Scoring(plan, args, device, aggregator, (test, dataset[1]), (train, tests))
-    transport = _transport(args, model, range(1, ranks + 1))
+    transport = _transport(args, plan, model, range(1, ranks + 1))
     return Server(args, transport, plan, aggregator, scoring, ranks, checkpoints)
 
 
@@ -92,7 +93,7 @@ def _ranks(args: Any) -> int:
     return ranks
 
 
-def _transport(args: Any, model: nn.Module, peers: Any) -> Any:
+def _transport(args: Any, plan: Plan, model: nn.Module, peers: Any) -> Any:
     # The most that is sent at once is the whole model with its structural copy.
     limit = 4 * nbytes(state_of(model)) + MIB
     if args.backend == "MPI":
@@ -107,4 +108,5 @@ def _transport(args: Any, model: nn.Module, peers: Any) -> Any:
         from .grpc_transport import GrpcTransport
     except ImportError as error:
         raise ConfigError(f"comm_args.backend GRPC: {error}; pip install 'fedsq-plugin[grpc]'") from None
-    return GrpcTransport(str(table), int(args.rank), list(peers), limit)
+    rank = int(args.rank)
+    return GrpcTransport(str(table), rank, list(peers), limit, credentials(plan.config, rank))

@@ -8,6 +8,7 @@ a tick is due.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -28,8 +29,8 @@ SEND_S = 15.0
 
 
 class Transport(BaseCommunicationManager):  # type: ignore[misc]
-    """What both roads share. `refused` counts the messages that were no messages of ours; `seen` holds when
-    a rank last showed life, where the road has signs of life."""
+    """What both roads share. `refused` counts the messages that were no messages of ours, or not their
+    sender's; `seen` holds when a rank last showed life, where the road has signs of life."""
 
     shows_life = False
 
@@ -39,6 +40,7 @@ class Transport(BaseCommunicationManager):  # type: ignore[misc]
         self.on_tick: Callable[[], None] = lambda: None
         self._observers: list[Any] = []
         self._running = True
+        self._refusing = threading.Lock()
 
     def add_observer(self, observer: Any) -> None:
         self._observers.append(observer)
@@ -55,15 +57,15 @@ class Transport(BaseCommunicationManager):  # type: ignore[misc]
         """FedML's receive loop, until `stop_receive_message`."""
         self._deliver(Message(CommunicationConstants.MSG_TYPE_CONNECTION_IS_READY, self.rank, self.rank))
         while self._running:
-            data = self._next(TICK_S)
-            if data is not None and (message := self._decoded(data)) is not None:
+            arrived = self._next(TICK_S)
+            if arrived is not None and (message := self._decoded(*arrived)) is not None:
                 self._deliver(message)
             self.on_tick()
 
     def stop_receive_message(self) -> None:
         self._running = False
 
-    def _decoded(self, data: bytes | bytearray) -> Message | None:
+    def _decoded(self, source: int, data: bytes | bytearray) -> Message | None:
         try:
             params = wire.decode(data, self.limit_bytes)
             if not isinstance(params, dict):
@@ -71,13 +73,19 @@ class Transport(BaseCommunicationManager):  # type: ignore[misc]
             kind, sender, receiver = (params.get(key) for key in ("msg_type", "sender", "receiver"))
             if not (isinstance(kind, str) and isinstance(sender, int) and receiver == self.rank):
                 raise UpdateError("type, sender or receiver are not those of a message to this process")
+            if sender != source:
+                raise UpdateError(f"rank {source} sent it in the name of rank {sender}")
         except UpdateError as error:
-            self.refused += 1
-            log.warning("a message was refused (%d so far): %s", self.refused, error)
+            self._refuse(str(error))
             return None
         message = Message(kind, sender, receiver)
         message.init(params)
         return message
+
+    def _refuse(self, reason: str) -> None:
+        with self._refusing:
+            self.refused += 1
+            log.warning("a message was refused (%d so far): %s", self.refused, reason)
 
     def _deliver(self, message: Message) -> None:
         for observer in self._observers:
@@ -86,8 +94,9 @@ class Transport(BaseCommunicationManager):  # type: ignore[misc]
     def _send(self, receiver: int, data: bytes, within: float, wait: bool) -> None:
         raise NotImplementedError
 
-    def _next(self, timeout: float) -> bytes | bytearray | None:
-        """The next message as it came, or None after `timeout` seconds."""
+    def _next(self, timeout: float) -> tuple[int, bytes | bytearray] | None:
+        """The next message as it came, with the rank that the road has it from; None after `timeout`
+        seconds."""
         raise NotImplementedError
 
 
@@ -106,7 +115,7 @@ class MpiTransport(Transport):
 
         self._comm.Send([data, MPI.BYTE], dest=receiver)
 
-    def _next(self, timeout: float) -> bytearray | None:
+    def _next(self, timeout: float) -> tuple[int, bytearray] | None:
         from mpi4py import MPI
 
         status, until = MPI.Status(), time.monotonic() + timeout
@@ -119,4 +128,4 @@ class MpiTransport(Transport):
             raise RunError(f"rank {status.Get_source()} sent {size} bytes, more than {self.limit_bytes}")
         data = bytearray(size)
         self._comm.Recv([data, MPI.BYTE], source=status.Get_source(), tag=status.Get_tag())
-        return data
+        return status.Get_source(), data
