@@ -12,6 +12,7 @@ import click
 from . import __version__
 from .errors import ConfigError, FedSQError
 from .hosts.fedml.distributed.mpi import abort
+from .hosts.fedml.offline import require_home
 
 if TYPE_CHECKING:
     from .recipe import Families
@@ -44,6 +45,7 @@ def _begun_or_new(
     recipe: Path | None, settings: tuple[str, ...], out: Path | None, resume: Path | None
 ) -> tuple[Families, Path, dict[str, Any]]:
     """The recipe, the run directory, and the summary of a run that goes on."""
+    require_home()
     from . import runs
     from .recipe import overridden, read_yaml
 
@@ -73,9 +75,9 @@ def cli(context: click.Context) -> None:
 @_resume
 def run(recipe: Path | None, settings: tuple[str, ...], out: Path | None, resume: Path | None) -> None:
     """Run RECIPE, a FedML YAML, and write its metrics, tables and pictures."""
+    families, out, summary = _begun_or_new(recipe, settings, out, resume)
     from . import runs
 
-    families, out, summary = _begun_or_new(recipe, settings, out, resume)
     if "algorithms_compared" in summary:
         raise ConfigError(f"--resume {resume}: it is a comparison; use fedsq compare --resume {resume}")
     runs.run(families, out, _console(), resume=resume is not None)
@@ -99,9 +101,9 @@ def launch(
     resume: Path | None,
 ) -> None:
     """Run RECIPE, of backend MPI or GRPC, with all its processes on this machine."""
+    families, out, _ = _begun_or_new(recipe, settings, out, resume)
     from . import launch as launcher
 
-    families, out, _ = _begun_or_new(recipe, settings, out, resume)
     status = launcher.launch(families, clients, out, tls, resume is not None)
     if status:
         raise SystemExit(status)
@@ -142,9 +144,9 @@ def compare(
     resume: Path | None,
 ) -> None:
     """Run RECIPE with several algorithms and seeds, all else equal, and compare them."""
+    families, out, summary = _begun_or_new(recipe, settings, out, resume)
     from . import runs
 
-    families, out, summary = _begun_or_new(recipe, settings, out, resume)
     if resume is not None:
         if "algorithms_compared" not in summary:
             raise ConfigError(f"--resume {resume}: it is no comparison; use fedsq run --resume {resume}")

@@ -1,4 +1,4 @@
-"""What `register()` does to FedML: it wraps six functions on their own modules and classes.
+"""What `register()` does to FedML: it wraps seven functions on their own modules and classes.
 
 Classes are wrapped in place: `from fedml import FedMLRunner` before or after makes no difference. Of
 functions only the modules' names are replaced: `from fedml.data import load` before `register()` keeps
@@ -24,7 +24,6 @@ from ...recipe import flat, misplaced, read_loosely
 from . import offline
 from .data import DATASETS, FEDML_DATASETS
 from .data import load as load_ours
-from .distributed.tls import credentials
 from .names import NATIVE_SP, broken_road, refused_road
 from .plan import FINDINGS, HostName, algorithm_of, config_of, created, plan_of, viewed, warm_start
 from .unused import untrained_gates, unused
@@ -44,10 +43,11 @@ _registered = False
 
 
 def register() -> None:
-    """Turn the plugin on in FedML, once per process."""
+    """Turn the plugin on in FedML, once per process. Raises ConfigError where FedML cannot be imported."""
     global _registered
     if _registered:
         return
+    offline.require_home()
     import fedml
     from fedml.arguments import Arguments
     from fedml.core import mlops
@@ -55,7 +55,7 @@ def register() -> None:
     from fedml.data import data_loader
     from fedml.model import model_hub
 
-    offline.quiet_start(mlops)
+    offline.quiet_start(fedml, mlops)
     offline.own_logging(MLOpsRuntimeLog)
     Arguments.load_yaml_config = _load_yaml_config
     fedml.data.load = data_loader.load = _load(data_loader.load)
@@ -156,12 +156,12 @@ def _init(original: Any) -> Any:
             original(self, args, device, dataset, model, *rest)
             return
         from .checkpoints import ServerCheckpoints
-        from .distributed.node import is_client, node, relu_like_the_servers
+        from .distributed.node import is_client, node, refuse_road, relu_like_the_servers
         from .simulation import Simulation
 
         one_process = (args.training_type, args.backend) == ("simulation", "sp")
         if not one_process:
-            credentials(config, int(args.rank))  # before a warm start that takes long
+            refuse_road(args, config)  # before a warm start that takes long
         checkpoints = ServerCheckpoints(plan) if one_process or not is_client(args) else None
         if checkpoints is not None and not checkpoints.resumes:
             self.reluised = warm_start(model, config, dataset, device)

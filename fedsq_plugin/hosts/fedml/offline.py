@@ -1,23 +1,58 @@
-"""FedML's start without its side effects: no network unless asked, logging and printing left alone."""
+"""FedML's start without its side effects: no network unless asked, logging and printing left alone.
+
+Nothing here imports FedML.
+"""
 
 from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from ...errors import ConfigError
 from .distributed.mpi import abort_on_error
+from .names import MPI_DEFAULTS
 
 
-def quiet_start(mlops: Any) -> None:
-    """Keep `fedml.init` from fetching FedML's platform configuration when nothing asks for it.
+def require_home() -> None:
+    """Raise ConfigError where FedML cannot write under the home folder, which it does as it is imported."""
+    try:
+        home = Path.home()
+        there = next(path for path in (home / ".fedml", home, *home.parents) if path.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except (OSError, RuntimeError, ValueError) as error:
+        where = os.environ.get("HOME") or "(not set)"
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(
+            f"HOME {where} cannot be written ({reason}), and FedML writes its files under ~/.fedml: set HOME to "
+            "a folder that can"
+        ) from None
 
-    FedML asks its platform five times, with a pause after each failure, even for a local run.
+
+def quiet_start(fedml: Any, mlops: Any) -> None:
+    """Keep `fedml.init` from the network when nothing asks for it, and give it what it reads under MPI.
+
+    FedML asks its platform for a configuration five times, with a pause after each failure, even for a local
+    run; between processes it tries out three connections to its platform as well.
     """
-    fetch = mlops.fetch_config
+    fetch, start = mlops.fetch_config, fedml.init
+
+    @functools.wraps(start)
+    def init(args: Any = None, check_env: bool = True, should_init_logs: bool = True) -> Any:
+        if args is None:
+            args = fedml.load_arguments(fedml._global_training_type, fedml._global_comm_backend)
+        if getattr(args, "backend", None) == "MPI":
+            for key, value in MPI_DEFAULTS.items():
+                setattr(args, key, getattr(args, key, value))
+            _count_processes(args)
+        return start(args, check_env and mlops.mlops_enabled(args), should_init_logs)
+
+    fedml.init = init
 
     @functools.wraps(fetch)
     def fetch_config(args: Any, *rest: Any, **options: Any) -> Any:
@@ -26,6 +61,20 @@ def quiet_start(mlops: Any) -> None:
         return None
 
     mlops.fetch_config = fetch_config
+
+
+def _count_processes(args: Any) -> None:
+    """In a simulation FedML counts them itself; across silos it ends with a bare AssertionError."""
+    if getattr(args, "training_type", None) != "cross_silo":
+        return
+    from mpi4py import MPI
+
+    clients, wanted = MPI.COMM_WORLD.Get_size() - 1, getattr(args, "worker_num", None)
+    if clients != wanted:
+        raise ConfigError(
+            f"train_args.worker_num is {wanted}, and this run has {clients} client processes: start it with "
+            "mpirun -np worker_num + 1"
+        )
 
 
 def own_logging(runtime_log: Any) -> None:

@@ -208,11 +208,15 @@ SECURITY: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def unsecured() -> Any:
     """FedML's security code is a process-wide singleton; leave it off."""
+    yield
+    turn_off_security()
+
+
+def turn_off_security() -> None:
     from fedml.core.dp.fedml_differential_privacy import FedMLDifferentialPrivacy
     from fedml.core.security.fedml_attacker import FedMLAttacker
     from fedml.core.security.fedml_defender import FedMLDefender
 
-    yield
     for part in (FedMLAttacker, FedMLDefender, FedMLDifferentialPrivacy):
         part.get_instance().is_enabled = False
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import ipaddress
 import logging
 import os
@@ -20,6 +19,7 @@ import grpc
 from fedml.core.distributed.communication.grpc import grpc_comm_manager_pb2, grpc_comm_manager_pb2_grpc
 
 from ....errors import ConfigError, RunError
+from .addresses import addresses
 from .tls import Credentials, name_of
 from .transport import SEND_S, Transport
 
@@ -70,7 +70,7 @@ class GrpcTransport(Transport):
     """FedML's GRPC service, listening on the address that FedML's table of addresses names.
 
     Args:
-        addresses: the table, a CSV file; a row without an address means 127.0.0.1.
+        table: a CSV file, see `addresses`.
         peers: the ranks that this process talks to.
         tls: what this process shows to its peers, and whom it believes; None: anybody who reaches the port
             can speak for any rank.
@@ -83,19 +83,15 @@ class GrpcTransport(Transport):
 
     def __init__(
         self,
-        addresses: str,
+        table: str | None,
         rank: int,
         peers: Collection[int],
         limit_bytes: int,
         tls: Credentials | None = None,
     ) -> None:
         super().__init__(rank, limit_bytes)
-        listening, self._addresses = _addresses(addresses)
-        missing = [str(one) for one in (rank, *peers) if one not in listening]
-        if missing:
-            raise ConfigError(
-                f"comm_args.grpc_ipconfig_path {addresses} has no row for rank {', '.join(missing)}"
-            )
+        both = addresses(table, (rank, *peers))
+        listening, self._addresses = both.listening, both.found
         self._options = [
             ("grpc.max_send_message_length", limit_bytes),
             ("grpc.max_receive_message_length", limit_bytes),
@@ -186,29 +182,6 @@ class GrpcTransport(Transport):
             return self._servicer.arrived.get(timeout=timeout)
         except queue.Empty:
             return None
-
-
-def _addresses(path: str) -> tuple[dict[int, str], dict[int, str]]:
-    """FedML's table of addresses: where each rank listens, and where the others find it."""
-    listening, found = {}, {}
-    try:
-        with open(path, newline="") as file:
-            for row in csv.DictReader(file):
-                rank, port = int(row["rank"]), int(row["grpc_server_port"])
-                # To gRPC, no address means all of them.
-                here = row["grpc_server_ip"].strip() or "127.0.0.1"
-                listening[rank] = _joined(here, port)
-                found[rank] = _joined((row.get("ingress_ip") or "").strip() or here, port)
-    except (OSError, KeyError, ValueError, TypeError, AttributeError, csv.Error) as error:
-        raise ConfigError(
-            f"comm_args.grpc_ipconfig_path {path} cannot be read ({error}); its columns are "
-            "eid,rank,grpc_server_ip,grpc_server_port"
-        ) from None
-    return listening, found
-
-
-def _joined(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
 
 
 def _is_loopback(address: str) -> bool:

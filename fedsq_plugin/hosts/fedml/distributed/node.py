@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ....config import Config
 from ....dualcopy.reluise import replace_by_lambda, replace_by_relu
 from ....errors import ConfigError
 from ....federation.state import nbytes, state_of
@@ -15,6 +16,7 @@ from ..plan import Plan
 from ..scoring import Scoring
 from ..silo import Silos
 from ..simulation import refuse_foreign
+from .addresses import addresses
 from .client import Client
 from .server import Server, rank_of
 from .tls import credentials
@@ -26,6 +28,15 @@ MIB = 2**20
 def is_client(args: Any) -> bool:
     """Whether this process gets its model from another one, and so needs no warm start."""
     return int(args.rank) > 0
+
+
+def refuse_road(args: Any, config: Config) -> None:
+    """Raise ConfigError for what would keep this process from its peers, before a warm start that takes long."""
+    rank, ranks = int(args.rank), _ranks(args)
+    if args.backend == "GRPC":
+        peers = [0] if is_client(args) else range(1, ranks + 1)
+        addresses(getattr(args, "grpc_ipconfig_path", None), (rank, *peers))
+        credentials(config, rank)
 
 
 def relu_like_the_servers(model: nn.Module) -> None:
@@ -98,15 +109,10 @@ def _transport(args: Any, plan: Plan, model: nn.Module, peers: Any) -> Any:
     limit = 4 * nbytes(state_of(model)) + MIB
     if args.backend == "MPI":
         return MpiTransport(args.comm, int(args.rank), limit)
-    table = getattr(args, "grpc_ipconfig_path", None)
-    if not table:
-        raise ConfigError(
-            "comm_args.grpc_ipconfig_path is missing: a CSV file with the columns "
-            "eid,rank,grpc_server_ip,grpc_server_port"
-        )
     try:
         from .grpc_transport import GrpcTransport
     except ImportError as error:
         raise ConfigError(f"comm_args.backend GRPC: {error}; pip install 'fedsq-plugin[grpc]'") from None
     rank = int(args.rank)
-    return GrpcTransport(str(table), rank, list(peers), limit, credentials(plan.config, rank))
+    table = getattr(args, "grpc_ipconfig_path", None)
+    return GrpcTransport(table, rank, list(peers), limit, credentials(plan.config, rank))
