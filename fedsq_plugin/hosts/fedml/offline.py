@@ -29,8 +29,8 @@ def require_home() -> None:
         where = os.environ.get("HOME") or "(not set)"
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(
-            f"HOME {where} cannot be written ({reason}), and FedML writes its files under ~/.fedml: set HOME to "
-            "a folder that can"
+            f"HOME {where} cannot be written ({reason}), and FedML keeps its files under ~/.fedml: "
+            "set HOME to a writable folder"
         ) from None
 
 

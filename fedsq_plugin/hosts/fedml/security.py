@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+
 from fedml.core.dp.fedml_differential_privacy import FedMLDifferentialPrivacy
 from fedml.core.security.attack.label_flipping_attack import LabelFlippingAttack
 from fedml.core.security.fedml_attacker import FedMLAttacker
@@ -17,8 +18,8 @@ from .plan import Plan
 log = logging.getLogger(__name__)
 
 _ONE_WEIGHT = (
-    "weighs silos by the set of their sample counts: silos with equal counts share one weight, and as many of "
-    "the last ones are left out"
+    "weighs silos by the set of their sample counts: silos with equal counts share one weight, "
+    "and as many of the last ones are left out"
 )
 _BY_SIZE = "drops the silos with the most and the fewest samples, whatever they sent"
 LESS_THAN_ITS_NAME = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tests.hosts.fedml.cases import CASES, Case
 from tests.hosts.fedml.conftest import BASE, network, silos
 
 ROADS = {"GRPC": "cross_silo", "MPI": "simulation", "sp": "simulation"}
-REFUSED = "passed a foreign trainer with FedSQ"
+SEED = 3
 
 
 def described(record: Any) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def script(case: Case, folder: Path, backend: str = "sp", number: int = 0, rank:
     families = {family: dict(options) for family, options in BASE.items()}
     road = {"training_type": ROADS[backend], "backend": backend, "worker_num": 2}
     road |= {"grpc_ipconfig_path": str(folder / f"table-{number}.csv"), "gpu_mapping_key": None}
-    own = {"head": "4", "fedsq_own_rows": True, "threads": 1, "random_seed": 3, "gpu_mapping_file": None}
+    own = {"head": "4", "fedsq_own_rows": True, "threads": 1, "random_seed": SEED, "gpu_mapping_file": None}
     for key, value in {**road, **own, **case.options}.items():
         home = family_of(key) if key in OPTIONS else "other_args"
         for options in families.values():
@@ -66,12 +67,17 @@ def script(case: Case, folder: Path, backend: str = "sp", number: int = 0, rank:
     role = "client" if rank else "server"
     sys.argv = ["main.py", "--cf", str(path), "--rank", str(rank), "--role", role, "--run_id", "1"]
     args, model = fedml.init(), network()
+    listens = folder / f"{backend}-{number}.listens"
+    if rank and backend == "GRPC":
+        while not listens.exists():  # gRPC tries anew only after a second
+            time.sleep(0.005)
     runner = fedml.FedMLRunner(
         args, torch.device("cpu"), silos(case.sizes), model, **own_parts(case.parts, args, model)
     )
     if rank:
         runner.run()
         return None
+    listens.touch()
     records: list[Any] = []
     runner.runner.on_round = records.append
     runner.run()
@@ -79,7 +85,8 @@ def script(case: Case, folder: Path, backend: str = "sp", number: int = 0, rank:
 
 
 def own_parts(kind: str, args: Any, model: Any) -> dict[str, Any]:
-    """A trainer that makes every second step twice as long, and an aggregator that goes half the way."""
+    """A user's trainer and aggregator, derived from FedML's or from ours: one adds noise to what it trained,
+    the other goes half the way."""
     from fedml.ml.aggregator.default_aggregator import DefaultServerAggregator
     from fedml.ml.trainer.my_model_trainer_classification import ModelTrainerCLS
 
@@ -120,7 +127,7 @@ def own_parts(kind: str, args: Any, model: Any) -> dict[str, Any]:
 def refused(folder: Path, backend: str, rank: int) -> str:
     """What a foreign trainer gets to hear where it would have to send the structural copy."""
     try:
-        script(Case({"federated_optimizer": "FedSQ"}, parts="foreign"), folder, backend, 0, rank)
+        script(Case({"federated_optimizer": "FedSQ"}, parts="foreign"), folder, backend, rank=rank)
     except ConfigError as error:
         return str(error)
     return "nothing"
@@ -141,7 +148,6 @@ def main(folder: Path, backend: str, rank: int | None = None) -> None:
         else:
             recipes[path.stem.partition("-")[2]] = rows(families, log)
     for number, (name, case) in enumerate(CASES.items()):
-        print("case", name, file=sys.stderr, flush=True)
         scripts[name] = script(case, folder, backend, number, rank)
     said = refused(folder, backend, rank)
     (folder / f"{backend}-{rank}.json").write_text(json.dumps([recipes, scripts, said]))

@@ -31,7 +31,7 @@ def is_client(args: Any) -> bool:
 
 
 def refuse_road(args: Any, config: Config) -> None:
-    """Raise ConfigError for what would keep this process from its peers, before a warm start that takes long."""
+    """Raise ConfigError for what keeps this process from its peers, before a warm start that takes long."""
     rank, ranks = int(args.rank), _ranks(args)
     if args.backend == "GRPC":
         peers = [0] if is_client(args) else range(1, ranks + 1)
