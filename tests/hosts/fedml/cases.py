@@ -73,6 +73,11 @@ CASES: dict[str, Case] = {
         for name in ("FedAvg", "FedSQ")
         for security in ATTACKED
     },
+    "with all that FedML's MPI recipes have": _row(
+        "FedSQ",
+        **{"gpu_mapping_file": "config/gpu_mapping.yaml", "gpu_mapping_key": "mapping_default"},
+        **{"is_mobile": 0, "log_file_dir": "./log", "wandb_key": "none", "wandb_name": "none"},
+    ),
     "foreign parts": Case({"federated_optimizer": "FedAvg"}, parts="foreign"),
     "derived parts": Case({"federated_optimizer": "FedAvg"}, parts="derived"),
     "derived parts of FedSQ": Case({"federated_optimizer": "FedSQ"}, parts="derived"),

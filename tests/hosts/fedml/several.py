@@ -23,6 +23,8 @@ from tests.hosts.fedml.conftest import BASE, network, silos
 
 ROADS = {"GRPC": "cross_silo", "MPI": "simulation", "sp": "simulation"}
 SEED = 3
+ACROSS_SILOS = ("FedSQ partial", "FedSQ+FedMR partial", "FedRep partial", "FedSQ, local privacy")
+"""Run also across silos over MPI."""
 
 
 def described(record: Any) -> dict[str, Any]:
@@ -48,15 +50,17 @@ def rows(families: Any, log: Path) -> list[list[Any]]:
     return found
 
 
-def script(case: Case, folder: Path, backend: str = "sp", number: int = 0, rank: int = 0) -> Any:
+def script(
+    case: Case, folder: Path, backend: str = "sp", number: int = 0, rank: int = 0, training_type: str = ""
+) -> Any:
     """What a user's main.py does, with a model and data of its own: the rounds, and the final model's
     fingerprint; None in a client process."""
     import fedml
 
     families = {family: dict(options) for family, options in BASE.items()}
-    road = {"training_type": ROADS[backend], "backend": backend, "worker_num": 2}
-    road |= {"grpc_ipconfig_path": str(folder / f"table-{number}.csv"), "gpu_mapping_key": None}
-    own = {"head": "4", "fedsq_own_rows": True, "threads": 1, "random_seed": SEED, "gpu_mapping_file": None}
+    road = {"training_type": training_type or ROADS[backend], "backend": backend, "worker_num": 2}
+    road["grpc_ipconfig_path"] = str(folder / f"table-{number}.csv")
+    own = {"head": "4", "fedsq_own_rows": True, "threads": 1, "random_seed": SEED}
     for key, value in {**road, **own, **case.options}.items():
         home = family_of(key) if key in OPTIONS else "other_args"
         for options in families.values():
@@ -124,10 +128,10 @@ def own_parts(kind: str, args: Any, model: Any) -> dict[str, Any]:
     }
 
 
-def refused(folder: Path, backend: str, rank: int) -> str:
-    """What a foreign trainer gets to hear where it would have to send the structural copy."""
+def refused(case: Case, folder: Path, backend: str, rank: int, **road: str) -> str:
+    """What a run that cannot be gets to hear."""
     try:
-        script(Case({"federated_optimizer": "FedSQ"}, parts="foreign"), folder, backend, rank=rank)
+        script(case, folder, backend, rank=rank, **road)
     except ConfigError as error:
         return str(error)
     return "nothing"
@@ -149,7 +153,13 @@ def main(folder: Path, backend: str, rank: int | None = None) -> None:
             recipes[path.stem.partition("-")[2]] = rows(families, log)
     for number, (name, case) in enumerate(CASES.items()):
         scripts[name] = script(case, folder, backend, number, rank)
-    said = refused(folder, backend, rank)
+    said = [refused(Case({"federated_optimizer": "FedSQ"}, parts="foreign"), folder, backend, rank)]
+    if backend == "MPI":
+        for name in ACROSS_SILOS:
+            found = script(CASES[name], folder, backend, 0, rank, "cross_silo")
+            scripts[f"{name}, across silos"] = found
+        short = Case({"federated_optimizer": "FedSQ", "worker_num": 3})
+        said.append(refused(short, folder, backend, rank, training_type="cross_silo"))
     (folder / f"{backend}-{rank}.json").write_text(json.dumps([recipes, scripts, said]))
 
 

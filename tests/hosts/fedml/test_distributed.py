@@ -32,6 +32,9 @@ ALGORITHMS = ("FedSQ", "FedRep")
 ROADS = {"GRPC": "cross_silo", "MPI": "simulation"}
 FINGERPRINT = 64
 """Bytes of a structural copy's announcement."""
+WRONG_WORLD = (
+    "train_args.worker_num is 3, and this run has 2 client processes: start it with mpirun -np worker_num + 1"
+)
 LIMIT_S = 150
 """For any one step of a test; nothing may hang."""
 PYTHON = (sys.executable, "-m", "fedsq_plugin.cli")
@@ -135,23 +138,27 @@ def test_the_figures_are_those_of_one_process(
             process.wait(timeout=LIMIT_S)
     assert [process.returncode for process in processes] == [0] * len(processes), said.read_text()[-3000:]
     recipes, scripts, _ = json.loads((tmp_path / f"{backend}-0.json").read_text())
+    assert scripts_in_one_process.keys() <= scripts.keys()
     assert recipes == json.loads(json.dumps(in_one_process))
-    for name, (rounds, print_of) in scripts_in_one_process.items():
-        found, found_print = scripts[name]
+    for name, (found, found_print) in scripts.items():
+        known = name.partition(", across silos")[0]
+        (rounds, print_of), case = scripts_in_one_process[known], CASES[known]
         assert (name, found_print) == (name, print_of)
         expected = json.loads(json.dumps(rounds))
         notes = [note for record in expected for note in record["notes"]]
-        assert (name, notes) == (name, list(CASES[name].notes))
+        assert (name, notes) == (name, list(case.notes))
         more = [
             there["bytes"].pop() - here["bytes"].pop() for there, here in zip(found, expected, strict=True)
         ]
         assert (name, found) == (name, expected)
-        assert (name, more) == (name, more_bytes_down(CASES[name]))
-    refusals = {json.loads((tmp_path / f"{backend}-{rank}.json").read_text())[2] for rank in range(3)}
-    assert refusals == {
-        "FedSQ: between processes, only the plugin's own trainer and aggregator send the structural copy; "
-        "pass none, or use backend: sp"
-    }
+        assert (name, more) == (name, more_bytes_down(case))
+    for rank in range(3):
+        first, *second = json.loads((tmp_path / f"{backend}-{rank}.json").read_text())[2]
+        assert first == (
+            "FedSQ: between processes, only the plugin's own trainer and aggregator send the structural "
+            "copy; pass none, or use backend: sp"
+        )
+        assert second == ([WRONG_WORLD] if backend == "MPI" else [])
 
 
 def more_bytes_down(case: Case) -> list[int]:
