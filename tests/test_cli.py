@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import yaml
 from PIL import Image
 
 from fedsq_plugin import cli
+from fedsq_plugin.hosts.fedml.offline import require_home
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
@@ -308,3 +310,33 @@ def test_the_core_needs_no_host() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("command", ["run", "launch", "compare"])
+def test_a_home_that_cannot_be_written_ends_with_one_line(command: str, tmp_path: Path) -> None:
+    """A process of its own: what is imported too early complains of it in lines of its own."""
+    (tmp_path / "file").touch()
+    home = tmp_path / "file" / "home"
+    environment = {**os.environ, "HOME": str(home)}
+    words = [command, str(QUICKSTART), "--out", str(tmp_path / "out")]
+    words += ["--algorithms", "FedSQ"] if command == "compare" else []
+    done = subprocess.run(
+        [sys.executable, "-m", "fedsq_plugin.cli", *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(
+        f"fedsq: error: HOME {tmp_path}/file/home cannot be written (Not a directory)"
+    )
+    assert done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_home_that_can_be_written_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for home in (tmp_path, tmp_path / "not" / "yet"):
+        monkeypatch.setenv("HOME", str(home))
+        require_home()
+    assert list(tmp_path.iterdir()) == []

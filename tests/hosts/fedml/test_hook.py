@@ -16,6 +16,7 @@ import torch
 import fedsq_plugin
 from fedsq_plugin import DualCopy, models
 from fedsq_plugin.errors import ConfigError, GateError, WeightsError
+from fedsq_plugin.hosts.fedml import hook
 from fedsq_plugin.hosts.fedml.plan import algorithm_of
 from fedsq_plugin.hosts.fedml.simulation import Simulation
 
@@ -325,10 +326,14 @@ def test_a_broken_recipe_is_not_swallowed(
         fedml.init()
 
 
+@pytest.mark.parametrize("road", [{}, {"training_type": "cross_silo", "backend": "GRPC"}])
 def test_fedml_init_asks_the_network_for_nothing(
-    make_args: MakeArgs, monkeypatch: pytest.MonkeyPatch
+    road: dict[str, str],
+    make_args: MakeArgs,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """FedML tries five times, half a second apart."""
+    """FedML tries five times, half a second apart; across silos it tries out three connections as well."""
     asked: list[Any] = []
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
@@ -337,8 +342,51 @@ def test_fedml_init_asks_the_network_for_nothing(
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    make_args()
+    make_args(**road)
     assert asked == []
+    assert "Traceback" not in "".join(capsys.readouterr())
+
+
+def test_fedml_tries_out_its_connections_where_its_platform_is_used(
+    fedml: Any, make_args: MakeArgs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Reached(Exception):
+        pass
+
+    def collect_env() -> None:
+        raise Reached
+
+    monkeypatch.setattr(fedml, "collect_env", collect_env)
+    with pytest.raises(Reached):
+        make_args(training_type="cross_silo", backend="GRPC", using_mlops=True)
+
+
+@pytest.mark.parametrize(
+    ("table", "line"),
+    [
+        (None, "grpc_ipconfig_path is missing: a CSV file with the columns eid,rank"),
+        ("none.csv", "none.csv cannot be read .*No such file"),
+        ("receiver_id,ip\n0,127.0.0.1\n", r"cannot be read \('rank'\); its columns are eid,rank"),
+        ("eid,rank,grpc_server_ip,grpc_server_port\n0,0,127.0.0.1,9\n", "has no row for rank 1, 2"),
+    ],
+)
+def test_a_wrong_table_of_addresses_is_found_before_the_warm_start(
+    table: str | None,
+    line: str,
+    fedml: Any,
+    make_args: MakeArgs,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "none.csv"
+    if table and "," in table:
+        path = tmp_path / "table.csv"
+        path.write_text(table)
+    known = {"grpc_ipconfig_path": str(path)} if table else {}
+    args = make_args(training_type="cross_silo", backend="GRPC", worker_num=2, **known)
+    monkeypatch.setattr(hook, "warm_start", lambda *_: pytest.fail("it came to the warm start"))
+    with pytest.raises(ConfigError, match=line):
+        fedml.FedMLRunner(args, "cpu", silos(), network())
 
 
 def test_logging_and_printing_survive_fedml_init(

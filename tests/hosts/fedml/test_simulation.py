@@ -305,6 +305,25 @@ def test_norm_clipping_bounds_the_update(fedml: Any, make_args: MakeArgs, unsecu
     assert 0 < float(moved) <= 0.1 + 1e-6
 
 
+@pytest.mark.parametrize("sizes", [(16, 16, 16), (16, 24, 24)])
+def test_what_fedmls_rfa_makes_of_silos_of_one_size_is_said(
+    sizes: tuple[int, ...],
+    fedml: Any,
+    make_args: MakeArgs,
+    unsecured: Any,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It keeps one weight per count, so that the last silos have none, whatever they send."""
+    results = []
+    for seed in (0, 1):  # of the last silo's data alone
+        data = silos(sizes)
+        data[5][2] = silos(sizes, seed=seed)[5][2]
+        results.append(final(simulate(fedml, make_args(comm_round=1, **SECURITY["rfa"]), data)))
+    floats = [key for key, value in results[0].items() if value.is_floating_point()]
+    assert all(torch.equal(results[0][key], results[1][key]) for key in floats)
+    assert "defense_type rfa: FedML 0.9.6's own weighs silos by the set of their sample" in caplog.text
+
+
 def test_privacy_of_one_run_does_not_reach_the_next(fedml: Any, make_args: MakeArgs, unsecured: Any) -> None:
     first = fingerprint(final(simulate(fedml, make_args(comm_round=1))))
     simulate(fedml, make_args(comm_round=1, **SECURITY["central privacy"]))
