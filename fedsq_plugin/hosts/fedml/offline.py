@@ -65,10 +65,12 @@ def quiet_start(fedml: Any, mlops: Any) -> None:
 
 def _count_processes(args: Any) -> None:
     """In a simulation FedML counts them itself; across silos it ends with a bare AssertionError."""
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise ConfigError(f"comm_args.backend MPI: {error}; pip install 'fedsq-plugin[mpi]'") from None
     if getattr(args, "training_type", None) != "cross_silo":
         return
-    from mpi4py import MPI
-
     clients, wanted = MPI.COMM_WORLD.Get_size() - 1, getattr(args, "worker_num", None)
     if clients != wanted:
         raise ConfigError(

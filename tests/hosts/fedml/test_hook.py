@@ -361,6 +361,12 @@ def test_fedml_tries_out_its_connections_where_its_platform_is_used(
         make_args(training_type="cross_silo", backend="GRPC", using_mlops=True)
 
 
+def test_mpi_that_is_not_installed_is_one_line(make_args: MakeArgs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(ConfigError, match=r"comm_args.backend MPI: .*; pip install 'fedsq-plugin\[mpi\]'"):
+        make_args(backend="MPI")
+
+
 @pytest.mark.parametrize(
     ("table", "line"),
     [
