@@ -44,12 +44,12 @@ class Start:
     classes: list[str] | None
     metrics: Metrics
     """The global model before the next round, on the global test set."""
-    finished: int
-    """Rounds that were finished before, in a run that goes on."""
     reluised: Reluised | None
     """What ReLU-isation did, where it was asked for."""
     notes: list[str]
     """How the model came by its weights."""
+    finished: int = 0
+    """Rounds that were finished before, in a run that goes on."""
 
 
 def execute(
@@ -145,7 +145,7 @@ def _run(
     main.on_round = on_round
     counts, names = getattr(dataset, "counts", None), getattr(dataset, "classes", None)
     finished = main.checkpoints.round
-    on_start(Start(str(ready.device), counts, names, metrics, finished, ready.runner.reluised, ready.notes))
+    on_start(Start(str(ready.device), counts, names, metrics, ready.runner.reluised, ready.notes, finished))
     ready.runner.run()
     if getattr(args, "enable_wandb", False):
         import wandb
