@@ -49,13 +49,17 @@ def _each(value: Any, dims: int) -> tuple[int, ...]:
 def windows(pool: Pool, outputs: Sequence[int]) -> Windows:
     """Geometry of the pooling windows for spatial output sizes `outputs`."""
     dims, device, inputs = pool.dims, pool.input.device, tuple(pool.input.shape[-pool.dims :])
+    # torch.compile warns of caches, and folds these tables into its graph.
+    cached = not torch.compiler.is_compiling()
     if pool.adaptive:
-        return _adaptive_windows(inputs, tuple(outputs), device)
+        adaptive = _adaptive_windows if cached else _adaptive_windows.__wrapped__
+        return adaptive(inputs, tuple(outputs), device)
     kernel = _each(pool.options["kernel_size"], dims)
     stride = pool.options["stride"]
     strides = kernel if stride is None or stride == [] else _each(stride, dims)
     padding, dilation = (_each(pool.options[key], dims) for key in ("padding", "dilation"))
-    return _windows(inputs, tuple(outputs), kernel, strides, padding, dilation, device)
+    make = _windows if cached else _windows.__wrapped__
+    return make(inputs, tuple(outputs), kernel, strides, padding, dilation, device)
 
 
 @lru_cache(maxsize=256)
