@@ -113,7 +113,7 @@ _SHIFTS = (7, 6, 5, 4, 3, 2, 1, 0)
 
 def _packed(flat: Tensor) -> Tensor:
     """`np.packbits` along the second dimension, where the tensor is."""
-    eights = torch.nn.functional.pad(flat, (0, -flat.shape[1] % 8)).unflatten(1, (-1, 8))
+    eights = torch.nn.functional.pad(flat, (0, -flat.shape[1] % 8)).view(len(flat), -1, 8)
     packed = torch.zeros_like(eights[..., 0])
     for number, shift in enumerate(_SHIFTS):
         packed |= eights[..., number] << shift

@@ -75,7 +75,9 @@ class DualCopy(nn.Module):
             raise GateError(f"pooling is {pooling!r}; it must be 'structural' or 'own'")
         if structural_precision not in (None, *get_args(Precision)):
             known = ", ".join(get_args(Precision))
-            raise GateError(f"structural_precision is {structural_precision!r}; it must be one of {known}, None")
+            raise GateError(
+                f"structural_precision is {structural_precision!r}; it must be one of {known}, None"
+            )
         accept = tuple(accept)
         if example is not None:
             refuse(validate(model, example, accept, pooling))
