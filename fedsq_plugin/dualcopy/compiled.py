@@ -32,6 +32,7 @@ class Compiled:
         # torch keeps at most eight compilations of one function, and runs it uncompiled from then on.
         torch.compiler.reset()
         self._model = model
+        self._gates: int | None = None
         self._capture, self._replay, self._plain = (
             self._refusing(torch.compile(function, fullgraph=True, backend=backend))
             for function in (capture, replay, _call)
@@ -47,7 +48,15 @@ class Compiled:
     def gates(self, x: Tensor) -> list[Gate]:
         """As `DualCopy.gates`."""
         assert isinstance(self._model, DualCopy)
-        return self._model._captured(self._capture, (x,), {})
+        if self._gates is None:
+            self._gates = len(self._model.gates(x))
+        found = self._model._captured(self._capture, (x,), {})
+        if len(found) != self._gates:  # what is passed over here would silently have its own gate
+            raise ConfigError(
+                f"torch.compile sees {len(found)} of the {self._gates} gated calls of this model (of functions "
+                "that write into their input, perhaps); set fedsq_args.compile: false"
+            )
+        return found
 
     def gated(self, gates: Sequence[Gate], x: Tensor) -> Any:
         """As `DualCopy.gated`."""
@@ -62,7 +71,7 @@ class Compiled:
             try:
                 return compiled(*args)
             except TorchDynamoException as error:
-                reason = str(error).strip().partition("\n")[0]
+                reason = " ".join(str(error).split("\n")[:2]).strip()
                 raise ConfigError(
                     f"torch.compile does not take this model as a whole: {type(error).__name__}: {reason}; "
                     "set fedsq_args.compile: false"

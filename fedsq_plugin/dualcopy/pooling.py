@@ -73,7 +73,7 @@ def _windows(
     device: torch.device,
 ) -> Windows:
     starts = [torch.arange(n) * s - p for n, s, p in zip(outputs, strides, padding, strict=True)]
-    steps = [torch.arange(k) * d for k, d in zip(kernel, dilation, strict=True)]
+    steps = [range(0, k * d, d) for k, d in zip(kernel, dilation, strict=True)]
     return _tables(inputs, starts, steps, device)
 
 
@@ -81,25 +81,25 @@ def _windows(
 def _adaptive_windows(inputs: tuple[int, ...], outputs: tuple[int, ...], device: torch.device) -> Windows:
     starts, steps = [], []
     for i, n in zip(inputs, outputs, strict=True):
-        entry = torch.arange(n)
-        start = entry * i // n
-        end = ((entry + 1) * i + n - 1) // n
-        starts.append(start)
-        steps.append(torch.arange(int((end - start).max()) if n else 1))
+        starts.append(torch.arange(n) * i // n)
+        largest = max((((entry + 1) * i + n - 1) // n - entry * i // n for entry in range(n)), default=1)
+        steps.append(range(largest))
     return _tables(inputs, starts, steps, device)
 
 
 def _tables(
-    inputs: tuple[int, ...], starts: list[Tensor], steps: list[Tensor], device: torch.device
+    inputs: tuple[int, ...], starts: list[Tensor], steps: list[range], device: torch.device
 ) -> Windows:
     base = offset = torch.zeros((), dtype=torch.int64)
+    last = 0  # the largest offset; known without reading a tensor, which torch.compile could not do
     for size, start, step in zip(inputs, starts, steps, strict=True):
         base = base[..., None] * size + start
-        offset = offset[..., None] * size + step
+        offset = offset[..., None] * size + torch.arange(step.start, step.stop, step.step)
+        last = last * size + step[-1]
     offset = offset.flatten()
     entries = len(offset)
     small = torch.uint8 if entries <= 2**8 else torch.int16 if entries <= 2**15 else torch.int32
-    position = torch.zeros(int(offset.max()) + 1, dtype=small)
+    position = torch.zeros(last + 1, dtype=small)
     position[offset] = torch.arange(entries).to(small)
     return Windows(base.to(device), offset.to(device), position.to(device))
 
@@ -123,7 +123,10 @@ class _Route(torch.autograd.Function):
         ctx.at, ctx.shape = at, z.shape
         dims = at.base.dim()
         index = decode(code, at)
-        return z.flatten(-dims).gather(-1, index.flatten(-dims)).view(code.shape)
+        # Not a view of what is gathered: an activation that comes next may write into it.
+        values = z.new_empty(code.shape)
+        torch.gather(z.flatten(-dims), -1, index.flatten(-dims), out=values.flatten(-dims))
+        return values
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
