@@ -123,6 +123,8 @@ class _Route(torch.autograd.Function):
         ctx.at, ctx.shape = at, z.shape
         dims = at.base.dim()
         index = decode(code, at)
+        if torch.compiler.is_compiling():  # takes no `out` of a batch size that varies
+            return z.flatten(-dims).gather(-1, index.flatten(-dims)).view(code.shape)
         # Not a view of what is gathered: an activation that comes next may write into it.
         values = z.new_empty(code.shape)
         torch.gather(z.flatten(-dims), -1, index.flatten(-dims), out=values.flatten(-dims))
@@ -157,4 +159,6 @@ def route(pool: Pool, code: Tensor) -> Any:
     """Pool by a choice made elsewhere; with indices when the call asked for them."""
     at = windows(pool, code.shape[-pool.dims :])
     values: Tensor = _Route.apply(pool.input, code, at)
+    if torch.compiler.is_compiling():
+        values = values.clone()  # of the view
     return (values, decode(code, at)) if pool.return_indices else values

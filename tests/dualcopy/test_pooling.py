@@ -361,7 +361,9 @@ def test_gates_of_another_input_size_are_refused(size: int) -> None:
 
 
 def test_pooled_values_may_be_written_into() -> None:
-    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.MaxPool2d(2), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(36, 2))
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.MaxPool2d(2), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(36, 2)
+    )
     x, outputs = torch.randn(3, 1, 8, 8), []
     for model in (net, DualCopy(net)):
         net.zero_grad()
