@@ -172,8 +172,8 @@ def test_precision_that_a_device_lacks_is_refused_in_one_line(monkeypatch: pytes
     with pytest.raises(ConfigError) as refused:
         refuse_unsupported("fp16", "cpu", "fedsq_args.precision")
     assert str(refused.value) == (
-        "fedsq_args.precision is fp16, which cpu does not do: \"slow_conv2d_cpu\" not implemented for 'Half'; "
-        "use bf16 or fp32"
+        "fedsq_args.precision is fp16, which cpu does not do: "
+        "\"slow_conv2d_cpu\" not implemented for 'Half'; use bf16 or fp32"
     )
 
 
