@@ -53,8 +53,8 @@ class Compiled:
         found = self._model._captured(self._capture, (x,), {})
         if len(found) != self._gates:  # what is passed over here would silently have its own gate
             raise ConfigError(
-                f"torch.compile sees {len(found)} of the {self._gates} gated calls of this model (not those of "
-                "functions that write into their input, perhaps); set fedsq_args.compile: false"
+                f"torch.compile sees {len(found)} of the {self._gates} gated calls of this model (not those "
+                "of functions that write into their input, perhaps); set fedsq_args.compile: false"
             )
         return found
 

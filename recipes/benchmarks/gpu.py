@@ -43,10 +43,10 @@ def main() -> None:
     device = torch.device("cuda", options.gpu)
     torch.cuda.set_device(device)
     if options.compile:
-        import torch._dynamo
+        from torch import _dynamo
 
         # One function serves all rows, and torch compiles it for eight models by default.
-        torch._dynamo.config.cache_size_limit = 64
+        _dynamo.config.cache_size_limit = 64
     torch.manual_seed(0)
     plain = models.create(options.model, 10, small_images=options.small_images).train()
     images = torch.randn(options.batch, 3, options.size, options.size, device=device)
