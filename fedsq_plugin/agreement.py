@@ -15,7 +15,7 @@ MUST_AGREE = (
     *("learning_rate", "momentum", "nesterov", "weight_decay", "clip_norm", "lr_schedule", "lr_decay"),
     *("lr_decay_rounds", "augmentation", "fedprox_mu", "gate_accept", "gate_pooling", "buffers"),
     *("head_epochs", "probe_rounds", "frozen_modules", "comm_round", "finetune_epochs", "finetune_part"),
-    "extra",
+    *("structural_precision", "channels_last", "compile", "extra"),
 )
 """Options that server and silos must share."""
 

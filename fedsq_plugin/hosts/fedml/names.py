@@ -93,6 +93,8 @@ def with_host_defaults(families: dict[str, dict[str, Any]]) -> dict[str, dict[st
     defaults = {family: dict(options) for family, options in HOST_DEFAULTS.items()}
     if any(options.get("backend") == "MPI" for options in families.values()):
         defaults["device_args"].update(MPI_DEFAULTS)
+    if any(options.get("gpu_mapping_file") for options in families.values()):
+        del defaults["device_args"]["gpu_id"]  # across silos it would go before the mapping
     for family, options in defaults.items():
         missing = {key: value for key, value in options.items() if key not in present}
         result.setdefault(family, {}).update(missing)

@@ -19,6 +19,7 @@ from ...federation.evaluate import Metrics
 from ...federation.record import RoundRecord
 from ...federation.reluise import Reluised
 from ...recipe import Families, flat
+from .devices import described
 from .names import with_host_defaults
 
 log = logging.getLogger(__name__)
@@ -144,8 +145,8 @@ def _run(
         ) from None
     main.on_round = on_round
     counts, names = getattr(dataset, "counts", None), getattr(dataset, "classes", None)
-    finished = main.checkpoints.round
-    on_start(Start(str(ready.device), counts, names, metrics, ready.runner.reluised, ready.notes, finished))
+    finished, device = main.checkpoints.round, described(ready.device)
+    on_start(Start(device, counts, names, metrics, ready.runner.reluised, ready.notes, finished))
     ready.runner.run()
     if getattr(args, "enable_wandb", False):
         import wandb
