@@ -1,4 +1,4 @@
-"""What `register()` does to FedML: it wraps six functions on their own modules and classes.
+"""What `register()` does to FedML: it replaces functions on their own modules and classes.
 
 Classes are wrapped in place: `from fedml import FedMLRunner` before or after makes no difference. Of
 functions only the modules' names are replaced: `from fedml.data import load` before `register()` keeps
@@ -24,8 +24,9 @@ from ...recipe import flat, misplaced, read_loosely
 from . import offline
 from .data import DATASETS, FEDML_DATASETS
 from .data import load as load_ours
-from .names import NATIVE_SP, broken_road, refused_road
+from .names import FEDML_MODELS, NATIVE_SP, broken_road, refused_road
 from .plan import FINDINGS, HostName, algorithm_of, config_of, created, plan_of, viewed, warm_start
+from .trial import tried
 from .unused import untrained_gates, unused
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ def register() -> None:
     from fedml.model import model_hub
 
     offline.quiet_start(mlops)
+    fedml.collect_env = offline.no_diagnosis
     offline.own_logging(MLOpsRuntimeLog)
     Arguments.load_yaml_config = _load_yaml_config
     fedml.data.load = data_loader.load = _load(data_loader.load)
@@ -107,10 +109,14 @@ def _create(original: Any) -> Any:
                 return original(args, output_dim)
         except Exception as error:
             if "no such model definition" not in str(error):
-                raise
+                reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                raise ConfigError(
+                    f"model_args.model '{args.model}': FedML cannot make it for {args.dataset} ({reason})"
+                ) from error
             if args.model.startswith(PREFIX):
                 models.head(args.model)  # says what a name like this lacks
-            hint = nearest(args.model, models.names())
+            homes = ", ".join(FEDML_MODELS.get(args.model, ()))
+            hint = f"; it is FedML's for {homes}" if homes else nearest(args.model, models.names())
             raise ConfigError(
                 f"model_args.model '{args.model}' is unknown to FedML for {args.dataset}{hint}"
             ) from None
@@ -162,7 +168,11 @@ def _init(original: Any) -> Any:
         elif config.relu_ise:
             relu_like_the_servers(model)
         prepare_host(args)
-        parts = (args, device, dataset, viewed(model, plan), plan, client_trainer, server_aggregator)
+        view = viewed(model, plan)
+        if client_trainer is None and server_aggregator is None:
+            for line in tried(view, plan, dataset):
+                log.warning(line)
+        parts = (args, device, dataset, view, plan, client_trainer, server_aggregator)
         self.runner = Simulation(*parts) if one_process else node(*parts)
 
     return init
