@@ -1,4 +1,4 @@
-"""What `register()` does to FedML: it wraps six functions on their own modules and classes.
+"""What `register()` does to FedML: it replaces functions on their own modules and classes.
 
 Classes are wrapped in place: `from fedml import FedMLRunner` before or after makes no difference. Of
 functions only the modules' names are replaced: `from fedml.data import load` before `register()` keeps
@@ -27,8 +27,9 @@ from .data import DATASETS, FEDML_DATASETS
 from .data import load as load_ours
 from .devices import NO_GPU, device_of
 from .distributed.tls import credentials
-from .names import NATIVE_SP, ROADS, broken_road, refused_road
+from .names import FEDML_MODELS, NATIVE_SP, ROADS, broken_road, refused_road
 from .plan import FINDINGS, HostName, algorithm_of, config_of, created, plan_of, viewed, warm_start
+from .trial import tried
 from .unused import compiled_for_cpu, untrained_gates, unused
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ def register() -> None:
     from fedml.model import model_hub
 
     offline.quiet_start(mlops)
+    fedml.collect_env = offline.no_diagnosis
     offline.own_logging(MLOpsRuntimeLog)
     Arguments.load_yaml_config = _load_yaml_config
     fedml.device.get_device = device.get_device = _get_device(device.get_device)
@@ -124,10 +126,14 @@ def _create(original: Any) -> Any:
                 return original(args, output_dim)
         except Exception as error:
             if "no such model definition" not in str(error):
-                raise
+                reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                raise ConfigError(
+                    f"model_args.model '{args.model}': FedML cannot make it for {args.dataset} ({reason})"
+                ) from error
             if args.model.startswith(PREFIX):
                 models.head(args.model)  # says what a name like this lacks
-            hint = nearest(args.model, models.names())
+            homes = ", ".join(FEDML_MODELS.get(args.model, ()))
+            hint = f"; it is FedML's for {homes}" if homes else nearest(args.model, models.names())
             raise ConfigError(
                 f"model_args.model '{args.model}' is unknown to FedML for {args.dataset}{hint}"
             ) from None
@@ -184,8 +190,11 @@ def _init(original: Any) -> Any:
         elif config.relu_ise:
             relu_like_the_servers(model)
         prepare_host(args)
-        own = (client_trainer, server_aggregator)
-        parts = (args, device, dataset, viewed(model, plan), plan, *own, checkpoints)
+        view, own = viewed(model, plan), (client_trainer, server_aggregator)
+        if own == (None, None):
+            for line in tried(view, plan, dataset):
+                log.warning(line)
+        parts = (args, device, dataset, view, plan, *own, checkpoints)
         self.runner = Simulation(*parts) if one_process else node(*parts)
 
     return init

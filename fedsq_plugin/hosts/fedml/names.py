@@ -45,7 +45,7 @@ _BROKEN = {
     "NCCL": "FedML 0.9.6 comes without its NCCL simulation",
     "hierarchical": "FedML 0.9.6 ends a hierarchical run at its start",
     "TRPC": "FedML's TRPC ends before the training does",
-    "MQTT_S3": "it needs FedML's platform, a broker and a store",
+    "MQTT_S3": "MQTT_S3 needs FedML's platform, a broker and a store",
 }
 
 

@@ -28,6 +28,11 @@ def quiet_start(mlops: Any) -> None:
     mlops.fetch_config = fetch_config
 
 
+def no_diagnosis() -> None:
+    """In place of `fedml.collect_env`, which `fedml.init` calls across silos: it prints a description of the
+    machine, and asks FedML's platform, its store and its broker whether they are there."""
+
+
 def own_logging(runtime_log: Any) -> None:
     """Let FedML add its log handler without replacing `logging.root` and `sys.stdout.write`.
 

@@ -328,6 +328,7 @@ def created(config: Config, classes: int) -> nn.Module:
 _TERMS = {
     "(or turn the backbone into a ReLU one first)": "or set warm_start_args.relu_ise: true",
     "accept it ungated by name: accept=[": "accept it ungated by name: fedsq_args.gate_accept: [",
+    "all of them: accept=[": "all of them: fedsq_args.gate_accept: [",
     "give 'imagenet' or a file (": "warm_start_args.warm_start_file must name a file (",
     "fetch that file elsewhere and give its path as weights": (
         "fetch that file elsewhere and set warm_start: file and warm_start_file to its path"

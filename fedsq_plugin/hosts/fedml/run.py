@@ -134,15 +134,7 @@ def _run(
 ) -> Outcome:
     ready = _runner(path, arguments)
     args, dataset, main = ready.args, ready.dataset, ready.runner.runner
-    try:
-        metrics = main.scoring.evaluate()[0]
-    except RuntimeError as error:
-        log.exception("the first forward failed")
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(
-            f"model {args.model} does not run on the images of {args.dataset}: {reason}; "
-            "try fedsq_args.small_images or image_size"
-        ) from None
+    metrics = main.scoring.evaluate()[0]
     main.on_round = on_round
     counts, names = getattr(dataset, "counts", None), getattr(dataset, "classes", None)
     finished, device = main.checkpoints.round, described(ready.device)
