@@ -9,10 +9,10 @@ import pytest
 import torch
 import yaml
 
+from fedsq_plugin.agreement import MUST_AGREE
 from fedsq_plugin.dualcopy import DualCopy
 from fedsq_plugin.errors import ConfigError
 from fedsq_plugin.hosts.fedml.devices import device_name, gpus
-from fedsq_plugin.hosts.fedml.distributed.protocol import MUST_AGREE
 from fedsq_plugin.hosts.fedml.names import with_host_defaults
 
 from .conftest import MakeArgs, simulate
