@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-from .config import Config
+from .config import OPTIONS, Config
 
 MUST_AGREE = (
     *("model", "small_images", "image_size", "head", "federated_optimizer", "dataset", "partition_method"),
@@ -25,6 +25,7 @@ MAY_CHANGE = frozenset(
         *("data_cache_dir", "warm_start_file", "warm_start_cache_dir"),
         *("min_clients", "round_timeout_s", "nonfinite"),
         *("tls_cert", "tls_key", "tls_ca"),
+        *(key for key in OPTIONS if key.startswith("gpu_")),
     )
 )
 """Options that a resumed run may have otherwise."""
