@@ -195,7 +195,7 @@ def report(directory: Path) -> None:
 def check(recipe: Path, settings: tuple[str, ...]) -> None:
     """Say everything that is wrong with RECIPE, at once. Nothing is trained or downloaded."""
     from . import check as checks
-    from .hosts.fedml.unused import untrained_gates
+    from .hosts.fedml.unused import compiled_for_cpu, untrained_gates
     from .recipe import flat, overridden, read_loosely
 
     families, repeated = read_loosely(recipe)
@@ -203,7 +203,8 @@ def check(recipe: Path, settings: tuple[str, ...]) -> None:
     found = [*map(str, repeated), *checks.check(families)]
     for line in found:
         click.echo(f"{recipe}: {line}")
-    for line in [*checks.notes(families), *untrained_gates(flat(families))]:
+    values = flat(families)
+    for line in [*checks.notes(families), *untrained_gates(values), *compiled_for_cpu(values)]:
         click.echo(f"note: {line}")
     if found:
         raise SystemExit(2)

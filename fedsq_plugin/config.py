@@ -72,6 +72,16 @@ class Config(BaseModel):
     server_momentum: float = _option(0.9, "train_args", "β of FedAvgM, β₁ of FedAdam and FedYogi", ge=0, lt=1)
     frequency_of_the_test: int = _option(1, "validation_args", "rounds from one evaluation to the next", ge=1)
     using_gpu: bool = _option(False, "device_args", "train on a GPU; an error where there is none")
+    gpu_id: int | None = _option(
+        None,
+        "device_args",
+        "GPU of this machine; null: 0, or what the mapping of a run of processes says",
+        ge=0,
+    )
+    gpu_mapping_file: str | None = _option(
+        None, "device_args", "YAML file: key -> host -> processes on each of its GPUs, the server first"
+    )
+    gpu_mapping_key: str | None = _option(None, "device_args", "key of gpu_mapping_file to go by")
     backend: str = _option("sp", "comm_args", "FedML's back end; sp is one process")
 
     # ours
@@ -90,6 +100,20 @@ class Config(BaseModel):
     )
     keep_gates: bool = _option(
         False, "fedsq_args", "keep the gates of training images, which then pass the structural copy once"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = _option(
+        "fp32",
+        "fedsq_args",
+        "what silos train in, by autocast, fp16 with a scaled loss; what travels and what is tested is fp32",
+    )
+    structural_precision: Literal["fp32", "bf16", "fp16"] = _option(
+        "fp32",
+        "fedsq_args",
+        "what gates are computed in, whatever precision is, in training and tests; fp32 without TF32",
+    )
+    channels_last: bool = _option(False, "fedsq_args", "keep weights and images with channels last in memory")
+    compile: bool = _option(
+        False, "fedsq_args", "train through torch.compile, both copies whole; meant for GPUs"
     )
     structural_copy: Literal["fixed", "refresh", "ema", "unfreeze"] = _option(
         "fixed",

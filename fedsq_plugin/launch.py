@@ -21,7 +21,9 @@ import yaml
 from . import certificates
 from .check import check
 from .errors import ConfigError, RunError
+from .hosts.fedml.devices import device_name
 from .hosts.fedml.distributed.tls import credentials
+from .hosts.fedml.names import with_host_defaults
 from .recipe import Families, flat, overridden, resolve
 
 if TYPE_CHECKING:
@@ -60,6 +62,8 @@ def launch(
     if not resume and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"output folder {out} exists and is not an empty folder; name a new one")
     count = clients or _int(flat(families).get("worker_num")) or config.client_num_per_round
+    for rank in range(count + 1):
+        device_name(flat(with_host_defaults(families)), rank, count + 1)
     settings = [] if config.threads else [f"threads={max(1, _cores() // count)}"]
     with tempfile.TemporaryDirectory() as folder:
         recipe, table = Path(folder) / "recipe.yaml", Path(folder) / "grpc_ipconfig.csv"

@@ -170,7 +170,12 @@ BAD: list[tuple[list[str], str]] = [
     (["compare", str(QUICKSTART), "--algorithms", ","], "name at least one"),
     (["run", str(QUICKSTART), "--set", "model=alexnet", "--set", "small_images=false"], "small_images"),
     (["report", "nowhere"], "nowhere"),
-    (["run"], "Missing argument"),
+    (["run"], "name a RECIPE, or --resume DIR"),
+    (["run", "--resume", "nowhere"], "no run folder nowhere"),
+    (["launch", "--resume", "nowhere"], "no run folder nowhere"),
+    (["run", str(QUICKSTART), "--resume", "nowhere"], "give nothing else"),
+    (["run", "--resume", "nowhere", "--set", "comm_round=3"], "give nothing else"),
+    (["run", str(QUICKSTART), "--set", "resume=true"], "resume needs checkpoint_dir"),
     (["ruin"], "No such command"),
 ]
 

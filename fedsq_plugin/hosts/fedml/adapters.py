@@ -54,8 +54,8 @@ class FedSQTrainer(ClientTrainer):  # type: ignore[misc]
         """The client's side, for the model that is here now: FedML replaces what a trainer was made with."""
         if self._worker is None or self._worker.model is not self.model:
             plan = self.plan
-            seed, kept = plan.config.random_seed, plan.config.keep_gates
-            self._worker = Worker(self.model, plan.algorithm, plan.options, plan.training, seed, kept)
+            config, parts = plan.config, (plan.algorithm, plan.options, plan.training)
+            self._worker = Worker(self.model, *parts, config.random_seed, config.keep_gates, config.compile)
         return self._worker
 
     def get_model_params(self) -> State:
@@ -86,6 +86,11 @@ class FedSQTrainer(ClientTrainer):  # type: ignore[misc]
         self._sums, self._trained = result.sums, trains(self.worker.parts(args.round_idx))
         if self._trained and not result.steps:
             log.warning("round %d: silo %s has no batch to train on", args.round_idx + 1, self.id)
+        if result.lost:
+            log.warning(
+                "round %d: silo %s lost %d of %d steps to an overflow in fp16",
+                args.round_idx + 1, self.id, result.lost, result.steps,
+            )  # fmt: skip
 
     def on_after_local_training(self, train_data: Any, device: Any, args: Any) -> None:
         self._only_floats = True

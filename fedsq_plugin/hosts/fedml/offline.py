@@ -34,25 +34,12 @@ def require_home() -> None:
         ) from None
 
 
-def quiet_start(fedml: Any, mlops: Any) -> None:
-    """Keep `fedml.init` from the network when nothing asks for it, and give it what it reads under MPI.
+def quiet_start(mlops: Any) -> None:
+    """Keep `fedml.init` from fetching FedML's platform configuration when nothing asks for it.
 
-    FedML asks its platform for a configuration five times, with a pause after each failure, even for a local
-    run; between processes it tries out three connections to its platform as well.
+    FedML asks its platform five times, with a pause after each failure, even for a local run.
     """
-    fetch, start = mlops.fetch_config, fedml.init
-
-    @functools.wraps(start)
-    def init(args: Any = None, check_env: bool = True, should_init_logs: bool = True) -> Any:
-        if args is None:
-            args = fedml.load_arguments(fedml._global_training_type, fedml._global_comm_backend)
-        if getattr(args, "backend", None) == "MPI":
-            for key, value in MPI_DEFAULTS.items():
-                setattr(args, key, getattr(args, key, value))
-            _count_processes(args)
-        return start(args, check_env and mlops.mlops_enabled(args), should_init_logs)
-
-    fedml.init = init
+    fetch = mlops.fetch_config
 
     @functools.wraps(fetch)
     def fetch_config(args: Any, *rest: Any, **options: Any) -> Any:
@@ -61,6 +48,28 @@ def quiet_start(fedml: Any, mlops: Any) -> None:
         return None
 
     mlops.fetch_config = fetch_config
+
+
+def no_diagnosis() -> None:
+    """In place of `fedml.collect_env`, which `fedml.init` calls across silos: it prints a description of the
+    machine, and asks FedML's platform, its store and its broker whether they are there."""
+
+
+def mpi_start(fedml: Any) -> None:
+    """Give `fedml.init` what it reads under MPI, and let what it lacks there be one line."""
+    start = fedml.init
+
+    @functools.wraps(start)
+    def init(args: Any = None, *rest: Any, **options: Any) -> Any:
+        if args is None:
+            args = fedml.load_arguments(fedml._global_training_type, fedml._global_comm_backend)
+        if getattr(args, "backend", None) == "MPI":
+            for key, value in MPI_DEFAULTS.items():
+                setattr(args, key, getattr(args, key, value))
+            _count_processes(args)
+        return start(args, *rest, **options)
+
+    fedml.init = init
 
 
 def _count_processes(args: Any) -> None:

@@ -362,7 +362,7 @@ def test_keeping_gates_changes_the_work_and_not_the_result(
 
     kept: list[Any] = []
     cache = client.GateCache
-    monkeypatch.setattr(client, "GateCache", lambda dual: kept.append(cache(dual)) or kept[-1])
+    monkeypatch.setattr(client, "GateCache", lambda dual, **how: kept.append(cache(dual, **how)) or kept[-1])
     results = [final(simulate(fedml, make_args(comm_round=3, keep_gates=k))) for k in (False, True)]
     torch.testing.assert_close(results[1], results[0])
     # 80 samples, once each; in the two rounds after the first they are known.
