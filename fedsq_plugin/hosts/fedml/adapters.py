@@ -278,5 +278,6 @@ def _mean(args: Any, raw_grad_list: Any) -> State:
     """The sample-weighted mean, with the argument names of FedML's own operator."""
     mean = WeightedMean()
     for samples, state in raw_grad_list:
-        mean.add(state, samples)
+        if samples:  # a defence gives none to what it distrusts
+            mean.add(state, samples)
     return mean.result()

@@ -180,8 +180,10 @@ def _init(original: Any) -> Any:
             return
         from .checkpoints import ServerCheckpoints
         from .distributed.node import is_client, node, refuse_road, relu_like_the_servers
+        from .security import check_options
         from .simulation import Simulation
 
+        check_options(args)
         one_process = (args.training_type, args.backend) == ("simulation", "sp")
         if not one_process:
             refuse_road(args, config)  # before a warm start that takes long

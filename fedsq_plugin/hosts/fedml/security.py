@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from typing import Any
 
 from fedml.core.dp.fedml_differential_privacy import FedMLDifferentialPrivacy
 from fedml.core.security.attack.label_flipping_attack import LabelFlippingAttack
@@ -11,7 +13,7 @@ from fedml.core.security.fedml_defender import FedMLDefender
 
 from ...algorithms.coordinator import Coordinator
 from ...algorithms.phases import PHASES
-from ...errors import ConfigError
+from ...errors import ConfigError, nearest
 from ...federation.local import trains
 from .plan import Plan
 
@@ -27,6 +29,48 @@ LESS_THAN_ITS_NAME = {
     **dict.fromkeys(("trimmed_mean", "slsgd"), _BY_SIZE),
 }
 """What FedML 0.9.6's defences do that their names do not say."""
+
+KINDS = {
+    "enable_attack": ("attack_type", ("byzantine", "label_flipping", "model_replacement", "dlg")),
+    "enable_defense": (
+        "defense_type",
+        (
+            *("norm_diff_clipping", "krum", "multikrum", "trimmed_mean", "rfa", "geo_median", "wise_median"),
+            *("cclip", "slsgd", "crfl", "foolsgold", "3sigma", "3sigma_geo", "3sigma_foolsgold"),
+            "anomaly_detection",
+        ),
+    ),
+    "enable_dp": ("dp_solution_type", ("cdp", "ldp")),
+}
+"""What FedML 0.9.6 can do, by the option that turns it on."""
+
+WITHOUT_EFFECT = ("weak_dp", "robust_learning_rate", "nbafl", "dp_clip")
+"""What FedML 0.9.6 takes and never calls: the run would be the unprotected one."""
+
+
+def check_options(args: Any) -> None:
+    """Raise ConfigError where FedML's security options would do nothing, or end in a trace."""
+    for switch, (key, known) in KINDS.items():
+        if not getattr(args, switch, False):
+            continue
+        kind = str(getattr(args, key, None)).strip()
+        if kind in WITHOUT_EFFECT:
+            raise ConfigError(
+                f"{key} {kind}: FedML 0.9.6 knows it and never calls it; use one of {', '.join(known)}"
+            )
+        if kind not in known:
+            raise ConfigError(f"{switch} is true, and {key} is '{kind}'{nearest(kind, known)}")
+    if getattr(args, "enable_dp", False) and getattr(args, "enable_rdp_accountant", False):
+        raise ConfigError(
+            "enable_rdp_accountant: FedML 0.9.6's accountant cannot start; set it to false"
+        )
+    for part in (FedMLAttacker, FedMLDefender, FedMLDifferentialPrivacy):
+        try:
+            part.get_instance().init(args)
+        except Exception as error:
+            missing = re.search(r"no attribute '(\w+)'", str(error))
+            said = f"the option {missing[1]} is missing" if missing else str(error)
+            raise ConfigError(f"FedML's {part.__name__} cannot start: {said}") from None
 
 
 def security_enabled() -> bool:
