@@ -61,9 +61,7 @@ def check_options(args: Any) -> None:
         if kind not in known:
             raise ConfigError(f"{switch} is true, and {key} is '{kind}'{nearest(kind, known)}")
     if getattr(args, "enable_dp", False) and getattr(args, "enable_rdp_accountant", False):
-        raise ConfigError(
-            "enable_rdp_accountant: FedML 0.9.6's accountant cannot start; set it to false"
-        )
+        raise ConfigError("enable_rdp_accountant: FedML 0.9.6's accountant cannot start; set it to false")
     for part in (FedMLAttacker, FedMLDefender, FedMLDifferentialPrivacy):
         try:
             part.get_instance().init(args)
