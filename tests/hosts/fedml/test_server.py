@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from fedsq_plugin.agreement import shared_options
 from fedsq_plugin.errors import RunError, UpdateError
 from fedsq_plugin.federation.state import State
 from fedsq_plugin.hosts.fedml.adapters import FedSQTrainer
@@ -49,7 +50,7 @@ class Bench:
     """A server of two client ranks over three silos: rank 1 serves 0 and 2, rank 2 serves 1."""
 
     def __init__(self, make_args: MakeArgs, **options: Any) -> None:
-        from fedsq_plugin.hosts.fedml.distributed.protocol import message, shared_options
+        from fedsq_plugin.hosts.fedml.distributed.protocol import message
         from fedsq_plugin.hosts.fedml.distributed.server import Server
         from fedsq_plugin.hosts.fedml.scoring import Scoring
 

@@ -12,10 +12,11 @@ from fedml.core.distributed.communication.constants import CommunicationConstant
 from fedml.core.distributed.communication.message import Message
 from fedml.core.distributed.fedml_comm_manager import FedMLCommManager
 
+from ....agreement import shared_options
 from ....errors import RunError
 from ..plan import in_recipe_terms
 from ..silo import Silos
-from .protocol import END, FAILED, ONLINE, RESULT, SILENCE_S, TASK, message, shared_options
+from .protocol import END, FAILED, ONLINE, RESULT, SILENCE_S, TASK, message
 
 log = logging.getLogger(__name__)
 

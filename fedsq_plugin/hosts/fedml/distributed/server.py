@@ -12,6 +12,7 @@ from fedml.core.distributed.communication.message import Message
 from fedml.core.distributed.fedml_comm_manager import FedMLCommManager
 from torch import Tensor
 
+from ....agreement import disagreement, shared_options
 from ....errors import RunError
 from ....federation.evaluate import Metrics, pooled
 from ....federation.record import RoundRecord
@@ -20,7 +21,7 @@ from ..adapters import FedSQAggregator
 from ..plan import Plan, in_recipe_terms
 from ..round import Round, drawn, note, with_data
 from ..scoring import Scoring, structural_fingerprint
-from .protocol import END, FAILED, ONLINE, RESULT, SILENCE_S, TASK, disagreement, message, shared_options
+from .protocol import END, FAILED, ONLINE, RESULT, SILENCE_S, TASK, message
 
 log = logging.getLogger(__name__)
 
