@@ -82,20 +82,21 @@ class Round:
         self._gathering = gathering if ours and aggregator.streams else None
         self._together: list[tuple[float, State]] = []
         self._accepted: list[int] = []
-        self._early: dict[int, State] = {}
+        self._early: dict[int, tuple[State, str | None]] = {}
         self._turn = 0
         self.missing = list(silos)
         """Silos that have not answered."""
 
-    def take(self, silo: int, answer: State) -> None:
-        """An answer. Raises UpdateError where the option `nonfinite` makes a refused one fatal."""
+    def take(self, silo: int, answer: State, objection: str | None = None) -> None:
+        """An answer, and why it is to be refused all the same, where the road knows. Raises UpdateError
+        where the option `nonfinite` makes a refused one fatal."""
         if silo not in self.missing:
             again = "has answered already" if silo in self.silos else "is not in this round"
             self._refuse(silo, f"it {again}")
             return
         self.missing.remove(silo)
         self.record.bytes_up += nbytes(answer)
-        self._early[self.silos.index(silo)] = answer
+        self._early[self.silos.index(silo)] = answer, objection
         while self._turn in self._early:
             self._gather(self._turn)
             self._turn += 1
@@ -117,10 +118,10 @@ class Round:
         mlops.event("agg", event_started=False, event_value=event)
 
     def _gather(self, position: int) -> None:
-        silo, answer = self.silos[position], self._early.pop(position)
+        silo, (answer, reason) = self.silos[position], self._early.pop(position)
         try:
             update = update_of(silo, self._samples[silo], answer)
-            reason = problem(update, self._template, self._expected_sums)
+            reason = reason or problem(update, self._template, self._expected_sums)
         except UpdateError as error:
             reason = str(error)
         if reason is not None:

@@ -10,13 +10,14 @@ from ....dualcopy.reluise import replace_by_lambda, replace_by_relu
 from ....errors import ConfigError
 from ....federation.state import nbytes, state_of
 from ..adapters import FedSQAggregator, FedSQTrainer
-from ..plan import Plan
+from ..plan import Plan, config_of
 from ..scoring import Scoring
 from ..silo import Silos
 from ..simulation import refuse_foreign
 from .client import Client
+from .protocol import MARGIN_S
 from .server import Server, rank_of
-from .transport import MpiTransport
+from .transport import SEND_S, MpiTransport
 
 MIB = 2**20
 
@@ -91,7 +92,9 @@ def _transport(args: Any, model: nn.Module, peers: Any) -> Any:
     # The most that is sent at once is the whole model with its structural copy.
     limit = 4 * nbytes(state_of(model)) + MIB
     if args.backend == "MPI":
-        return MpiTransport(args.comm, int(args.rank), limit)
+        # The server is through last: it writes what came of the run.
+        patience = config_of(args).round_timeout_s + MARGIN_S if is_client(args) else SEND_S
+        return MpiTransport(args.comm, int(args.rank), limit, patience)
     table = getattr(args, "grpc_ipconfig_path", None)
     if not table:
         raise ConfigError(

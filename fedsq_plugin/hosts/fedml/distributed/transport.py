@@ -18,6 +18,7 @@ from fedml.core.distributed.communication.message import Message
 
 from ....errors import RunError, UpdateError
 from ....federation import wire
+from .mpi import leave_within
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +70,10 @@ class Transport(BaseCommunicationManager):  # type: ignore[misc]
             if not isinstance(params, dict):
                 raise UpdateError("it is no mapping")
             kind, sender, receiver = (params.get(key) for key in ("msg_type", "sender", "receiver"))
-            if not (isinstance(kind, str) and isinstance(sender, int) and receiver == self.rank):
-                raise UpdateError("type, sender or receiver are not those of a message to this process")
+            if type(kind) is not str or type(sender) is not int or type(receiver) is not int:
+                raise UpdateError("it has no type, sender or receiver")
+            if receiver != self.rank:
+                raise UpdateError(f"it is for rank {receiver}")
         except UpdateError as error:
             self.refused += 1
             log.warning("a message was refused (%d so far): %s", self.refused, error)
@@ -94,17 +97,28 @@ class Transport(BaseCommunicationManager):  # type: ignore[misc]
 class MpiTransport(Transport):
     """Bytes over MPI; FedML's own sends pickles.
 
-    A rank sends only to one that is waiting, so blocking sends cannot lock each other out.
+    A rank sends only to one that is waiting, or soon is; a blocking send to one that is stopped would never
+    return. `leaves_within`: seconds to wait for the others at the end of the process.
     """
 
-    def __init__(self, comm: Any, rank: int, limit_bytes: int) -> None:
+    def __init__(self, comm: Any, rank: int, limit_bytes: int, leaves_within: float = SEND_S) -> None:
         super().__init__(rank, limit_bytes)
         self._comm = comm
+        leave_within(leaves_within)
+        self._unsent: list[Any] = []
+        """MPI reads these buffers until the receiver has the message."""
 
     def _send(self, receiver: int, data: bytes, within: float, wait: bool) -> None:
         from mpi4py import MPI
 
-        self._comm.Send([data, MPI.BYTE], dest=receiver)
+        request, until = self._comm.Isend([data, MPI.BYTE], dest=receiver), time.monotonic() + within
+        pause = 0.0
+        while not request.Test():
+            if time.monotonic() > until:
+                self._unsent.append((request, data))
+                raise RunError(f"rank {receiver} took no message of rank {self.rank} for {within:g} s")
+            time.sleep(pause)
+            pause = 0.001
 
     def _next(self, timeout: float) -> bytearray | None:
         from mpi4py import MPI
