@@ -55,6 +55,7 @@ def register() -> None:
     from fedml.model import model_hub
 
     offline.quiet_start(mlops)
+    offline.no_diagnosis(fedml)
     offline.own_logging(MLOpsRuntimeLog)
     Arguments.load_yaml_config = _load_yaml_config
     fedml.data.load = data_loader.load = _load(data_loader.load)
