@@ -19,6 +19,21 @@ MUST_AGREE = (
 )
 """Options that server and silos must share."""
 
+MAY_CHANGE = frozenset(
+    (
+        *("checkpoint_dir", "checkpoint_every", "resume", "threads", "keep_gates", "using_gpu"),
+        *("data_cache_dir", "warm_start_file", "warm_start_cache_dir"),
+        *("min_clients", "round_timeout_s", "nonfinite"),
+    )
+)
+"""Options that a resumed run may have otherwise."""
+
+
+def kept_options(config: Config) -> dict[str, Any]:
+    """The options that a resumed run must have as it had them."""
+    return {key: value for key, value in config.model_dump(mode="json").items() if key not in MAY_CHANGE}
+
+
 SHOWN = 80
 """Characters of a value that a message or a line may have."""
 _HASHED = "sha256:"

@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from . import __version__
 from .errors import ConfigError, FedSQError
 from .hosts.fedml.distributed.mpi import abort
+
+if TYPE_CHECKING:
+    from .recipe import Families
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -28,6 +31,32 @@ def _out(command: Command) -> Command:
     )(command)
 
 
+def _resume(command: Command) -> Command:
+    return click.option(
+        "--resume",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Go on with the run in DIR that was cut off, by its own recipe.",
+    )(command)
+
+
+def _begun_or_new(
+    recipe: Path | None, settings: tuple[str, ...], out: Path | None, resume: Path | None
+) -> tuple[Families, Path, dict[str, Any]]:
+    """The recipe, the run directory, and the summary of a run that goes on."""
+    from . import runs
+    from .recipe import overridden, read_yaml
+
+    if resume is None:
+        if recipe is None:
+            raise ConfigError("name a RECIPE, or --resume DIR")
+        return overridden(read_yaml(recipe), settings), out or runs.default_out(recipe), {}
+    if recipe is not None or settings or out is not None:
+        raise ConfigError(f"--resume {resume} goes on by the recipe in that folder: give nothing else")
+    families, summary = runs.interrupted(resume)
+    return families, resume, summary
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
 @click.version_option(__version__, prog_name="fedsq")
 @click.pass_context
@@ -38,33 +67,40 @@ def cli(context: click.Context) -> None:
 
 
 @cli.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe", type=click.Path(path_type=Path), required=False)
 @_settings
 @_out
-def run(recipe: Path, settings: tuple[str, ...], out: Path | None) -> None:
+@_resume
+def run(recipe: Path | None, settings: tuple[str, ...], out: Path | None, resume: Path | None) -> None:
     """Run RECIPE, a FedML YAML, and write its metrics, tables and pictures."""
     from . import runs
-    from .recipe import overridden, read_yaml
 
-    families = overridden(read_yaml(recipe), settings)
-    runs.run(families, out or runs.default_out(recipe), _console())
+    families, out, summary = _begun_or_new(recipe, settings, out, resume)
+    if "algorithms_compared" in summary:
+        raise ConfigError(f"--resume {resume}: it is a comparison; use fedsq compare --resume {resume}")
+    runs.run(families, out, _console(), resume=resume is not None)
 
 
 @cli.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--clients", type=click.IntRange(min=1), help="Client processes; default: worker_num, or one per silo."
 )
 @_settings
 @_out
-def launch(recipe: Path, clients: int | None, settings: tuple[str, ...], out: Path | None) -> None:
+@_resume
+def launch(
+    recipe: Path | None,
+    clients: int | None,
+    settings: tuple[str, ...],
+    out: Path | None,
+    resume: Path | None,
+) -> None:
     """Run RECIPE, of backend MPI or GRPC, with all its processes on this machine."""
     from . import launch as launcher
-    from .recipe import overridden, read_yaml
-    from .runs import default_out
 
-    families = overridden(read_yaml(recipe), settings)
-    status = launcher.launch(families, clients, out or default_out(recipe))
+    families, out, _ = _begun_or_new(recipe, settings, out, resume)
+    status = launcher.launch(families, clients, out, resume is not None)
     if status:
         raise SystemExit(status)
 
@@ -73,31 +109,45 @@ def launch(recipe: Path, clients: int | None, settings: tuple[str, ...], out: Pa
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--rank", type=int, help="Of this process; MPI knows it.")
 @click.option("--plain", is_flag=True, help="No terminal is behind standard output, though it looks so.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out.")
 @_out
-def node(recipe: Path, rank: int | None, plain: bool, out: Path) -> None:
+def node(recipe: Path, rank: int | None, plain: bool, resume: bool, out: Path) -> None:
     """One process of a launched run."""
     from . import launch as launcher
     from .recipe import read_yaml
 
-    launcher.node(read_yaml(recipe), rank, out, _console(plain))
+    launcher.node(read_yaml(recipe), rank, out, _console(plain), resume)
 
 
 @cli.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--algorithms",
-    required=True,
+    default="",
     metavar="A,B,…",
     help="By name, with options of its own if wanted: FedSQ:structural_copy=ema.",
 )
 @click.option("--seeds", default="0", show_default=True, metavar="0,1,…", help="Values of random_seed.")
 @_settings
 @_out
-def compare(recipe: Path, algorithms: str, seeds: str, settings: tuple[str, ...], out: Path | None) -> None:
+@_resume
+def compare(
+    recipe: Path | None,
+    algorithms: str,
+    seeds: str,
+    settings: tuple[str, ...],
+    out: Path | None,
+    resume: Path | None,
+) -> None:
     """Run RECIPE with several algorithms and seeds, all else equal, and compare them."""
     from . import runs
-    from .recipe import overridden, read_yaml
 
+    families, out, summary = _begun_or_new(recipe, settings, out, resume)
+    if resume is not None:
+        if "algorithms_compared" not in summary:
+            raise ConfigError(f"--resume {resume}: it is no comparison; use fedsq run --resume {resume}")
+        runs.compare(families, summary["algorithms_compared"], summary["seeds"], out, _console(), resume=True)
+        return
     try:
         numbers = [int(seed) for seed in seeds.split(",")]
     except ValueError:
@@ -105,8 +155,7 @@ def compare(recipe: Path, algorithms: str, seeds: str, settings: tuple[str, ...]
     names = [name.strip() for name in algorithms.split(",") if name.strip()]
     if not names:
         raise ConfigError("--algorithms is empty; name at least one, as FedAvg,FedSQ")
-    families = overridden(read_yaml(recipe), settings)
-    runs.compare(families, names, numbers, out or runs.default_out(recipe), _console())
+    runs.compare(families, names, numbers, out, _console())
 
 
 @cli.command()

@@ -137,6 +137,11 @@ class Config(BaseModel):
     round_timeout_s: float = _option(
         3600.0, "fedsq_args", "seconds to wait for the clients, at the start and in a round", gt=0
     )
+    checkpoint_dir: str | None = _option(
+        None, "fedsq_args", "folder of the run's checkpoints; null: none, fedsq run: in the run directory"
+    )
+    checkpoint_every: int = _option(1, "fedsq_args", "rounds from one checkpoint to the next", ge=1)
+    resume: bool = _option(False, "fedsq_args", "go on from the newest checkpoint, where there is one")
     nesterov: bool = _option(False, "fedsq_args", "Nesterov momentum (sgd)")
     clip_norm: float | None = _option(None, "fedsq_args", "bound on the norm of a step's gradient", gt=0)
     lr_schedule: Literal["constant", "cosine", "step"] = _option(
@@ -353,4 +358,10 @@ def _nesterov(nesterov: bool, momentum: float, client_optimizer: str) -> str | N
     return None
 
 
-_RULES: tuple[Rule, ...] = (_silos, _weights, _gates, _nesterov)
+def _resume(resume: bool, checkpoint_dir: str | None) -> str | None:
+    if resume and checkpoint_dir is None:
+        return "resume needs checkpoint_dir, the folder of the run's checkpoints (or: fedsq run --resume DIR)"
+    return None
+
+
+_RULES: tuple[Rule, ...] = (_silos, _weights, _gates, _nesterov, _resume)

@@ -36,8 +36,9 @@ COME_S = 120.0
 """How long a client waits for the server to make the run directory."""
 
 
-def launch(families: Families, clients: int | None, out: Path) -> int:
-    """Start the server and its clients, and wait for them: the server's exit status.
+def launch(families: Families, clients: int | None, out: Path, resume: bool = False) -> int:
+    """Start the server and its clients, and wait for them: the server's exit status. `resume` goes on with
+    the run in `out`.
 
     The server process writes the run directory as `fedsq run` does; the clients log there.
 
@@ -50,27 +51,26 @@ def launch(families: Families, clients: int | None, out: Path) -> int:
     config = resolve(families)
     if config.backend == "sp":
         raise ConfigError("comm_args.backend sp is one process: use `fedsq run`, or --set backend=MPI")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if not resume and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"output folder {out} exists and is not an empty folder; name a new one")
     count = clients or _int(flat(families).get("worker_num")) or config.client_num_per_round
     settings = [] if config.threads else [f"threads={max(1, _cores() // count)}"]
     with tempfile.TemporaryDirectory() as folder:
         recipe, table = Path(folder) / "recipe.yaml", Path(folder) / "grpc_ipconfig.csv"
-        families = overridden(families, settings)
-        if config.training_type == "cross_silo":
-            families = _with(families, "train_args", "worker_num", count)
+        families = _with(overridden(families, settings), "train_args", "worker_num", count)
         if config.backend == "GRPC":
             families = _with(families, "comm_args", "grpc_ipconfig_path", str(table))
             table.write_text(_table(count))
         recipe.write_text(yaml.safe_dump(families, sort_keys=False))
         command = [sys.executable, "-m", "fedsq_plugin.cli", "node", str(recipe), "--out", str(out)]
+        command += ["--resume"] if resume else []
         environment = {"OMP_NUM_THREADS": str(config.threads or _cores() // count or 1), **os.environ}
         if config.backend == "MPI":
             return _mpi(command, count, environment, out)
         return _grpc(command, count, environment, config.min_clients or count, Path(folder))
 
 
-def node(families: Families, rank: int | None, out: Path, console: Console) -> None:
+def node(families: Families, rank: int | None, out: Path, console: Console, resume: bool) -> None:
     """One process of a launched run: the server where `rank` is 0."""
     from . import runs
     from .hosts.fedml.run import serve
@@ -80,13 +80,14 @@ def node(families: Families, rank: int | None, out: Path, console: Console) -> N
 
         rank = int(MPI.COMM_WORLD.Get_rank())
     if rank == 0:
-        runs.run(families, out, console, server=True)
+        runs.run(families, out, console, server=True, resume=resume)
         return
     until = time.monotonic() + COME_S
     while not (out / "config.yaml").exists():
         if time.monotonic() > until:
             raise RunError(f"rank {rank}: the server made no run directory {out} within {COME_S:.0f} s")
         time.sleep(0.1)
+    families = overridden(families, runs.checkpoint_settings(families, out, resume))
     serve(families, out / f"client-{rank}.log", rank)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -43,6 +44,11 @@ class _Variant:
     label: str
     families: Families
 
+    @property
+    def stem(self) -> str:
+        """The name of its files."""
+        return f"{_file_name(self.label)}-seed{flat(self.families).get('random_seed', 0)}"
+
 
 @dataclass
 class _Session:
@@ -56,19 +62,39 @@ class _Session:
     summary: dict[str, Any] = field(default_factory=dict)
 
 
-def run(families: Families, out: Path, console: Console, server: bool = False) -> None:
+def run(families: Families, out: Path, console: Console, server: bool = False, resume: bool = False) -> None:
     """One run of a recipe's own algorithm and seed; the server's part of it, where it has clients to serve
-    it."""
+    it. `resume` goes on with the one in `out`."""
     if not server:
         _refuse_many_processes(families)
-    label = str(flat(families).get("federated_optimizer", ""))
-    _all([_Variant(label, families)], 1, families, out, console, {})
+    _all([_single(families)], 1, families, out, console, {}, resume)
+
+
+def checkpoint_settings(families: Families, out: Path, resume: bool) -> list[str]:
+    """The settings that let a process of the run in `out` write its checkpoints there."""
+    return _checkpointed(_single(families), out, resume)
+
+
+def interrupted(out: Path) -> tuple[Families, dict[str, Any]]:
+    """The recipe of the run or the comparison in a run directory, and the summary's part of it.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    directory = RunDirectory.resume(out)
+    return directory.config, directory.summary
 
 
 def compare(
-    families: Families, algorithms: Sequence[str], seeds: Sequence[int], out: Path, console: Console
+    families: Families,
+    algorithms: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    console: Console,
+    resume: bool = False,
 ) -> None:
     """Every algorithm with every seed, all else equal. A run that ends early does not end the others.
+    `resume` goes on with those in `out` that are not finished.
 
     An algorithm may bring options of its own, as in FedSQ:structural_copy=refresh:structural_rounds=3.
     """
@@ -90,7 +116,16 @@ def compare(
     # Algorithms and seeds differ in nothing else that can be wrong with a recipe.
     if shared:
         console.print(f"for every algorithm: {', '.join(shared)}", highlight=False)
-    _all(variants, len(algorithms), families, out, console, about)
+    _all(variants, len(algorithms), families, out, console, about, resume)
+
+
+def _single(families: Families) -> _Variant:
+    return _Variant(str(flat(families).get("federated_optimizer", "")), families)
+
+
+def _checkpointed(variant: _Variant, out: Path, resume: bool) -> list[str]:
+    folder = flat(variant.families).get("checkpoint_dir") or out.absolute() / "checkpoints" / variant.stem
+    return [f"checkpoint_dir={json.dumps(str(folder))}", f"resume={str(resume).lower()}"]
 
 
 def _refuse_many_processes(families: Families) -> None:
@@ -123,16 +158,22 @@ def _all(
     out: Path,
     console: Console,
     about: Mapping[str, Any],
+    resume: bool,
 ) -> None:
     found = [line for variant in variants[:to_check] for line in check(variant.families)]
     if found:
         raise ConfigError(" | ".join(dict.fromkeys(found)))
     configs = [resolve(variant.families) for variant in variants]
-    with _session(base, resolve(base), out, console, len(variants)) as session:
+    with _session(base, resolve(base), out, console, len(variants), resume) as session:
         session.summary.update(about)
+        session.directory.write_summary(session.summary)
         for variant, config in zip(variants, configs, strict=True):
+            if session.directory.path_for(f"{variant.stem}.json").exists():
+                session.progress.update(session.progress.task_ids[0], advance=config.comm_round)
+                console.print(f"{variant.label} seed {config.random_seed}: finished before", highlight=False)
+                continue
             try:
-                _one(session, variant, config)
+                _one(session, variant, config, resume)
             except FedSQError as error:
                 if isinstance(error, ConfigError) and session.directory.metrics.empty:
                     raise
@@ -152,14 +193,15 @@ def _file_name(name: str) -> str:
 
 @contextmanager
 def _session(
-    families: Families, config: Config, out: Path, console: Console, runs: int
+    families: Families, config: Config, out: Path, console: Console, runs: int, resume: bool
 ) -> Iterator[_Session]:
     import torch
 
     if config.threads:
         torch.set_num_threads(config.threads)
-    directory = RunDirectory.create(out)
-    directory.write_config(resolved_families(families, config))
+    directory = RunDirectory.resume(out) if resume else RunDirectory.create(out)
+    if not resume:
+        directory.write_config(resolved_families(families, config))
     directory.write_environment(environment())
     columns = (
         TextColumn("{task.description}"),
@@ -170,7 +212,7 @@ def _session(
         TimeRemainingColumn(),
     )
     progress = Progress(*columns, console=console, disable=not console.is_terminal)
-    session = _Session(directory, console, progress)
+    session = _Session(directory, console, progress, summary=directory.summary)
     console.print(f"results go to {out}; CPU threads: {torch.get_num_threads()}", highlight=False)
     try:
         with progress:
@@ -179,10 +221,13 @@ def _session(
     except KeyboardInterrupt:
         session.summary["ended_early"] = ["interrupted"]
         directory.write_summary(session.summary)
-        console.print(f"the finished rounds are in {out}; `fedsq report` shows them", highlight=False)
+        console.print(
+            f"the finished rounds are in {out}; `fedsq report {out}` shows them, --resume {out} goes on",
+            highlight=False,
+        )
         raise
     except ConfigError:
-        if directory.metrics.empty:
+        if directory.metrics.empty and not resume:
             shutil.rmtree(out, ignore_errors=True)  # nothing ran: the same command may be given again
         raise
     for note in session.notes:
@@ -196,15 +241,18 @@ def _session(
         raise RunError(" | ".join(session.ended_early))
 
 
-def _one(session: _Session, variant: _Variant, config: Config) -> None:
+def _one(session: _Session, variant: _Variant, config: Config, resume: bool) -> None:
     name, seed = variant.label, config.random_seed
     task = session.progress.task_ids[0]
     session.progress.update(task, description=f"{name} seed {seed}")
 
     def on_start(start: Start) -> None:
-        before = {"accuracy": start.metrics.accuracy, "loss": start.metrics.loss}
-        kind = "initial" if config.warm_start == "none" else "warm_start"
-        session.summary.setdefault(kind, {})[str(seed)] = before
+        session.directory.forget(name, seed, after=start.finished)
+        session.progress.update(task, advance=start.finished)
+        if not start.finished:
+            before = {"accuracy": start.metrics.accuracy, "loss": start.metrics.loss}
+            kind = "initial" if config.warm_start == "none" else "warm_start"
+            session.summary.setdefault(kind, {})[str(seed)] = before
         for note in start.notes:
             session.console.print(f"{name} seed {seed}: {note}", highlight=False, markup=False)
         session.summary["device"] = start.device
@@ -214,6 +262,7 @@ def _one(session: _Session, variant: _Variant, config: Config) -> None:
             session.summary.setdefault("relu_ise", {})[str(seed)] = about
         if start.counts is not None and "label_counts" not in session.summary:
             session.summary.update(label_counts=start.counts, classes=start.classes, label_counts_seed=seed)
+        session.directory.write_summary(session.summary)
 
     def on_round(record: RoundRecord) -> None:
         accuracy = f"accuracy {100 * record.metrics.accuracy:.1f} %" if record.metrics else ""
@@ -245,7 +294,8 @@ def _one(session: _Session, variant: _Variant, config: Config) -> None:
         session.directory.add(rows)
 
     log_file = session.directory.path_for("fedml.log")
-    outcome: Outcome = execute(variant.families, log_file, on_start, on_round)
+    settings = _checkpointed(variant, session.directory.path, resume)
+    outcome: Outcome = execute(overridden(variant.families, settings), log_file, on_start, on_round)
     model = outcome.model
     tensors = model.full_state_dict() if isinstance(model, DualCopy) else model.state_dict()
     about: Mapping[str, Any] = {
@@ -259,11 +309,16 @@ def _one(session: _Session, variant: _Variant, config: Config) -> None:
         "structural_fingerprint": outcome.structural_fingerprint,
         "plugin": __version__,
     }
-    stem = f"{_file_name(name)}-seed{seed}"
-    checkpoint.save(session.directory.path_for(f"{stem}.safetensors"), tensors, about)
     if outcome.silos:
         parts = {**about, "content": "what stayed with each silo, as <silo>/<key>"}
-        checkpoint.save(session.directory.path_for(f"{stem}-silos.safetensors"), outcome.silos, parts)
+        silos = session.directory.path_for(f"{variant.stem}-silos.safetensors")
+        checkpoint.save(silos, outcome.silos, parts)
+    # Last: where it is, the run is finished.
+    checkpoint.save(session.directory.path_for(f"{variant.stem}.safetensors"), tensors, about)
+    if config.checkpoint_dir is None:
+        shutil.rmtree(session.directory.path / "checkpoints" / variant.stem, ignore_errors=True)
+        with suppress(OSError):
+            (session.directory.path / "checkpoints").rmdir()
 
 
 def environment() -> dict[str, Any]:

@@ -53,6 +53,14 @@ class RunDirectory:
         return cls(folder)
 
     @classmethod
+    def resume(cls, path: str | os.PathLike[str]) -> RunDirectory:
+        """As `open`, also for a run that was cut off before its first row."""
+        folder = Path(path)
+        if (folder / "config.yaml").is_file() and not (folder / "metrics.csv").exists():
+            return cls(folder)
+        return cls.open(folder)
+
+    @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunDirectory:
         """The run in the folder `path`, to report on it or to go on with it.
 
@@ -90,6 +98,17 @@ class RunDirectory:
         refuse_repeats(table)
         atomic_write(self.path / "metrics.csv", render(table))
         self._rows = table
+
+    def forget(self, algorithm: str, seed: int, after: int) -> None:
+        """Remove the rows of a run's rounds after this one, which it makes anew."""
+        kept = [
+            row
+            for row in self._rows
+            if (row["algorithm"], row["seed"]) != (algorithm, seed) or row["round"] <= after
+        ]
+        if len(kept) < len(self._rows):
+            atomic_write(self.path / "metrics.csv", render(kept))
+            self._rows = kept
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """config.yaml, keys in the order given."""

@@ -33,13 +33,24 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    about = described(path)
     try:
         tensors = load_file(path)
-        about = json.loads(path.with_suffix(".json").read_text())
         ordered = {key: tensors[key] for key in about.pop("keys")}
         expected = about.pop("sha256")
-    except (OSError, SafetensorError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{path}: not a whole checkpoint ({error})") from None
     if len(ordered) != len(tensors) or fingerprint(ordered) != expected:
         raise WeightsError(f"{path}: its content is not what {path.stem}.json says")
     return ordered, about
+
+
+def described(path: Path) -> dict[str, Any]:
+    """The JSON beside a state: `about`, keys and content. Raises WeightsError as `load` does."""
+    try:
+        about = json.loads(path.with_suffix(".json").read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path}: not a whole checkpoint ({error})") from None
+    if not isinstance(about, dict):
+        raise WeightsError(f"{path}: not a whole checkpoint ({path.stem}.json holds no object)")
+    return about

@@ -40,6 +40,15 @@ class ClientStates:
         if local and all(check_finite(v) for v in local.values() if v.is_floating_point()):
             self._states[client] = local
 
+    @property
+    def kept(self) -> bool:
+        """Whether anything stays with a client at all."""
+        return bool(self._keys)
+
+    def of(self, client: int) -> State:
+        """The local part of a client; empty where it has not trained yet."""
+        return self._states.get(client, OrderedDict())
+
     def tensors(self) -> dict[str, Tensor]:
         """The local parts of all clients that have trained, as `<client>/<key>`."""
         return {f"{client}/{k}": v for client, state in self._states.items() for k, v in state.items()}

@@ -82,6 +82,12 @@ class FedSQTrainer(ClientTrainer):  # type: ignore[misc]
         if assignment.structural is not None:
             worker.follow(assignment.structural)
 
+    def resume(self, state: ServerState, silos: Mapping[str, Tensor]) -> None:
+        """Go on where a run was between two rounds; `silos` is what ClientStates.tensors gave."""
+        _take_over(self.model, state)
+        self.worker.states.begin(self.model)
+        self.worker.states.restore(silos)
+
     def train(self, train_data: Any, device: Any, args: Any) -> None:
         result = self.worker.train(int(self.id), train_data, args.round_idx, device)
         self._sums, self._trained = result.sums, trains(self.worker.parts(args.round_idx))
@@ -153,15 +159,16 @@ class FedSQAggregator(ServerAggregator):  # type: ignore[misc]
     def assign(self, clients: Sequence[int]) -> list[State]:
         """What each of a round's clients is sent. The structural copy follows before, where it does."""
         if self.coordinator.next_round():
-            assert isinstance(self.model, DualCopy)
-            structural, finished = self.coordinator.state.structural, self.coordinator.state.round
-            if structural is None:
-                self.model.unfreeze()
-                log.info("round %d: the gates are unfrozen", finished + 1)
-            else:
-                self.model.refresh(structural)
-                log.info("round %d: the structural copy has changed", finished + 1)
+            state = self.coordinator.state
+            _follow(self.model, state)
+            what = "gates are unfrozen" if state.structural is None else "structural copy has changed"
+            log.info("round %d: the %s", state.round + 1, what)
         return [packed(assignment) for assignment in self.coordinator.assign(clients)]
+
+    def resume(self, state: ServerState) -> None:
+        """Go on where a run was between two rounds."""
+        _take_over(self.model, state)
+        self.hold(state)
 
     def hold(self, state: ServerState) -> None:
         """The server's state after a round."""
@@ -252,6 +259,21 @@ class FedSQAggregator(ServerAggregator):  # type: ignore[misc]
 
     def _floats(self, state: Mapping[str, Tensor]) -> State:
         return clone(with_roles(state, self.coordinator.roles, EVERYTHING - {Role.COUNTER}))
+
+
+def _take_over(model: nn.Module, state: ServerState) -> None:
+    model.load_state_dict(state.model)
+    _follow(model, state)
+
+
+def _follow(model: nn.Module, state: ServerState) -> None:
+    """Let the gates be those of the server's state."""
+    if not isinstance(model, DualCopy):
+        return
+    if state.structural is None:
+        model.unfreeze()
+    else:
+        model.refresh(state.structural)
 
 
 def _refuse_security(coordinator: Coordinator, plan: Plan) -> None:

@@ -131,6 +131,7 @@ def _init(original: Any) -> Any:
         server_aggregator: Any = None,
         algorithm_flow: Any = None,
     ) -> None:
+        self.reluised = None
         rest = (client_trainer, server_aggregator, algorithm_flow)
         if algorithm_flow is not None:
             original(self, args, device, dataset, model, *rest)
@@ -154,16 +155,19 @@ def _init(original: Any) -> Any:
             self.reluised = warm_start(model, config, dataset, device)
             original(self, args, device, dataset, model, *rest)
             return
+        from .checkpoints import ServerCheckpoints
         from .distributed.node import is_client, node, relu_like_the_servers
         from .simulation import Simulation
 
         one_process = (args.training_type, args.backend) == ("simulation", "sp")
-        if one_process or not is_client(args):
+        checkpoints = ServerCheckpoints(plan) if one_process or not is_client(args) else None
+        if checkpoints is not None and not checkpoints.resumes:
             self.reluised = warm_start(model, config, dataset, device)
         elif config.relu_ise:
             relu_like_the_servers(model)
         prepare_host(args)
-        parts = (args, device, dataset, viewed(model, plan), plan, client_trainer, server_aggregator)
+        own = (client_trainer, server_aggregator)
+        parts = (args, device, dataset, viewed(model, plan), plan, *own, checkpoints)
         self.runner = Simulation(*parts) if one_process else node(*parts)
 
     return init

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...errors import UpdateError
 from ...federation.messages import update_of
 from ...federation.record import RoundRecord
-from ...federation.seeding import sample_clients
+from ...federation.seeding import derive, isolated, sample_clients
 from ...federation.state import State, clone, nbytes
 from ...federation.updates import problem
 from .adapters import FedSQAggregator
@@ -144,8 +144,10 @@ class Round:
 
     def _aggregate(self) -> State:
         try:
-            accepted, _ = self._aggregator.on_before_aggregation(self._together)
-            result: State = self._aggregator.on_after_aggregation(self._aggregator.aggregate(accepted))
+            # Attacks, noise and a user's own code draw from the global generators.
+            with isolated(derive("server", self._plan.config.random_seed, self.record.round)):
+                accepted, _ = self._aggregator.on_before_aggregation(self._together)
+                result: State = self._aggregator.on_after_aggregation(self._aggregator.aggregate(accepted))
         except ValueError as error:  # a defence that has too few updates left, say
             raise UpdateError(
                 f"round {self.record.round}: aggregating {len(self._together)} updates failed: {error}"

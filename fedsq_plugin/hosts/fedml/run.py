@@ -43,7 +43,9 @@ class Start:
     counts: list[list[int]] | None
     classes: list[str] | None
     metrics: Metrics
-    """The global model before the first round, on the global test set."""
+    """The global model before the next round, on the global test set."""
+    finished: int
+    """Rounds that were finished before, in a run that goes on."""
     reluised: Reluised | None
     """What ReLU-isation did, where it was asked for."""
     notes: list[str]
@@ -144,7 +146,8 @@ def _run(
         ) from None
     main.on_round = on_round
     counts, names = getattr(dataset, "counts", None), getattr(dataset, "classes", None)
-    on_start(Start(str(ready.device), counts, names, metrics, ready.runner.reluised, ready.notes))
+    finished = main.checkpoints.round
+    on_start(Start(str(ready.device), counts, names, metrics, finished, ready.runner.reluised, ready.notes))
     ready.runner.run()
     if getattr(args, "enable_wandb", False):
         import wandb

@@ -12,6 +12,7 @@ from ...federation.evaluate import Metrics, evaluate
 from ...federation.seeding import derive, isolated
 from ...federation.state import State, clone
 from .adapters import FedSQTrainer
+from .checkpoints import SiloCheckpoints
 from .plan import Plan
 
 
@@ -27,7 +28,9 @@ class Silos:
         sizes: Mapping[int, int],
         train: Mapping[int, Any],
         test: Mapping[int, Any],
+        checkpoints: SiloCheckpoints | None = None,
     ) -> None:
+        self._checkpoints = checkpoints
         self.plan, self.args, self.device, self.trainer = plan, args, device, trainer
         self._sizes, self._train, self._test = sizes, train, test
 
@@ -40,8 +43,15 @@ class Silos:
         """Training samples of a silo."""
         return int(self._sizes.get(silo) or 0) if self._train.get(silo) is not None else 0
 
-    def train(self, silo: int, round_idx: int, message: State) -> State:
-        """One round of one silo, by FedML's whole life-cycle of a trainer: what the silo answers."""
+    def resume(self, finished: int) -> None:
+        """A task comes after so many finished rounds. Raises WeightsError where the silos' own parts of a run
+        that is resumed are damaged."""
+        if self._checkpoints is not None:
+            self._checkpoints.before(finished)
+
+    def train(self, silo: int, round_idx: int, message: State, server_at: int = 0) -> State:
+        """One round of one silo, by FedML's whole life-cycle of a trainer: what the silo answers. `server_at`
+        is the round of the server's newest checkpoint."""
         trainer, args = self.trainer, self.args
         args.round_idx = round_idx
         event = f"{round_idx}_{silo}"
@@ -59,6 +69,8 @@ class Silos:
             trainer.on_before_local_training(data, self.device, args)
             trainer.train(data, self.device, args)
             trainer.on_after_local_training(data, self.device, args)
+        if self._checkpoints is not None:
+            self._checkpoints.after(silo, round_idx, server_at)
         mlops.event("train", event_started=False, event_value=event)
         state: State = trainer.get_model_params()
         return state if ours else clone(state)

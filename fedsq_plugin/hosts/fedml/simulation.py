@@ -23,6 +23,7 @@ from ...federation.evaluate import Metrics, pooled
 from ...federation.record import RoundRecord
 from ...federation.state import clone
 from .adapters import FedSQAggregator, FedSQTrainer
+from .checkpoints import ServerCheckpoints
 from .names import OTHER_LOSSES
 from .plan import Plan, in_recipe_terms
 from .round import Round, drawn, with_data
@@ -44,8 +45,9 @@ class Simulation(FedAvgAPI):  # type: ignore[misc]
         plan: Plan,
         client_trainer: Any = None,
         server_aggregator: Any = None,
+        checkpoints: ServerCheckpoints | None = None,
     ) -> None:
-        self.plan = plan
+        self.plan, self.checkpoints = plan, checkpoints or ServerCheckpoints(plan)
         self.on_round: Callable[[RoundRecord], None] = lambda record: None
         refuse_foreign(plan, args, client_trainer, server_aggregator)
         super().__init__(args, device, dataset, model)
@@ -69,6 +71,8 @@ class Simulation(FedAvgAPI):  # type: ignore[misc]
         self.silos = Silos(plan, args, device, self.model_trainer, sizes, train, test)
         if isinstance(self.aggregator, FedSQAggregator):
             _ = self.aggregator.coordinator  # refuses what does not go together before the first round
+            ours = isinstance(self.model_trainer, FedSQTrainer)
+            self.checkpoints.restore(self.aggregator, self.model_trainer if ours else None)
 
     @property
     def structural_fingerprint(self) -> str | None:
@@ -98,7 +102,7 @@ class Simulation(FedAvgAPI):  # type: ignore[misc]
         mlops.log_aggregation_status(mlops.ServerConstants.MSG_MLOPS_SERVER_STATUS_RUNNING)
         mlops.log_round_info(args.comm_round, -1)
         self.aggregator.set_id(0)
-        for round_idx in range(args.comm_round):
+        for round_idx in range(self.checkpoints.round, args.comm_round):
             args.round_idx = round_idx
             record = RoundRecord(round_idx + 1)
             started = time.perf_counter()
@@ -111,6 +115,8 @@ class Simulation(FedAvgAPI):  # type: ignore[misc]
                 record.seconds_evaluation = time.perf_counter() - started
             self.scoring.report(record)
             self.on_round(record)
+            if isinstance(self.aggregator, FedSQAggregator):
+                self.checkpoints.after(self.aggregator.coordinator.state, self.model_trainer)
         # The script's own model object is the trainer's: it ends as the global model.
         ours = isinstance(self.aggregator, FedSQAggregator)
         model = self.aggregator.model.state_dict() if ours else self.aggregator.get_model_params()
@@ -166,6 +172,11 @@ def refuse_foreign(plan: Plan, args: Any, client_trainer: Any, server_aggregator
             raise ConfigError(
                 f"{row.name} has {wanted[0][0]} '{wanted[0][1]}', which a {name} of your own does not "
                 f"follow; pass none, or a subclass of fedsq_plugin.hosts.fedml.adapters.{kind.__name__}"
+            )
+        if plan.config.checkpoint_dir is not None:
+            raise ConfigError(
+                f"checkpoint_dir: what a {name} of your own remembers cannot be written down; pass none, or "
+                f"a subclass of fedsq_plugin.hosts.fedml.adapters.{kind.__name__}"
             )
         if plan.silo_evaluation or plan.finetune_epochs:
             raise ConfigError(

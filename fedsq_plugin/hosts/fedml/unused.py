@@ -17,7 +17,7 @@ PUBLIC = ("warm_start_public", "warm_start_momentum", "warm_start_batch_size", "
 RELU_ISE = tuple(key for key in OPTIONS if key.startswith("relu_ise_"))
 LOOP = (
     *("keep_gates", "buffers", "nonfinite", "nesterov", "clip_norm", "sampling_seed", "structural_copy"),
-    *("lr_schedule", "lr_decay", "lr_decay_rounds", "silo_evaluation", "finetune_epochs"),
+    *("lr_schedule", "lr_decay", "lr_decay_rounds", "silo_evaluation", "finetune_epochs", "checkpoint_dir"),
 )
 """Read by our own loop, trainer and aggregator alone."""
 

@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from fedsq_plugin import launch
+from fedsq_plugin.config import OPTIONS, family_of
 
 from .several import rows
 
@@ -31,7 +32,6 @@ PYTHON = (sys.executable, "-m", "fedsq_plugin.cli")
 
 def recipe(cache: Path, **options: Any) -> dict[str, dict[str, Any]]:
     """A GELU network on digits, so that clients must follow the server's warm start and ReLUs."""
-    home = {"training_type": "common_args", "backend": "comm_args", "learning_rate": "train_args"}
     families: dict[str, dict[str, Any]] = {
         "common_args": {"training_type": "simulation", "random_seed": 0},
         "data_args": {"dataset": "digits", "partition_method": "hetero", "partition_alpha": 0.5},
@@ -50,7 +50,7 @@ def recipe(cache: Path, **options: Any) -> dict[str, dict[str, Any]]:
         },
     }
     for key, value in options.items():
-        families[home.get(key, "fedsq_args" if key == "min_clients" else "train_args")][key] = value
+        families[family_of(key) if key in OPTIONS else "train_args"][key] = value
     return families
 
 

@@ -99,8 +99,9 @@ class Client(FedMLCommManager):  # type: ignore[misc]
             return
         self._last = (kind, silo, round_idx)
         try:
+            self._silos.resume(round_idx)
             if kind == "train":
-                answer: Any = self._silos.train(silo, round_idx, task.get("payload"))
+                answer: Any = self._silos.train(silo, round_idx, task.get("payload"), task.get("checkpoint"))
             else:
                 answer = list(self._silos.test(silo, task.get("payload"), task.get("epochs")))
         except (Exception, SystemExit) as error:  # sys.exit() of a user's code, too

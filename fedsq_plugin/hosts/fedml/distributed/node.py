@@ -10,6 +10,7 @@ from ....dualcopy.reluise import replace_by_lambda, replace_by_relu
 from ....errors import ConfigError
 from ....federation.state import nbytes, state_of
 from ..adapters import FedSQAggregator, FedSQTrainer
+from ..checkpoints import ServerCheckpoints, SiloCheckpoints
 from ..plan import Plan, config_of
 from ..scoring import Scoring
 from ..silo import Silos
@@ -41,6 +42,7 @@ def node(
     plan: Plan,
     client_trainer: Any = None,
     server_aggregator: Any = None,
+    checkpoints: ServerCheckpoints | None = None,
 ) -> Server | Client:
     """What FedMLRunner runs in this process; the arguments are FedMLRunner's and the plan.
 
@@ -64,16 +66,19 @@ def node(
             client_trainer.model = model
         trainer = client_trainer or FedSQTrainer(model, args, plan)
         mine = [silo for silo in range(args.client_num_in_total) if rank_of(silo, ranks) == rank]
-        silos = Silos(plan, args, device, trainer, sizes, train, tests)
+        kept = SiloCheckpoints(plan, trainer, mine) if isinstance(trainer, FedSQTrainer) else None
+        silos = Silos(plan, args, device, trainer, sizes, train, tests, kept)
         return Client(args, _transport(args, model, [0]), silos, mine)
+    checkpoints = checkpoints or ServerCheckpoints(plan)
     if server_aggregator is not None:
         server_aggregator.model = model
     aggregator = server_aggregator or FedSQAggregator(model, args, plan)
     if isinstance(aggregator, FedSQAggregator):
         _ = aggregator.coordinator  # refuses what does not go together before the first round
+        checkpoints.restore(aggregator)
     scoring = Scoring(plan, args, device, aggregator, (test, dataset[1]), (train, tests))
     transport = _transport(args, model, range(1, ranks + 1))
-    return Server(args, transport, plan, aggregator, scoring, ranks)
+    return Server(args, transport, plan, aggregator, scoring, ranks, checkpoints)
 
 
 def _ranks(args: Any) -> int:

@@ -20,6 +20,7 @@ from ....federation.record import RoundRecord
 from ....federation.state import State
 from ....federation.updates import brief, changed_count, counts_problem, metrics_of, metrics_problem
 from ..adapters import FedSQAggregator
+from ..checkpoints import ServerCheckpoints
 from ..plan import Plan, in_recipe_terms
 from ..round import Round, drawn, note, with_data
 from ..scoring import Scoring, structural_fingerprint
@@ -50,7 +51,14 @@ class Server(FedMLCommManager):  # type: ignore[misc]
     """
 
     def __init__(
-        self, args: Any, transport: Any, plan: Plan, aggregator: Any, scoring: Scoring, ranks: int
+        self,
+        args: Any,
+        transport: Any,
+        plan: Plan,
+        aggregator: Any,
+        scoring: Scoring,
+        ranks: int,
+        checkpoints: ServerCheckpoints,
     ) -> None:
         self.plan, self.aggregator, self.scoring = plan, aggregator, scoring
         self.on_round: Callable[[RoundRecord], None] = lambda record: None
@@ -73,7 +81,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         self._busy: dict[int, tuple[str, int]] = {}
         self._stage: Stage = "start"
         self._round: Round | None = None
-        self._round_idx = 0
+        self.checkpoints, self._round_idx = checkpoints, checkpoints.round
         self._tested: dict[int, Metrics] = {}
         self._notes: list[str] = []
         self._absent: set[int] = set()
@@ -181,7 +189,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         if self._stage != "start":
             self._advance()
         elif len(self._online | self._refused) == self._ranks:
-            self._begin_round()
+            self._next_round()
 
     def _welcome(self, rank: int) -> None:
         """A rank takes part from the next round on, and begins with the whole model."""
@@ -225,9 +233,8 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         kind, silo, payload = self._queue[rank].pop(0)
         self._busy[rank] = (kind, silo)
         epochs = self.plan.finetune_epochs if kind == "tune" else 0
-        task = message(
-            TASK, 0, rank, task=kind, silo=silo, round=self._round_idx, payload=payload, epochs=epochs
-        )
+        about = {"round": self._round_idx, "epochs": epochs, "checkpoint": self.checkpoints.round}
+        task = message(TASK, 0, rank, task=kind, silo=silo, payload=payload, **about)
         try:
             self.send_message(task)
         except RunError as error:
@@ -304,7 +311,12 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         self._round = None
         self.scoring.report(record)
         self.on_round(record)
+        if isinstance(self.aggregator, FedSQAggregator):
+            self.checkpoints.after(self.aggregator.coordinator.state)
         self._round_idx += 1
+        self._next_round()
+
+    def _next_round(self) -> None:
         if self._round_idx < self.args.comm_round:
             self._begin_round()
             return
@@ -385,7 +397,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
             line = f"rank {', '.join(map(str, absent))} did not come within {limit}"
             self._note(line)
             self._need_quorum(line, len(self._online))
-            self._begin_round()
+            self._next_round()
             return
         for rank in sorted(self._busy):
             self._slow.add(rank)

@@ -1,0 +1,195 @@
+"""A run that is cut off and goes on ends as one that was not, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from fedsq_plugin.dualcopy import DualCopy
+from fedsq_plugin.errors import ConfigError, FedSQError, WeightsError
+from fedsq_plugin.federation.record import RoundRecord
+from fedsq_plugin.federation.state import fingerprint
+from fedsq_plugin.hosts.fedml.run import Outcome, execute
+
+from .test_distributed import LIMIT_S, PYTHON, ROADS, ended, recipe, start, wait_for
+
+ROUNDS = 4
+CASES: dict[str, dict[str, Any]] = {
+    "FedAvg": {},
+    "FedProx": {},
+    "FedSQ": {},
+    "FedSQ, refreshed": {"structural_copy": "refresh", "structural_rounds": 2},
+    "FedSQ, ema": {"structural_copy": "ema"},
+    "FedSQ, unfrozen": {"structural_copy": "unfreeze", "structural_rounds": 2},
+    "FedSQ, two of three silos": {"client_num_per_round": 2},
+    "FedMR": {},
+    "FedSQ+FedMR": {"client_num_per_round": 2},
+    "FedAvgM": {},
+    "FedSQ+FedAdam": {},
+    "FedYogi": {},
+    "FedBN": {"client_num_per_round": 2},
+    "FedRep": {},
+    "FedBABU": {},
+    "LP-FT": {},
+    "FedNCM": {},
+    "FedSQ+FedBN": {"structural_copy": "unfreeze", "structural_rounds": 2},
+    "FedSQ+FedRep": {"structural_copy": "refresh"},
+}
+
+
+class Cut(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def the_recipe(cache: Path, name: str, **options: Any) -> Any:
+    return recipe(cache, federated_optimizer=name.partition(",")[0], comm_round=ROUNDS, **options)
+
+
+def figures(records: list[RoundRecord]) -> str:
+    """All of a record but what a clock measured; NaN equals NaN."""
+    timeless = (replace(record, seconds=0.0, seconds_evaluation=0.0) for record in records)
+    return "\n".join(map(repr, timeless))
+
+
+def run(
+    families: Any, folder: Path, cut_after: int | None = None, **settings: Any
+) -> tuple[list[RoundRecord], Outcome | None]:
+    """The rounds of a run, and what is left of it; None where it was cut off after a round."""
+    families["fedsq_args"].update(checkpoint_dir=str(folder), **settings)
+    records: list[RoundRecord] = []
+
+    def on_round(record: RoundRecord) -> None:
+        records.append(record)
+        if record.round == cut_after:
+            raise Cut
+
+    try:
+        return records, execute(families, folder.with_suffix(".log"), lambda start: None, on_round)
+    except FedSQError as error:
+        assert isinstance(error.__cause__, Cut), error
+        return records, None
+
+
+def everything(outcome: Outcome | None) -> str:
+    """Of the model with its structural copy, and of what stayed with the silos."""
+    assert outcome is not None
+    model = outcome.model
+    whole: dict[str, Tensor] = dict(
+        model.full_state_dict() if isinstance(model, DualCopy) else model.state_dict()
+    )
+    return fingerprint({**whole, **outcome.silos})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(name: str, cache: Path, tmp_path: Path) -> None:
+    seed = random.SystemRandom().randrange(2**16)
+    draw = random.Random(seed)
+    cut, every = draw.randint(1, ROUNDS), draw.randint(1, 2)
+    options = {**CASES[name], "checkpoint_every": every}
+    expected, whole = run(the_recipe(cache, name, **options), tmp_path / "whole")
+    before, nothing = run(the_recipe(cache, name, **options), tmp_path / "cut", cut)
+    # The cut comes after the round, before its checkpoint.
+    saved = (cut - 1) // every * every
+    after, outcome = run(the_recipe(cache, name, **options), tmp_path / "cut", resume=True)
+    said = f"seed {seed}: cut after round {cut}, a checkpoint every {every}"
+    assert nothing is None
+    assert [record.round for record in after] == list(range(saved + 1, ROUNDS + 1)), said
+    assert figures(before[:saved] + after) == figures(expected), said
+    assert everything(outcome) == everything(whole), said
+
+
+TIMES = ["seconds", "seconds_evaluation"]
+
+
+def timeless(out: Path) -> pd.DataFrame:
+    return pd.read_csv(out / "metrics.csv", float_precision="round_trip").drop(columns=TIMES)
+
+
+def kill(out: Path) -> None:
+    """Every process of a run, at once and by force."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().decode().split("\0")
+        except (OSError, UnicodeDecodeError):
+            continue
+        if str(out) in words:
+            os.kill(int(folder.name), signal.SIGKILL)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in /proc")
+@pytest.mark.parametrize("backend", ["sp", *ROADS])
+def test_processes_that_were_killed(backend: str, cache: Path, tmp_path: Path) -> None:
+    """FedRep's heads stay with the silos: between processes, each client process has its own."""
+    draw = random.Random(seed := random.SystemRandom().randrange(2**16))
+    options = {"backend": backend, "training_type": ROADS.get(backend, "simulation"), "epochs": 10}
+    families = recipe(cache, federated_optimizer="FedSQ+FedRep", comm_round=ROUNDS, **options)
+    path, (whole, cut) = tmp_path / "recipe.yaml", (tmp_path / "whole", tmp_path / "cut")
+    path.write_text(yaml.safe_dump(families))
+    command = (*PYTHON, "run") if backend == "sp" else (*PYTHON, "launch", "--clients", "2")
+    with ended(process := start(*command, str(path), "--out", str(whole))):
+        assert process.wait(LIMIT_S) == 0, process.communicate()
+    rows_wanted = draw.randint(1, ROUNDS - 1)
+    with ended(process := start(*command, str(path), "--out", str(cut))):
+        metrics = cut / "metrics.csv"
+        wait_for(lambda: metrics.exists() and metrics.read_text().count("test") >= rows_wanted, process)
+        time.sleep(draw.random())
+        kill(cut)
+        process.communicate(timeout=LIMIT_S)
+    with ended(process := start(*command[:4], "--resume", str(cut))):
+        said = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0, (seed, said)
+    assert "the run goes on after round" in said[0], (seed, said)
+    expected, found = timeless(whole), timeless(cut)
+    if backend != "sp":  # a process that starts anew is sent the whole model once
+        expected, found = (table.drop(columns="bytes_down") for table in (expected, found))
+    pd.testing.assert_frame_equal(found, expected, check_exact=True)
+    models = [json.loads((out / "FedSQ+FedRep-seed0.json").read_text()) for out in (whole, cut)]
+    assert models[0] == models[1], seed
+    assert not (cut / "checkpoints").exists()
+
+
+def test_what_cannot_be_resumed_is_refused(cache: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cut"
+    run(the_recipe(cache, "FedSQ"), folder, cut_after=3)
+    with pytest.raises(ConfigError, match=r"cut holds round 2 of a run: set fedsq_args.resume: true"):
+        execute(with_folder(cache, folder), tmp_path / "log", lambda start: None, lambda record: None)
+    for options, line in (
+        ({"learning_rate": 0.5}, r"it is of a run with learning_rate 0.02 \(here 0.5\)"),
+        ({"federated_optimizer": "FedAvg"}, "it is of a run with federated_optimizer 'FedSQ'"),
+    ):
+        with pytest.raises(WeightsError, match=line):
+            families = with_folder(cache, folder, resume=True, **options)
+            execute(families, tmp_path / "log", lambda start: None, lambda record: None)
+    newest = folder / "server-round00002.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    with pytest.raises(WeightsError, match=r"not a whole checkpoint .* remove it to go on from round 1"):
+        run(the_recipe(cache, "FedSQ"), folder, resume=True)
+    newest.with_suffix(".json").unlink()
+    records, outcome = run(the_recipe(cache, "FedSQ"), folder, resume=True)
+    assert outcome is not None and [record.round for record in records] == [2, 3, 4]
+
+
+def with_folder(cache: Path, folder: Path, **options: Any) -> Any:
+    return recipe(cache, **{"comm_round": ROUNDS, "checkpoint_dir": str(folder), **options})
