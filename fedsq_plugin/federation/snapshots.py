@@ -6,6 +6,8 @@ stays until the next is whole.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,7 +42,8 @@ class Versions:
 
     def save(self, round: int, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         """Raises ConfigError where it cannot be written; what was there before stays whole."""
-        checkpoint.save(self._path(round), tensors, {"format": FORMAT, "run": self._run, **about})
+        whole = {"format": FORMAT, "run": self._run, **about}
+        checkpoint.save(self._path(round), tensors, {**whole, "about_sha256": _digest(whole)})
 
     def load(self, round: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Raises WeightsError for one that is damaged, or of another run."""
@@ -48,8 +51,10 @@ class Versions:
         tensors, about = checkpoint.load(path)
         if about.get("format") != FORMAT:
             raise WeightsError(f"{path}: not a snapshot of format {FORMAT}, which this version reads")
-        if about.get("run") != self._run:
-            raise WeightsError(f"{path}: {_difference(self._run, about.get('run'))}")
+        if about.pop("about_sha256", None) != _digest(about):
+            raise WeightsError(f"{path}: {path.stem}.json was changed after it was written")
+        if about["run"] != self._run:
+            raise WeightsError(f"{path}: {_difference(self._run, about['run'])}")
         return tensors, about
 
     def described(self, round: int) -> dict[str, Any]:
@@ -181,9 +186,11 @@ def refuse_started(folder: Path, rounds: list[int], resume: bool) -> None:
         )
 
 
-def _difference(ours: Mapping[str, Any], theirs: Any) -> str:
-    if not isinstance(theirs, Mapping):
-        return "it does not say of which run it is"
+def _digest(about: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def _difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
     keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     said = (f"{key} {theirs.get(key)!r} (here {ours.get(key)!r})" for key in keys[:3])
     return f"it is of a run with {', '.join(said)}{' and more' if keys[3:] else ''}"

@@ -58,7 +58,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         aggregator: Any,
         scoring: Scoring,
         ranks: int,
-        checkpoints: ServerCheckpoints,
+        checkpoints: ServerCheckpoints | None = None,
     ) -> None:
         self.plan, self.aggregator, self.scoring = plan, aggregator, scoring
         self.on_round: Callable[[RoundRecord], None] = lambda record: None
@@ -81,7 +81,8 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         self._busy: dict[int, tuple[str, int]] = {}
         self._stage: Stage = "start"
         self._round: Round | None = None
-        self.checkpoints, self._round_idx = checkpoints, checkpoints.round
+        self.checkpoints = checkpoints or ServerCheckpoints(plan)
+        self._round_idx = self.checkpoints.round
         self._tested: dict[int, Metrics] = {}
         self._notes: list[str] = []
         self._absent: set[int] = set()
