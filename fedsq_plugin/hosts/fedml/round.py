@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fedml import mlops
@@ -13,6 +14,7 @@ from ...errors import UpdateError
 from ...federation.messages import update_of
 from ...federation.record import RoundRecord
 from ...federation.seeding import derive, isolated, sample_clients
+from ...federation.server_state import ServerState
 from ...federation.state import State, clone, nbytes
 from ...federation.updates import problem
 from .adapters import FedSQAggregator
@@ -78,6 +80,8 @@ class Round:
         self.messages = dict(zip(silos, sent, strict=True))
         """What each silo is sent."""
         record.bytes_down += sum(map(nbytes, sent))
+        if ours:
+            self._before: ServerState = aggregator.coordinator.state
         gathering = aggregator.coordinator.begin(silos) if ours else None
         self._gathering = gathering if ours and aggregator.streams else None
         self._together: list[tuple[float, State]] = []
@@ -116,6 +120,11 @@ class Round:
                 self._aggregator.slots = self._accepted
             self._aggregator.set_model_params(self._aggregate())
         mlops.event("agg", event_started=False, event_value=event)
+
+    def pass_over(self) -> None:
+        """Leave the model as it was before the round."""
+        if isinstance(self._aggregator, FedSQAggregator):
+            self._aggregator.hold(replace(self._before, round=self._before.round + 1))
 
     def _gather(self, position: int) -> None:
         silo, (answer, reason) = self.silos[position], self._early.pop(position)

@@ -12,7 +12,8 @@ import torch
 
 from fedsq_plugin.agreement import shared_options
 from fedsq_plugin.errors import RunError, UpdateError
-from fedsq_plugin.federation.state import State
+from fedsq_plugin.federation.seeding import sample_clients
+from fedsq_plugin.federation.state import State, clone
 from fedsq_plugin.hosts.fedml.adapters import FedSQTrainer
 from fedsq_plugin.hosts.fedml.hook import prepare_host
 from fedsq_plugin.hosts.fedml.plan import config_of, plan_of, viewed
@@ -186,6 +187,45 @@ def test_with_a_quorum_the_round_goes_on_without_it(make_args: MakeArgs) -> None
     assert bench.records[0].notes == ["round 1: rank 2 is lost: boom"]
     bench.finish()
     assert bench.records[1].notes == ["from round 2 on, silo 1 is not there"]
+
+
+@pytest.mark.parametrize("name", ["FedSQ", "FedMR", "FedAdam"])
+def test_a_round_whose_silos_are_all_lost_leaves_the_model_as_it_is(make_args: MakeArgs, name: str) -> None:
+    """Silo 1, which is drawn alone in rounds 1 and 2, is lost in round 1; silo 0 trains in round 3."""
+    bench = Bench(
+        make_args, federated_optimizer=name, min_clients=1, comm_round=3, client_num_per_round=1,
+        sampling_seed=seed_that_draws([1, 1, 0]),
+    )  # fmt: skip
+    before = clone(bench.server.aggregator.model.state_dict())
+    bench.come(1)
+    bench.come(2)
+    (task,) = bench.tasks()
+    bench.say(FAILED, 2, reason="boom")
+    after = bench.server.aggregator.model.state_dict()
+    assert task.get("silo") == 1 and all(torch.equal(before[key], after[key]) for key in before)
+    assert not bench.tasks()
+    bench.server._look()
+    (task,) = bench.tasks()
+    assert task.get("silo") == 0 and task.get("round") == 2
+    assert bench.server.aggregator.coordinator.state.round == 2
+    bench.deliver(bench.answer(task))
+    line = "none of its silos answered, the model stays as it is"
+    assert [record.notes for record in bench.records] == [
+        ["round 1: rank 2 is lost: boom", f"round 1: {line}"],
+        ["from round 2 on, silo 1 is not there", f"round 2: {line}"],
+        [],
+    ]
+    assert not all(torch.equal(before[key], after[key]) for key in before)
+
+
+def seed_that_draws(wanted: list[int]) -> int:
+    """One of each round's three silos."""
+    for seed in range(1000):
+        if [sample_clients(3, 1, round_idx, seed) for round_idx in range(len(wanted))] == [
+            [n] for n in wanted
+        ]:
+            return seed
+    raise AssertionError
 
 
 def test_one_that_comes_back_begins_with_the_whole_model(make_args: MakeArgs) -> None:

@@ -215,7 +215,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
             silos = ", ".join(map(str, sorted(absent - self._absent)))
             note(record, f"from round {record.round} on, silo {silos} is not there")
         self._absent = (self._absent | absent) - set(there)
-        taking_part = with_data(there, self._samples, record)
+        taking_part = with_data(there, self._samples, record) if there else []
         self._round = Round(self.aggregator, self.plan, taking_part, self._samples, record)
         self._stage = "train"
         self._give({silo: ("train", self._round.messages[silo]) for silo in taking_part})
@@ -226,7 +226,8 @@ class Server(FedMLCommManager):  # type: ignore[misc]
             self._queue.setdefault(rank_of(silo, self._ranks), []).append((kind, silo, payload))
         for rank in list(self._queue):
             self._next_task(rank)
-        self._advance()
+        if tasks:  # else at the next tick: many such rounds would be as many calls within calls
+            self._advance()
 
     def _next_task(self, rank: int) -> None:
         if not self._queue.get(rank) or rank in self._busy:
@@ -279,7 +280,11 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         record = self._round.record
         due = self.scoring.is_due(record.round)
         if self._stage == "train":
-            self._round.close()
+            if self._round.missing == self._round.silos:  # with a quorum; the others were not drawn
+                note(record, f"round {record.round}: none of its silos answered, the model stays as it is")
+                self._round.pass_over()
+            else:
+                self._round.close()
             record.seconds = time.monotonic() - self._started
             self._started = time.monotonic()
             if due:
@@ -363,6 +368,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
             self._greet()
         if now - self._since > self.plan.config.round_timeout_s and self._stage != "end":
             self._late()
+        self._advance()
 
     def _greet(self) -> None:
         """Where nothing shows that this process is there, those that wait are told."""
