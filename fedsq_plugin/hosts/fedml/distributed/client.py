@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import threading
 import time
 from typing import Any
 
@@ -14,11 +13,12 @@ from fedml.core.distributed.fedml_comm_manager import FedMLCommManager
 
 from ....agreement import shared_options
 from ....errors import RunError
+from ....federation.updates import brief
 from ..plan import in_recipe_terms
 from ..silo import Silos
 from .protocol import ALIVE, END, FAILED, MARGIN_S, ONLINE, RESULT, SILENCE_S, TASK, message
 from .transport import SEND_S
-from .watch import end_main_thread
+from .watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -37,11 +37,9 @@ class Client(FedMLCommManager):  # type: ignore[misc]
         self._transport, self._silos, self._mine = transport, silos, mine
         self._last: tuple[Any, ...] = ()
         self._failure: str | None = None
-        self._gone: str | None = None
-        """Why the main thread is interrupted."""
-        self._heard = time.monotonic()
-        self._patience = silos.plan.config.round_timeout_s + MARGIN_S
-        self._ended = threading.Event()
+        self._heard = self._reached = time.monotonic()
+        self._patience = silos.plan.config.round_timeout_s + 2 * MARGIN_S
+        self._watch = Watch()
         super().__init__(args, None, int(args.rank), 0, args.backend)
         transport.on_tick = self._look
 
@@ -53,12 +51,10 @@ class Client(FedMLCommManager):  # type: ignore[misc]
         try:
             with in_recipe_terms():
                 super().run()
-        except KeyboardInterrupt:
-            if self._gone is None:
-                raise
-            raise RunError(self._gone) from None
+        except KeyboardInterrupt as error:
+            raise self._watch.failure(error) from None
         finally:
-            self._ended.set()
+            self._watch.close()
             self._transport.stop_receive_message()
 
     def register_message_receive_handlers(self) -> None:
@@ -70,6 +66,11 @@ class Client(FedMLCommManager):  # type: ignore[misc]
 
     def receive_message(self, msg_type: str, msg_params: Message) -> None:
         """FedML's own reports any KeyError of a handler as a wrong rank."""
+        if msg_params.get_sender_id() not in (0, self.rank):
+            log.warning(
+                "a message of rank %s, which is not the server, was passed over", msg_params.get_sender_id()
+            )
+            return
         if msg_type in self.message_handler_dict:
             self.message_handler_dict[msg_type](msg_params)
         self._heard = time.monotonic()
@@ -91,7 +92,8 @@ class Client(FedMLCommManager):  # type: ignore[misc]
         # The server may come later, and is busy with the warm start before it listens.
         self._transport.send_message(hello, within=config.round_timeout_s)
         if self._transport.shows_life:
-            threading.Thread(target=self._show_life, daemon=True).start()
+            self._reached = time.monotonic()
+            self._watch.start(ALIVE_S, self._show_life)
 
     def _work(self, task: Message) -> None:
         kind, silo, round_idx = (task.get(key) for key in ("task", "silo", "round"))
@@ -117,7 +119,7 @@ class Client(FedMLCommManager):  # type: ignore[misc]
     def _end(self, end: Message) -> None:
         self._transport.stop_receive_message()
         if end.get("reason"):
-            raise RunError(f"the server ended the run: {end.get('reason')}")
+            raise RunError(f"the server ended the run: {brief(end.get('reason'), 1000)}")
         # Over MPI, an error here would end the server before it has written its results.
         if self._failure and self._transport.shows_life:
             raise RunError(f"the run went on without rank {self.rank}: {self._failure}")
@@ -127,13 +129,10 @@ class Client(FedMLCommManager):  # type: ignore[misc]
         within = SEND_S if self._transport.shows_life else self._patience
         self._transport.send_message(message(kind, self.rank, 0, **params), within=within)
 
-    def _show_life(self) -> None:
+    def _show_life(self) -> str | None:
         """In a thread, because training takes the other one for as long as it likes."""
-        heard = time.monotonic()
-        while not self._ended.wait(ALIVE_S):
-            if self._transport.show_life(0, within=ALIVE_S):
-                heard = time.monotonic()
-            elif time.monotonic() - heard > SILENCE_S and not self._ended.is_set():
-                self._gone = self._server_gone(SILENCE_S)
-                end_main_thread(self._gone, self._ended)
-                return
+        if self._transport.show_life(0, within=ALIVE_S):
+            self._reached = time.monotonic()
+        elif time.monotonic() - self._reached > SILENCE_S:
+            return self._server_gone(SILENCE_S)
+        return None

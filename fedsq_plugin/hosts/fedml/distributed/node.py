@@ -98,7 +98,7 @@ def _transport(args: Any, model: nn.Module, peers: Any) -> Any:
     limit = 4 * nbytes(state_of(model)) + MIB
     if args.backend == "MPI":
         # The server is through last: it writes what came of the run.
-        patience = config_of(args).round_timeout_s + MARGIN_S if is_client(args) else SEND_S
+        patience = config_of(args).round_timeout_s + 2 * MARGIN_S if is_client(args) else SEND_S
         return MpiTransport(args.comm, int(args.rank), limit, patience)
     table = getattr(args, "grpc_ipconfig_path", None)
     if not table:

@@ -23,7 +23,7 @@ ONLINE, TASK, RESULT, FAILED, END, ALIVE = (
 SILENCE_S = 15.0
 """Over GRPC, a process that is not heard of for so long is lost."""
 MARGIN_S = 15.0
-"""How much longer than `round_timeout_s` a process waits for one that itself ends at that time-out."""
+"""How much longer than `round_timeout_s` the server's own work may take; its clients wait twice as much."""
 
 
 def message(kind: str, sender: int, receiver: int, **params: Any) -> Message:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from ..round import Round, drawn, note, with_data
 from ..scoring import Scoring, structural_fingerprint
 from .protocol import ALIVE, END, FAILED, MARGIN_S, ONLINE, RESULT, SILENCE_S, TASK, message
 from .transport import TICK_S
-from .watch import end_main_thread
+from .watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -74,9 +73,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         self._silent: set[int] = set()
         """Ranks that are lost because they were silent without a task."""
         self._turned = self._greeted = time.monotonic()
-        self._stuck: str | None = None
-        """Why the main thread is interrupted."""
-        self._ended = threading.Event()
+        self._watch = Watch()
         self._queue: dict[int, list[tuple[str, int, Any]]] = {}
         self._busy: dict[int, tuple[str, int]] = {}
         self._stage: Stage = "start"
@@ -109,36 +106,31 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         self._since = self._turned = time.monotonic()
         try:
             with in_recipe_terms():
-                threading.Thread(target=self._watch, daemon=True).start()
+                self._watch.start(TICK_S, self._overdue)
                 super().run()
         except BaseException as error:
-            failure = self._failure_of(error)
+            failure = self._watch.failure(error)
+            if isinstance(error, SystemExit):  # it would end the run as if all were well
+                failure = RunError(
+                    f"round {self._round_idx + 1}: the aggregator called sys.exit({error.code!r})"
+                )
             self._end_all(str(failure) or type(failure).__name__)
             if failure is error:
                 raise
             raise failure from error
         finally:
-            self._ended.set()
+            self._watch.close()
             self._transport.stop_receive_message()
 
-    def _failure_of(self, error: BaseException) -> BaseException:
-        if isinstance(error, KeyboardInterrupt) and self._stuck is not None:
-            return RunError(self._stuck)
-        if isinstance(error, SystemExit):  # it would end the run as if all were well
-            return RunError(f"round {self._round_idx + 1}: the aggregator called sys.exit({error.code!r})")
-        return error
-
-    def _watch(self) -> None:
-        """In a thread, because the other one may hang in a user's code, and the clients wait for it."""
+    def _overdue(self) -> str | None:
+        """The main thread may hang in a user's code, and the clients wait for it."""
         limit = self.plan.config.round_timeout_s + MARGIN_S
-        while not self._ended.wait(TICK_S):
-            if time.monotonic() - self._turned > limit and not self._ended.is_set():
-                self._stuck = (
-                    f"round {self._round_idx + 1}: the server's own work, aggregation and evaluation, is not "
-                    f"done within {limit:g} s (fedsq_args.round_timeout_s and {MARGIN_S:g} s)"
-                )
-                end_main_thread(self._stuck, self._ended)
-                return
+        if time.monotonic() - self._turned < limit:
+            return None
+        return (
+            f"round {self._round_idx + 1}: the server's own work, aggregation and evaluation, is not done "
+            f"within {limit:g} s (fedsq_args.round_timeout_s and {MARGIN_S:g} s)"
+        )
 
     def register_message_receive_handlers(self) -> None:
         for kind, handler in ((ONLINE, self._came), (RESULT, self._answered), (FAILED, self._failed)):
@@ -237,6 +229,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         epochs = self.plan.finetune_epochs if kind == "tune" else 0
         about = {"round": self._round_idx, "epochs": epochs, "checkpoint": self.checkpoints.round}
         task = message(TASK, 0, rank, task=kind, silo=silo, payload=payload, **about)
+        self._turned = time.monotonic()
         try:
             self.send_message(task)
         except RunError as error:
