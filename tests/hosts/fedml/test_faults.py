@@ -304,7 +304,8 @@ OVER_GRPC = [
     lost("training:stop:2", SILENT, 1, (2, 2, None)),
     on_without("training:stop:2", SILENT, None),
     Row("GRPC", {2: "sent:stop:1", 1: "training:hold:2"}, (0, 0, 0), {}, 5,
-        (SILENT, "rank 2 shows life again"), {**QUORUM, **LATER}, continues),
+        ("rank 2 is lost: rank 0 cannot reach rank 2", "rank 2 shows life again"), {**QUORUM, **LATER},
+        continues),
     # all of it started by one command
     Row("launch GRPC", {2: "start:kill"}, (2,), {0: "client process 2 was ended by signal 9"}, 0),
     Row("launch GRPC", {0: "waiting:kill:2"}, (137,), {0: "the server was ended by signal 9"}, 1),

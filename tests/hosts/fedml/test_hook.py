@@ -332,7 +332,7 @@ def test_a_broken_recipe_is_not_swallowed(
 def test_fedml_init_asks_the_network_for_nothing(
     road: dict[str, Any], make_args: MakeArgs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """FedML tries five times, half a second apart; across silos it also looks for three servers of its platform."""
+    """FedML tries five times, half a second apart; across silos it asks more."""
     asked: list[Any] = []
 
     def refuse(*args: Any, **kwargs: Any) -> Any:

@@ -476,7 +476,7 @@ def test_one_that_was_silent_without_a_task_is_taken_back(
     bench.transport.seen = {1: now + 99, 2: now + 1}
     bench.server._look()
     assert bench.server._online == {1}
-    bench.transport.seen[2] = now + 99
+    bench.transport.seen[2] = now + 101
     bench.server._look()
     assert bench.server._online == {1, 2}
     bench.deliver(bench.answer(task))

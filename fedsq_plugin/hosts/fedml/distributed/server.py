@@ -70,8 +70,8 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         """Ranks that came and cannot take part."""
         self._slow: set[int] = set()
         """Ranks that are lost because they were late or silent with a task, and may answer yet."""
-        self._silent: set[int] = set()
-        """Ranks that are lost because they were silent without a task."""
+        self._silent: dict[int, float] = {}
+        """When ranks were lost because they were silent without a task, or could not be given one."""
         self._turned = self._greeted = time.monotonic()
         self._watch = Watch()
         self._queue: dict[int, list[tuple[str, int, Any]]] = {}
@@ -186,8 +186,9 @@ class Server(FedMLCommManager):  # type: ignore[misc]
 
     def _welcome(self, rank: int) -> None:
         """A rank takes part from the next round on, and begins with the whole model."""
-        for others in (self._refused, self._slow, self._silent):
-            others.discard(rank)
+        self._refused.discard(rank)
+        self._slow.discard(rank)
+        self._silent.pop(rank, None)
         self._online.add(rank)
         mine = [silo for silo in sorted(self._samples) if rank_of(silo, self._ranks) == rank]
         if isinstance(self.aggregator, FedSQAggregator):
@@ -233,6 +234,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         try:
             self.send_message(task)
         except RunError as error:
+            self._silent[rank] = time.monotonic()
             self._lose(rank, str(error))
 
     def _answered(self, result: Message) -> None:
@@ -380,10 +382,14 @@ class Server(FedMLCommManager):  # type: ignore[misc]
             if now - max(self._heard[rank], self._transport.seen.get(rank, 0.0)) > SILENCE_S
         ]
         for rank in silent:
-            (self._slow if rank in self._busy else self._silent).add(rank)
+            if rank in self._busy:
+                self._slow.add(rank)
+            else:
+                self._silent[rank] = now
             self._lose(rank, f"it showed no life for {SILENCE_S:.0f} s")
-        back = [rank for rank in sorted(self._silent) if now - self._transport.seen[rank] < SILENCE_S]
-        for rank in back:
+        for rank in [
+            rank for rank, lost in self._silent.items() if self._transport.seen.get(rank, 0.0) > lost
+        ]:
             self._note(f"rank {rank} shows life again")
             self._welcome(rank)
         if silent:
