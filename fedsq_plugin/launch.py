@@ -94,16 +94,17 @@ def node(families: Families, rank: int | None, out: Path, console: Console, resu
 def _grpc(
     command: Sequence[str], count: int, environment: Mapping[str, str], least: int, folder: Path
 ) -> int:
-    """The server in the foreground of this terminal; what the clients say goes to standard error, at the
-    end, where the server failed."""
+    """The server in the foreground of this terminal; what the processes say to standard error is said at the
+    end, the clients' where the server failed."""
     with ExitStack() as stack:
-        server = stack.enter_context(_process([*command, "--rank", "0"], environment))
-        clients: dict[int, subprocess.Popen[bytes]] = {}
-        for rank in range(1, count + 1):
-            said = stack.enter_context((folder / f"client-{rank}.txt").open("wb"))
-            clients[rank] = stack.enter_context(
-                _process([*command, "--rank", str(rank)], environment, stdout=said, stderr=said)
-            )
+        processes: dict[int, subprocess.Popen[bytes]] = {}
+        for rank in (*range(1, count + 1), 0):  # the server last: what is left at the end is ended in reverse
+            said = stack.enter_context((folder / f"{rank}.txt").open("wb"))
+            streams = {"stderr": said} if rank == 0 else {"stdout": said, "stderr": said}
+            own = _process([*command, "--rank", str(rank)], environment, **streams)
+            processes[rank] = stack.enter_context(own)
+        server = processes.pop(0)
+        clients = processes
         lacking_since: float | None = None
         while server.poll() is None:
             ended = {rank: client.poll() for rank, client in clients.items() if client.poll() is not None}
@@ -117,6 +118,7 @@ def _grpc(
         until = time.monotonic() + GRACE_S
         while any(client.poll() is None for client in clients.values()) and time.monotonic() < until:
             time.sleep(0.1)
+        sys.stderr.write((folder / "0.txt").read_text(errors="replace"))
         if server.returncode < 0:
             print(f"fedsq: error: the server was ended by signal {-server.returncode}", file=sys.stderr)
         for rank, client in clients.items():
@@ -128,7 +130,8 @@ def _grpc(
 
 def _ending(rank: int, status: int | None, folder: Path) -> str:
     """How a client process ended, in one line."""
-    said = (folder / f"client-{rank}.txt").read_text(errors="replace").strip().rpartition("\n")[2]
+    said = (folder / f"{rank}.txt").read_text(errors="replace").strip().rpartition("\n")[2]
+    said = said.removeprefix("fedsq: error: ")
     how = f"ended with {status}"
     if status is None:
         how = f"does not end, and is ended {GRACE_S:.0f} s after the server"

@@ -51,8 +51,8 @@ class Client(FedMLCommManager):  # type: ignore[misc]
         try:
             with in_recipe_terms():
                 super().run()
-        except KeyboardInterrupt as error:
-            raise self._watch.failure(error) from None
+        except (KeyboardInterrupt, RunError) as error:
+            raise self._last_word() or self._watch.failure(error) from None
         finally:
             self._watch.close()
             self._transport.stop_receive_message()
@@ -79,6 +79,16 @@ class Client(FedMLCommManager):  # type: ignore[misc]
         """At every tick: over MPI, a server that is stopped is known by its silence alone."""
         if not self._transport.shows_life and time.monotonic() - self._heard > self._patience:
             raise RunError(self._server_gone(self._patience))
+
+    def _last_word(self) -> RunError | None:
+        """What the server said at its end, while this process was busy with something else."""
+        for word in self._transport.arrived():
+            if word.get_type() == END:
+                reason = word.get("reason")
+                return RunError(
+                    _ended(reason) if reason else f"the run is over; it did without rank {self.rank}"
+                )
+        return None
 
     def _server_gone(self, seconds: float) -> str:
         return f"the server is gone: rank {self.rank} heard nothing of it for {seconds:.0f} s"
@@ -119,7 +129,7 @@ class Client(FedMLCommManager):  # type: ignore[misc]
     def _end(self, end: Message) -> None:
         self._transport.stop_receive_message()
         if end.get("reason"):
-            raise RunError(f"the server ended the run: {brief(end.get('reason'), 1000)}")
+            raise RunError(_ended(end.get("reason")))
         # Over MPI, an error here would end the server before it has written its results.
         if self._failure and self._transport.shows_life:
             raise RunError(f"the run went on without rank {self.rank}: {self._failure}")
@@ -136,3 +146,7 @@ class Client(FedMLCommManager):  # type: ignore[misc]
         elif time.monotonic() - self._reached > SILENCE_S:
             return self._server_gone(SILENCE_S)
         return None
+
+
+def _ended(reason: Any) -> str:
+    return f"the server ended the run: {brief(reason, 1000)}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from fedml.core.distributed.communication.base_com_manager import BaseCommunicationManager
@@ -56,13 +56,18 @@ class Transport(BaseCommunicationManager):  # type: ignore[misc]
         """FedML's receive loop, until `stop_receive_message`."""
         self._deliver(Message(CommunicationConstants.MSG_TYPE_CONNECTION_IS_READY, self.rank, self.rank))
         while self._running:
-            data = self._next(TICK_S)
-            if data is not None and (message := self._decoded(data)) is not None:
+            for message in self.arrived(TICK_S):
                 self._deliver(message)
             self.on_tick()
 
     def stop_receive_message(self) -> None:
         self._running = False
+
+    def arrived(self, within: float = 0.0) -> Iterator[Message]:
+        """The next message, where one comes within so many seconds."""
+        data = self._next(within)
+        if data is not None and (message := self._decoded(data)) is not None:
+            yield message
 
     def _decoded(self, data: bytes | bytearray) -> Message | None:
         try:
