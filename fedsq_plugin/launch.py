@@ -167,7 +167,7 @@ def _mpi(command: Sequence[str], count: int, environment: Mapping[str, str], out
     reasons = [line for line in lines if line.startswith("fedsq: error:") and TOLD not in line]
     if job.returncode and not reasons:
         reasons = [f"fedsq: error: {_lost_rank(lines) or f'mpirun ended with status {job.returncode}'}"]
-    for line in dict.fromkeys(reasons):
+    for line in reasons[:1]:  # the others followed from it
         print(line, file=sys.stderr)
     return job.returncode if job.returncode >= 0 else 128 - job.returncode
 

@@ -70,7 +70,7 @@ def _do(what: str, mark: Path, go: Path) -> None:
 
 def _at(when: str, number: int, act: Callable[[], None]) -> None:
     """Let `act` happen once, in round `number` (1-based) where there are rounds."""
-    from fedsq_plugin.federation import checkpoint
+    from fedsq_plugin import runs
     from fedsq_plugin.hosts.fedml import round as rounds
     from fedsq_plugin.hosts.fedml import run
     from fedsq_plugin.hosts.fedml.adapters import FedSQTrainer
@@ -114,6 +114,6 @@ def _at(when: str, number: int, act: Callable[[], None]) -> None:
         "evaluating": (Scoring, "score", lambda _, record: record.round == number),
         "end": (Client, "_end", lambda *_: True),
         "over": (Server, "_end_all", lambda *_: True),
-        "saving": (checkpoint, "save", lambda *_: True),
+        "saving": (runs, "execute", lambda *_: True),
     }
-    before(*points[when], after=when == "sent")
+    before(*points[when], after=when in ("sent", "saving"))
