@@ -36,18 +36,38 @@ def kept_options(config: Config) -> dict[str, Any]:
     return {key: value for key, value in config.model_dump(mode="json").items() if key not in MAY_CHANGE}
 
 
+SHOWN = 80
+"""Characters of a value that a message or a line may have."""
+_HASHED = "sha256:"
+
+
 def shared_options(config: Config) -> dict[str, str]:
-    """A short fingerprint of each option that must agree."""
+    """Each option that must agree, as JSON; by its hash where that is long, or nobody's business."""
     values = config.model_dump(mode="json")
-    return {
-        key: hashlib.sha256(json.dumps(values[key], sort_keys=True).encode()).hexdigest()[:16]
-        for key in MUST_AGREE
-    }
+    return {key: _shown(key, json.dumps(values[key], sort_keys=True)) for key in MUST_AGREE}
 
 
 def disagreement(ours: dict[str, str], theirs: Any) -> str | None:
-    """The options in which two sides differ, in words."""
+    """The options in which two sides differ, with both values, in words."""
     if not isinstance(theirs, dict):
         return "it sent no options"
-    different = [key for key, value in ours.items() if theirs.get(key) != value]
-    return f"its recipe has another {', '.join(different)}" if different else None
+    different = [_difference(key, value, theirs.get(key)) for key, value in ours.items()]
+    said = [line for line in different if line]
+    return f"its recipe has {', '.join(said)}" if said else None
+
+
+def _shown(key: str, value: str) -> str:
+    # A third party's options may hold a path, or a token.
+    if key != "extra" and len(value) <= SHOWN:
+        return value
+    return _HASHED + hashlib.sha256(value.encode()).hexdigest()[:16]
+
+
+def _difference(key: str, ours: str, theirs: Any) -> str | None:
+    if isinstance(theirs, str) and theirs == ours:
+        return None
+    if not isinstance(theirs, str):
+        return f"no {key}"
+    if _HASHED in ours + theirs:
+        return f"another {key}"
+    return f"{key} {' '.join(theirs.split())[:SHOWN]} instead of {ours}"

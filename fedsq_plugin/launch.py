@@ -10,11 +10,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import yaml
 
@@ -29,8 +30,10 @@ from .recipe import Families, flat, overridden, resolve
 if TYPE_CHECKING:
     from rich.console import Console
 
-GRACE_S = 60.0
-"""How long the other processes may go on when one ended: they find out by themselves, within this time."""
+GRACE_S = 20.0
+"""How long the other processes may go on when one ended: they find out by themselves, by 15 s of silence."""
+KILL_S = 5.0
+"""How long a process may take to end when it is told to."""
 TOLD = "the server ended the run"
 """What a client says that ended for a reason that the server has said."""
 TRIAL_DAYS = 30
@@ -82,7 +85,7 @@ def launch(
         command += ["--resume"] if resume else []
         environment = {"OMP_NUM_THREADS": str(config.threads or _cores() // count or 1), **os.environ}
         if config.backend == "MPI":
-            return _mpi(command, count, environment)
+            return _mpi(command, count, environment, out)
         return _grpc(command, count, environment, config.min_clients or count, Path(folder))
 
 
@@ -110,44 +113,53 @@ def node(families: Families, rank: int | None, out: Path, console: Console, resu
 def _grpc(
     command: Sequence[str], count: int, environment: Mapping[str, str], least: int, folder: Path
 ) -> int:
-    """The server in the foreground of this terminal; what the clients say goes to standard error, at the
-    end, where the server failed."""
+    """The server in the foreground of this terminal; what the processes say to standard error is said at the
+    end, the clients' where the server failed."""
     with ExitStack() as stack:
-        server = stack.enter_context(_process([*command, "--rank", "0"], environment))
-        clients: dict[int, subprocess.Popen[bytes]] = {}
-        for rank in range(1, count + 1):
-            said = stack.enter_context((folder / f"client-{rank}.txt").open("wb"))
-            clients[rank] = stack.enter_context(
-                _process([*command, "--rank", str(rank)], environment, stdout=said, stderr=said)
-            )
+        processes: dict[int, subprocess.Popen[bytes]] = {}
+        for rank in (*range(1, count + 1), 0):  # the server last: what is left at the end is ended in reverse
+            said = stack.enter_context((folder / f"{rank}.txt").open("wb"))
+            streams = {"stderr": said} if rank == 0 else {"stdout": said, "stderr": said}
+            own = _process([*command, "--rank", str(rank)], environment, **streams)
+            processes[rank] = stack.enter_context(own)
+        server = processes.pop(0)
+        clients = processes
         lacking_since: float | None = None
         while server.poll() is None:
             ended = {rank: client.poll() for rank, client in clients.items() if client.poll() is not None}
-            if count - len(ended) < least:
+            if count - sum(status != 0 for status in ended.values()) < least:
                 lacking_since = lacking_since or time.monotonic()
             if lacking_since and time.monotonic() - lacking_since > GRACE_S:
-                raise RunError("; ".join(_ending(rank, status, folder) for rank, status in ended.items()))
+                raise RunError(
+                    "; ".join(_ending(rank, status, folder) for rank, status in ended.items() if status)
+                )
             time.sleep(0.1)
         until = time.monotonic() + GRACE_S
         while any(client.poll() is None for client in clients.values()) and time.monotonic() < until:
             time.sleep(0.1)
+        sys.stderr.write((folder / "0.txt").read_text(errors="replace"))
         if server.returncode < 0:
             print(f"fedsq: error: the server was ended by signal {-server.returncode}", file=sys.stderr)
         for rank, client in clients.items():
             line = _ending(rank, client.poll(), folder)
-            if client.poll() not in (0, None) and TOLD not in line:
+            if client.poll() != 0 and TOLD not in line:
                 print(f"fedsq launch: {line}", file=sys.stderr)
     return server.returncode if server.returncode >= 0 else 128 - server.returncode
 
 
 def _ending(rank: int, status: int | None, folder: Path) -> str:
     """How a client process ended, in one line."""
-    said = (folder / f"client-{rank}.txt").read_text(errors="replace").strip().rpartition("\n")[2]
-    how = f"was ended by signal {-status}" if status is not None and status < 0 else f"ended with {status}"
+    said = (folder / f"{rank}.txt").read_text(errors="replace").strip().rpartition("\n")[2]
+    said = said.removeprefix("fedsq: error: ")
+    how = f"ended with {status}"
+    if status is None:
+        how = f"does not end, and is ended {GRACE_S:.0f} s after the server"
+    elif status < 0:
+        how = f"was ended by signal {-status}"
     return f"client process {rank} {how}{': ' if said else ''}{said}"
 
 
-def _mpi(command: Sequence[str], count: int, environment: Mapping[str, str]) -> int:
+def _mpi(command: Sequence[str], count: int, environment: Mapping[str, str], out: Path) -> int:
     beside = Path(sys.executable).with_name("mpirun")
     mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
     if mpirun is None:
@@ -160,15 +172,27 @@ def _mpi(command: Sequence[str], count: int, environment: Mapping[str, str]) -> 
         command = [*command, "--plain"]  # mpirun gives its processes a terminal of their own
     with _process([mpirun, *options, *command], environment, stderr=subprocess.PIPE) as job:
         assert job.stderr is not None
-        said = [line.decode(errors="replace").strip() for line in job.stderr]
-        job.wait()
+        lines: list[str] = []
+        reader = threading.Thread(target=_read, args=(job.stderr, lines), daemon=True)
+        reader.start()
+        until = time.monotonic() + COME_S
+        while job.poll() is None:
+            # MPI's own start waits for every process, for ever.
+            if time.monotonic() > until and not (out / "config.yaml").exists():
+                raise RunError(f"the processes made no run directory {out} within {COME_S:.0f} s")
+            time.sleep(0.1)
+        reader.join()
     # MPI says at length that it was aborted; the processes say why.
-    reasons = [line for line in said if line.startswith("fedsq: error:") and TOLD not in line]
+    reasons = [line for line in lines if line.startswith("fedsq: error:") and TOLD not in line]
     if job.returncode and not reasons:
-        reasons = [f"fedsq: error: {_lost_rank(said) or f'mpirun ended with status {job.returncode}'}"]
-    for line in dict.fromkeys(reasons):
+        reasons = [f"fedsq: error: {_lost_rank(lines) or f'mpirun ended with status {job.returncode}'}"]
+    for line in reasons[:1]:  # the others followed from it
         print(line, file=sys.stderr)
     return job.returncode if job.returncode >= 0 else 128 - job.returncode
+
+
+def _read(stream: IO[bytes], lines: list[str]) -> None:
+    lines.extend(line.decode(errors="replace").strip() for line in stream)
 
 
 def _lost_rank(said: Sequence[str]) -> str | None:
@@ -189,10 +213,8 @@ def _process(
         for number in (signal.SIGINT, signal.SIGKILL):
             if process.poll() is None:
                 os.killpg(process.pid, number)
-                try:
-                    process.wait(timeout=10)
-                except subprocess.TimeoutExpired:
-                    continue
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=KILL_S)
 
 
 def _table(count: int) -> str:

@@ -51,7 +51,8 @@ class Worker:
         self._forward: Callable[[Tensor], object] | None = compiled
         if keep_gates and isinstance(model, DualCopy):
             self._forward = GateCache(model, passes=compiled)
-        self._follows: str | None = None
+        self.follows: str | None = None
+        """Fingerprint of the structural copy that the server announced last, and that the model has."""
 
     def follow(self, announced: Announcement) -> None:
         """Take over the structural copy that the server announced, after the weights that came with it.
@@ -62,8 +63,9 @@ class Worker:
         assert isinstance(self.model, DualCopy)
         if announced.fingerprint is None:
             self.model.unfreeze()
+            self.follows = None
             return
-        if announced.fingerprint == self._follows:  # another client of this process was told the same
+        if announced.fingerprint == self.follows:  # another client of this process was told the same
             return
         self.model.refresh(announced.state)
         found = fingerprint({k: v.cpu() for k, v in self.model.structural.state_dict().items()})
@@ -71,7 +73,7 @@ class Worker:
             raise UpdateError(
                 f"the structural copy is {found[:12]}…, the server announced {announced.fingerprint[:12]}…"
             )
-        self._follows = found
+        self.follows = found
 
     def parts(self, round: int) -> Sequence[Part]:
         """What happens in a round (0-based), in order."""

@@ -48,6 +48,8 @@ class Coordinator:
         self.row, self.options, self.roles, self.seed = row, options, roles, seed
         self.state = ServerState(model, structural=model if structural else None)
         self._gated, self._rule = structural, SERVERS[row.server]
+        self._hashed: tuple[State | None, str | None] | None = None
+        """A structural copy and its fingerprint: states are never written into."""
 
     @property
     def parts(self) -> Sequence[Part]:
@@ -91,7 +93,7 @@ class Coordinator:
         version = self.state.structural_version
         behind = [client for client in clients if self.state.told.get(client, 0) < version]
         new = [client for client in clients if self.state.told.get(client, 0) < 0]
-        print_of = self._structural_fingerprint() if behind else None
+        print_of = self.structural_fingerprint if behind else None
         assignments = []
         for position, client in enumerate(clients):
             begins = self.state.begins(position)
@@ -143,9 +145,13 @@ class Coordinator:
             return state
         return with_roles(state, self.roles, EVERYTHING - NOT_AVERAGED)
 
-    def _structural_fingerprint(self) -> str | None:
+    @property
+    def structural_fingerprint(self) -> str | None:
+        """Of the structural copy of the round that is next; None where there is none."""
         structural = self.state.structural
-        return None if structural is None else fingerprint(structural)
+        if self._hashed is None or self._hashed[0] is not structural:
+            self._hashed = structural, None if structural is None else fingerprint(structural)
+        return self._hashed[1]
 
     def _announcement(self, sent: State, print_of: str | None) -> Announcement:
         """The structural copy costs nothing where it is what the client is sent anyway."""

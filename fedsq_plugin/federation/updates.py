@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from torch import Tensor
 
+from .evaluate import Metrics
 from .messages import Update
 from .roles import check_finite
+
+MAX_SAMPLES = 10**9
+"""Of one silo; a count beyond is no count, but a way to be the whole average."""
 
 
 def problem(
@@ -18,22 +24,79 @@ def problem(
     `template` is the server's state, as far as it travels, and `sums` are like those that the round asks
     for: same keys, shapes and dtypes are expected, and finite values.
     """
-    if not 0 < update.samples < float("inf"):
+    if not 0 < update.samples <= MAX_SAMPLES:
         return f"its sample count is {update.samples}"
     return _misfit(update.state, template) or _misfit(update.sums, sums or {})
+
+
+def counts_problem(
+    counts: Any, silos: Collection[int], before: Mapping[int, int] | None = None
+) -> str | None:
+    """Why these are not the sample counts of `silos`; a silo may have none, but not other ones than
+    `before`."""
+    if not isinstance(counts, dict):
+        return "it sent no sample counts"
+    if counts.keys() != set(silos):
+        said, wanted = (", ".join(map(brief, list(one)[:10])) or "none" for one in (counts, silos))
+        return f"it announced the silos {said} instead of {wanted}"
+    for silo, count in counts.items():
+        if not _is_count(count):
+            return f"silo {silo} has the sample count {brief(count)}"
+        if before and before.get(silo, count) != count:
+            return f"silo {silo} has {count} samples, and had {before[silo]} before"
+    return None
+
+
+def changed_count(samples: Any, announced: int) -> str | None:
+    """Why a silo's update does not have the weight that the silo announced."""
+    if _is_count(samples) and samples == announced:
+        return None
+    return f"its sample count is {brief(samples)}, and it announced {announced}"
+
+
+def metrics_problem(metrics: Any) -> str | None:
+    """Why this is not what a silo's test can give: a loss of at least 0, an accuracy in [0, 1], a count.
+    A model that diverged has an infinite loss or none; without a sample there is neither."""
+    if not isinstance(metrics, (list, tuple)) or len(metrics) != 3:
+        return "it is no loss, accuracy and sample count"
+    loss, accuracy, samples = metrics
+    if not _is_count(samples):
+        return f"its sample count is {brief(samples)}"
+    if not isinstance(loss, float) or loss < 0:
+        return f"its loss is {brief(loss)}"
+    if not isinstance(accuracy, float) or not (0 <= accuracy <= 1 or (math.isnan(accuracy) and not samples)):
+        return f"its accuracy is {brief(accuracy)}"
+    return None
+
+
+def metrics_of(value: Any) -> Metrics:
+    """What `metrics_problem` has no objection to."""
+    loss, accuracy, samples = value
+    return Metrics(loss, accuracy, samples)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_SAMPLES
+
+
+def brief(value: Any, most: int = 80) -> str:
+    """What a stranger sent, for a line."""
+    if isinstance(value, (int, float, str)) or value is None:
+        return " ".join(str(value)[: 2 * most].split())[:most]
+    return f"a {type(value).__name__}"
 
 
 def _misfit(state: Mapping[str, Tensor], template: Mapping[str, Tensor]) -> str | None:
     missing, unknown = template.keys() - state.keys(), state.keys() - template.keys()
     if missing or unknown:
         which = "lacks" if missing else "has the unknown key"
-        return f"it {which} {sorted(missing or unknown)[0]}"
+        return f"it {which} {sorted(missing or unknown)[0][:200]}"
     for key, expected in template.items():
         value = state[key]
         if value.shape != expected.shape:
             return f"{key} has shape {tuple(value.shape)} instead of {tuple(expected.shape)}"
         if value.dtype != expected.dtype:
             return f"{key} is {value.dtype} instead of {expected.dtype}"
-        if value.is_floating_point() and not check_finite(value):
+        if (value.is_floating_point() or value.is_complex()) and not check_finite(value):
             return f"{key} has NaN or infinite values"
     return None

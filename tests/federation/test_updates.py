@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from fedsq_plugin.federation.messages import Update
-from fedsq_plugin.federation.updates import problem
+from fedsq_plugin.federation.updates import (
+    brief,
+    changed_count,
+    counts_problem,
+    metrics_of,
+    metrics_problem,
+    problem,
+)
 
 
 def template() -> OrderedDict[str, Tensor]:
@@ -29,7 +36,7 @@ def test_order_of_the_keys_is_no_problem() -> None:
     assert problem(Update(0, 1, dict(reversed(template().items()))), template()) is None
 
 
-@pytest.mark.parametrize("samples", [0, -3, float("nan"), float("inf")])
+@pytest.mark.parametrize("samples", [0, -3, float("nan"), float("inf"), 10**18, 10**9 + 1])
 def test_sample_count_that_is_no_weight(samples: float) -> None:
     assert reason(samples) == f"its sample count is {samples}"
 
@@ -66,6 +73,44 @@ def test_counter_that_became_a_float() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_value_that_is_not_finite(bad: float) -> None:
     assert reason(bias=torch.tensor([0.0, bad])) == "bias has NaN or infinite values"
+
+
+def test_complex_value_that_is_not_finite() -> None:
+    template = {"a": torch.zeros(1, dtype=torch.complex64)}
+    wrong = {"a": torch.tensor([complex(0, float("nan"))], dtype=torch.complex64)}
+    assert problem(Update(0, 1, wrong), template) == "a has NaN or infinite values"
+
+
+# What silos say of their data and of their tests
+
+
+def test_counts_of_a_silo() -> None:
+    assert counts_problem({0: 3, 2: 0}, [0, 2]) is None
+    assert counts_problem({0: 3, 2: 0}, [0, 2], before={0: 3, 1: 5}) is None
+    assert counts_problem({0: 3}, [0], before={0: 4}) == "silo 0 has 3 samples, and had 4 before"
+    assert counts_problem({0: 10**9 + 1}, [0]) == "silo 0 has the sample count 1000000001"
+
+
+def test_a_count_that_is_the_announced_one() -> None:
+    assert changed_count(24, 24) is None
+    assert changed_count(25, 24) == "its sample count is 25, and it announced 24"
+    assert changed_count(24.0, 24) == "its sample count is 24.0, and it announced 24"
+
+
+@pytest.mark.parametrize(
+    "good", [(0.5, 0.25, 4), (float("inf"), 0.0, 1), (float("nan"), 1.0, 1), (float("nan"), float("nan"), 0)]
+)
+def test_metrics_that_can_be(good: tuple[float, float, int]) -> None:
+    """A model that diverged has them, too."""
+    assert metrics_problem(list(good)) is None
+    assert str(tuple(metrics_of(list(good)))) == str(good)
+
+
+def test_what_a_stranger_sent_is_said_briefly_and_in_one_line() -> None:
+    assert brief("a\nb  c") == "a b c"
+    assert brief("x" * 1000) == "x" * 80
+    assert brief([1]) == "a list"
+    assert brief(None) == "None"
 
 
 # Sums beside the state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fedml import mlops
@@ -13,6 +14,7 @@ from ...errors import UpdateError
 from ...federation.messages import update_of
 from ...federation.record import RoundRecord
 from ...federation.seeding import derive, isolated, sample_clients
+from ...federation.server_state import ServerState
 from ...federation.state import State, clone, nbytes
 from ...federation.updates import problem
 from .adapters import FedSQAggregator
@@ -79,24 +81,27 @@ class Round:
         self.messages = dict(zip(silos, sent, strict=True))
         """What each silo is sent."""
         record.bytes_down += sum(map(nbytes, sent))
+        if ours:
+            self._before: ServerState = aggregator.coordinator.state
         gathering = aggregator.coordinator.begin(silos) if ours else None
         self._gathering = gathering if ours and aggregator.streams else None
         self._together: list[tuple[float, State]] = []
         self._accepted: list[int] = []
-        self._early: dict[int, State] = {}
+        self._early: dict[int, tuple[State, str | None]] = {}
         self._turn = 0
         self.missing = list(silos)
         """Silos that have not answered."""
 
-    def take(self, silo: int, answer: State) -> None:
-        """An answer. Raises UpdateError where the option `nonfinite` makes a refused one fatal."""
+    def take(self, silo: int, answer: State, objection: str | None = None) -> None:
+        """An answer, and why it is to be refused all the same, where the road knows. Raises UpdateError
+        where the option `nonfinite` makes a refused one fatal."""
         if silo not in self.missing:
             again = "has answered already" if silo in self.silos else "is not in this round"
             self._refuse(silo, f"it {again}")
             return
         self.missing.remove(silo)
         self.record.bytes_up += nbytes(answer)
-        self._early[self.silos.index(silo)] = answer
+        self._early[self.silos.index(silo)] = answer, objection
         while self._turn in self._early:
             self._gather(self._turn)
             self._turn += 1
@@ -117,11 +122,16 @@ class Round:
             self._aggregator.set_model_params(self._aggregate())
         mlops.event("agg", event_started=False, event_value=event)
 
+    def pass_over(self) -> None:
+        """Leave the model as it was before the round."""
+        if isinstance(self._aggregator, FedSQAggregator):
+            self._aggregator.hold(replace(self._before, round=self._before.round + 1))
+
     def _gather(self, position: int) -> None:
-        silo, answer = self.silos[position], self._early.pop(position)
+        silo, (answer, reason) = self.silos[position], self._early.pop(position)
         try:
             update = update_of(silo, self._samples[silo], answer)
-            reason = problem(update, self._template, self._expected_sums)
+            reason = reason or problem(update, self._template, self._expected_sums)
         except UpdateError as error:
             reason = str(error)
         if reason is not None:

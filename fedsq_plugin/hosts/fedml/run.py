@@ -93,6 +93,8 @@ def _recipe(families: Families, log_file: Path) -> Iterator[Path]:
         except FedSQError as error:
             log.error("%s", error)
             raise
+        except SystemExit as error:
+            raise RunError(f"the run called sys.exit({error.code!r}) before its end") from error
         except Exception as error:
             log.exception("the run ended")
             reason = str(error).strip().partition("\n")[0]

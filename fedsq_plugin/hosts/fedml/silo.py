@@ -36,6 +36,11 @@ class Silos:
         self.plan, self.args, self.device, self.trainer = plan, args, device, trainer
         self._sizes, self._train, self._test = sizes, train, test
 
+    @property
+    def structural_fingerprint(self) -> str | None:
+        """Of the structural copy under which this process trains now; None without one."""
+        return self.trainer.worker.follows if isinstance(self.trainer, FedSQTrainer) else None
+
     def samples(self, silo: int) -> int:
         """Training samples of a silo."""
         return int(self._sizes.get(silo) or 0) if self._train.get(silo) is not None else 0

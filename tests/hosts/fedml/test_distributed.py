@@ -260,7 +260,7 @@ def test_a_recipe_that_disagrees_and_a_server_that_ended(cache: Path, tmp_path: 
         processes.append(start(*PYTHON, "node", str(path), "--rank", str(rank), "--out", str(out)))
     with ended(*processes):
         said = [process.communicate(timeout=LIMIT_S)[1] for process in processes]
-    reason = "rank 1 cannot take part: its recipe has another learning_rate"
+    reason = "rank 1 cannot take part: its recipe has learning_rate 0.03 instead of 0.02"
     assert [process.returncode for process in processes] == [2, 2]
     assert reason in said[0] and f"fedsq: error: the server ended the run: {reason}" in said[1]
     assert [text.count("\n") for text in said] == [1, 1]

@@ -12,7 +12,8 @@ import torch
 
 from fedsq_plugin.agreement import shared_options
 from fedsq_plugin.errors import RunError, UpdateError
-from fedsq_plugin.federation.state import State
+from fedsq_plugin.federation.seeding import sample_clients
+from fedsq_plugin.federation.state import State, clone
 from fedsq_plugin.hosts.fedml.adapters import FedSQTrainer
 from fedsq_plugin.hosts.fedml.hook import prepare_host
 from fedsq_plugin.hosts.fedml.plan import config_of, plan_of, viewed
@@ -88,14 +89,12 @@ class Bench:
         sent, self.transport.sent = self.transport.sent, []
         return [m for m in sent if m.get_type() == TASK]
 
-    def answer(self, task: Any) -> Any:
-        state = self.silos.train(task.get("silo"), task.get("round"), task.get("payload"))
-        return self.message(
-            RESULT,
-            task.get_receiver_id(),
-            0,
-            **{"task": "train", "silo": task.get("silo"), "round": task.get("round"), "payload": state},
-        )
+    def answer(self, asked: Any, **wrong: Any) -> Any:
+        silo = asked.get("silo")
+        state = self.silos.train(silo, asked.get("round"), asked.get("payload"))
+        said = {"task": "train", "silo": silo, "round": asked.get("round"), "payload": state}
+        said |= {"samples": self.silos.samples(silo), "structural": self.silos.structural_fingerprint}
+        return self.message(RESULT, asked.get_receiver_id(), 0, **{**said, **wrong})
 
     def deliver(self, answer: Any) -> None:
         self.server.receive_message(RESULT, answer)
@@ -190,6 +189,45 @@ def test_with_a_quorum_the_round_goes_on_without_it(make_args: MakeArgs) -> None
     assert bench.records[1].notes == ["from round 2 on, silo 1 is not there"]
 
 
+@pytest.mark.parametrize("name", ["FedSQ", "FedMR", "FedAdam"])
+def test_a_round_whose_silos_are_all_lost_leaves_the_model_as_it_is(make_args: MakeArgs, name: str) -> None:
+    """Silo 1, which is drawn alone in rounds 1 and 2, is lost in round 1; silo 0 trains in round 3."""
+    bench = Bench(
+        make_args, federated_optimizer=name, min_clients=1, comm_round=3, client_num_per_round=1,
+        sampling_seed=seed_that_draws([1, 1, 0]),
+    )  # fmt: skip
+    before = clone(bench.server.aggregator.model.state_dict())
+    bench.come(1)
+    bench.come(2)
+    (task,) = bench.tasks()
+    bench.say(FAILED, 2, reason="boom")
+    after = bench.server.aggregator.model.state_dict()
+    assert task.get("silo") == 1 and all(torch.equal(before[key], after[key]) for key in before)
+    assert not bench.tasks()
+    bench.server._look()
+    (task,) = bench.tasks()
+    assert task.get("silo") == 0 and task.get("round") == 2
+    assert bench.server.aggregator.coordinator.state.round == 2
+    bench.deliver(bench.answer(task))
+    line = "none of its silos answered, the model stays as it is"
+    assert [record.notes for record in bench.records] == [
+        ["round 1: rank 2 is lost: boom", f"round 1: {line}"],
+        ["from round 2 on, silo 1 is not there", f"round 2: {line}"],
+        [],
+    ]
+    assert not all(torch.equal(before[key], after[key]) for key in before)
+
+
+def seed_that_draws(wanted: list[int]) -> int:
+    """One of each round's three silos."""
+    for seed in range(1000):
+        if [sample_clients(3, 1, round_idx, seed) for round_idx in range(len(wanted))] == [
+            [n] for n in wanted
+        ]:
+            return seed
+    raise AssertionError
+
+
 def test_one_that_comes_back_begins_with_the_whole_model(make_args: MakeArgs) -> None:
     options = {"federated_optimizer": "FedRep", "silo_evaluation": False}
     bench = started(make_args, min_clients=1, comm_round=3, **options)
@@ -198,7 +236,7 @@ def test_one_that_comes_back_begins_with_the_whole_model(make_args: MakeArgs) ->
         """What each silo was sent; the rank `absent` is started anew before it answers."""
         sent, number = {}, len(bench.records)
         if absent:
-            bench.come(absent)
+            bench.come(absent, process="another")
         while len(bench.records) == number:
             for task in (waiting := bench.tasks()):
                 sent[task.get("silo")] = set(task.get("payload"))
@@ -271,15 +309,180 @@ def test_nobody_left_ends_the_run(make_args: MakeArgs) -> None:
 
 def test_a_recipe_that_disagrees_is_refused_by_option(make_args: MakeArgs) -> None:
     bench = Bench(make_args)
-    with pytest.raises(RunError, match=r"rank 1 cannot take part: its recipe has another learning_rate, mom"):
-        bench.come(1, options={**bench.options, "learning_rate": "x", "momentum": "y"})
+    line = r"rank 1 cannot take part: its recipe has learning_rate 0.1 instead of 0.05, another extra; 1 of 2"
+    with pytest.raises(RunError, match=line):
+        bench.come(1, options={**bench.options, "learning_rate": "0.1", "extra": "sha256:0"})
     late = started(make_args)
     late.transport.sent = []
     late.come(1, options=None)
     assert late.ends == {1: "rank 1 cannot take part: it sent no options"}
 
 
-@pytest.mark.parametrize("samples", [None, {"0": 3}, {0: -1}, {0: 1.5}])
-def test_sample_counts_must_be_counts(make_args: MakeArgs, samples: Any) -> None:
-    with pytest.raises(RunError, match="rank 1 cannot take part: it sent no sample counts"):
+def test_with_a_quorum_one_that_cannot_take_part_is_refused_and_may_come_again(make_args: MakeArgs) -> None:
+    bench = Bench(make_args, min_clients=1, comm_round=2)
+    bench.come(2, options={**bench.options, "momentum": torch.ones(3)})
+    assert bench.ends == {2: "rank 2 cannot take part: its recipe has no momentum"}
+    bench.come(1)
+    first, second = bench.tasks()[0], None
+    bench.deliver(bench.answer(first))
+    bench.come(2)
+    second = bench.tasks()[0]
+    assert [task.get("silo") for task in (first, second)] == [0, 2]
+    bench.deliver(bench.answer(second))
+    assert sorted(task.get("silo") for task in bench.tasks()) == [0, 1]
+    assert bench.records[0].notes == [
+        "rank 2 cannot take part: its recipe has no momentum",
+        "from round 1 on, silo 1 is not there",
+    ]
+
+
+COUNTS: dict[str, tuple[Any, str]] = {
+    "none": (None, "it sent no sample counts"),
+    "no silo": ({}, "it announced the silos none instead of 0, 2"),
+    "text for a number": ({"0": 3, 2: 1}, "it announced the silos 0, 2 instead of 0, 2"),
+    "another's silo": ({0: 3, 1: 9, 2: 4}, "it announced the silos 0, 1, 2 instead of 0, 2"),
+    "negative": ({0: -1, 2: 40}, "silo 0 has the sample count -1"),
+    "a fraction": ({0: 1.5, 2: 40}, "silo 0 has the sample count 1.5"),
+    "a switch": ({0: True, 2: 40}, "silo 0 has the sample count True"),
+    "not a number": ({0: float("nan"), 2: 40}, "silo 0 has the sample count nan"),
+    "a tensor": ({0: torch.ones(2), 2: 40}, "silo 0 has the sample count a Tensor"),
+    "absurd": ({0: 10**18, 2: 40}, "silo 0 has the sample count 1000000000000000000"),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_sample_counts_must_be_counts(make_args: MakeArgs, name: str) -> None:
+    samples, line = COUNTS[name]
+    with pytest.raises(RunError, match=f"rank 1 cannot take part: {line}; 1 of 2 client processes"):
         Bench(make_args).come(1, samples=samples)
+
+
+def test_a_silo_that_comes_back_has_the_samples_that_it_had(make_args: MakeArgs) -> None:
+    bench = started(make_args, min_clients=1)
+    bench.say(FAILED, 2, reason="boom")
+    bench.transport.sent = []
+    bench.come(2, samples={1: 25})
+    assert bench.ends == {2: "rank 2 cannot take part: silo 1 has 25 samples, and had 24 before"}
+    assert bench.server._online == {1}
+
+
+@pytest.mark.parametrize("samples", [None, 23, 25, 0, -24, 24.5, float("nan"), 10**18, torch.ones(2), True])
+def test_an_update_with_another_sample_count_is_refused(make_args: MakeArgs, samples: Any) -> None:
+    notes = refused(make_args, samples=samples)
+    assert "the update of silo 1 is refused: its sample count is" in notes[0]
+    assert notes[0].endswith(", and it announced 24")
+
+
+def refused(make_args: MakeArgs, **wrong: Any) -> list[str]:
+    """The notes of a round in which silo 1 answers something wrong."""
+    bench = started(make_args, comm_round=1, **wrong.pop("options", {}))
+    first, broken = bench.tasks()
+    bench.deliver(bench.answer(broken, **wrong))
+    bench.deliver(bench.answer(first))
+    bench.deliver(bench.answer(bench.tasks()[0]))
+    (record,) = bench.records
+    assert len(record.notes) == 1
+    notes: list[str] = record.notes
+    return notes
+
+
+@pytest.mark.parametrize("structural", [None, "0" * 64, torch.ones(2)])
+def test_an_update_from_under_another_structural_copy_is_refused(
+    make_args: MakeArgs, structural: Any
+) -> None:
+    notes = refused(make_args, options={"federated_optimizer": "FedSQ"}, structural=structural)
+    assert notes[0].startswith(
+        "round 1: the update of silo 1 is refused: it was trained under the structural"
+    )
+
+
+def test_a_silo_with_another_structural_copy_does_not_train(make_args: MakeArgs) -> None:
+    """The server announces a fingerprint that is not that of the weights beside it."""
+    bench = started(make_args, federated_optimizer="FedSQ")
+    task = bench.tasks()[1]
+    payload = task.get("payload")
+    payload["4.weight"] = payload["4.weight"] + 1
+    with pytest.raises(UpdateError, match=r"the structural copy is \w{12}…, the server announced \w{12}…"):
+        bench.answer(task)
+
+
+def test_the_first_task_of_every_process_announces_the_structural_copy(make_args: MakeArgs) -> None:
+    bench = started(make_args, federated_optimizer="FedSQ", comm_round=2)
+    first = bench.tasks()
+    assert all("fedsq:fingerprint" in task.get("payload") for task in first)
+    bench.deliver(bench.answer(first[0]))
+    third = bench.tasks()
+    for task in (*third, first[1]):
+        bench.deliver(bench.answer(task))
+    assert bench.records[0].notes == []
+    assert not any("fedsq:fingerprint" in task.get("payload") for task in bench.tasks())
+
+
+TESTS: dict[str, Any] = {
+    "no metrics": (None, "it is no loss, accuracy and sample count"),
+    "two": ([0.1, 0.5], "it is no loss, accuracy and sample count"),
+    "negative loss": ([-1.0, 0.5, 60], "its loss is -1.0"),
+    "text": (["0.1", 0.5, 60], "its loss is 0.1"),
+    "accuracy above 1": ([0.1, 1.5, 60], "its accuracy is 1.5"),
+    "accuracy not a number": ([0.1, float("nan"), 60], "its accuracy is nan"),
+    "a tensor": ([0.1, torch.ones(2), 60], "its accuracy is a Tensor"),
+    "negative count": ([0.1, 0.5, -60], "its sample count is -60"),
+    "absurd count": ([0.1, 0.5, 10**18], "its sample count is 1000000000000000000"),
+    "fraction": ([0.1, 0.5, 0.5], "its sample count is 0.5"),
+}
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_a_test_that_cannot_be_is_refused_by_name(make_args: MakeArgs, name: str) -> None:
+    payload, line = TESTS[name]
+    bench = started(make_args, comm_round=1, silo_evaluation=True)
+    waiting = bench.tasks()
+    while waiting:
+        task = waiting.pop(0)
+        if task.get("task") == "train":
+            bench.deliver(bench.answer(task))
+        else:
+            found = payload if task.get("silo") == 1 else [0.5, 0.25 * task.get("silo"), 60]
+            rank, about = task.get_receiver_id(), {key: task.get(key) for key in ("task", "silo", "round")}
+            bench.say(RESULT, rank, **about, payload=found)
+        waiting += bench.tasks()
+    (record,) = bench.records
+    assert record.notes == [f"round 1: the test of silo 1 is refused: {line}"]
+    assert record.silos == (0.5, 0.25, 120)
+
+
+@pytest.mark.parametrize("name", ["silo", "round", "task"])
+def test_an_answer_about_a_tensor_is_refused(make_args: MakeArgs, name: str) -> None:
+    bench = started(make_args)
+    bench.deliver(bench.answer(bench.tasks()[1], **{name: torch.ones(2)}))
+    assert "is refused: it was not asked for, or is late" in bench.server._round.record.notes[0]
+
+
+def test_one_that_says_twice_that_it_is_there_is_not_lost(make_args: MakeArgs) -> None:
+    bench = Bench(make_args)
+    for rank in (1, 1, 2, 2):
+        bench.come(rank, process=f"{rank}")
+    assert bench.server._online == {1, 2} and len(bench.tasks()) == 2
+
+
+def test_one_that_was_silent_without_a_task_is_taken_back(
+    make_args: MakeArgs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = started(make_args, min_clients=1, comm_round=2)
+    task, other = bench.tasks()
+    bench.deliver(bench.answer(other))
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 100)
+    bench.transport.seen = {1: now + 99, 2: now + 1}
+    bench.server._look()
+    assert bench.server._online == {1}
+    bench.transport.seen[2] = now + 101
+    bench.server._look()
+    assert bench.server._online == {1, 2}
+    bench.deliver(bench.answer(task))
+    bench.finish()
+    assert bench.records[0].notes == [
+        "round 1: rank 2 is lost: it showed no life for 15 s",
+        "round 1: rank 2 shows life again",
+    ]
+    assert bench.records[1].notes == []

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import _thread
 import logging
-import threading
+import secrets
 import time
 from typing import Any
 
@@ -14,9 +13,12 @@ from fedml.core.distributed.fedml_comm_manager import FedMLCommManager
 
 from ....agreement import shared_options
 from ....errors import RunError
+from ....federation.updates import brief
 from ..plan import in_recipe_terms
 from ..silo import Silos
-from .protocol import END, FAILED, ONLINE, RESULT, SILENCE_S, TASK, message
+from .protocol import ALIVE, END, FAILED, MARGIN_S, ONLINE, RESULT, SILENCE_S, TASK, message
+from .transport import SEND_S
+from .watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +37,11 @@ class Client(FedMLCommManager):  # type: ignore[misc]
         self._transport, self._silos, self._mine = transport, silos, mine
         self._last: tuple[Any, ...] = ()
         self._failure: str | None = None
-        self._gone = False
-        self._ended = threading.Event()
+        self._heard = self._reached = time.monotonic()
+        self._patience = silos.plan.config.round_timeout_s + 2 * MARGIN_S
+        self._watch = Watch()
         super().__init__(args, None, int(args.rank), 0, args.backend)
+        transport.on_tick = self._look
 
     def _init_manager(self) -> None:
         self.com_manager = self._transport
@@ -47,14 +51,10 @@ class Client(FedMLCommManager):  # type: ignore[misc]
         try:
             with in_recipe_terms():
                 super().run()
-        except KeyboardInterrupt:
-            if not self._gone:
-                raise
-            raise RunError(
-                f"the server is gone: rank {self.rank} heard nothing of it for {SILENCE_S:.0f} s"
-            ) from None
+        except (KeyboardInterrupt, RunError) as error:
+            raise self._last_word() or self._watch.failure(error) from None
         finally:
-            self._ended.set()
+            self._watch.close()
             self._transport.stop_receive_message()
 
     def register_message_receive_handlers(self) -> None:
@@ -62,20 +62,48 @@ class Client(FedMLCommManager):  # type: ignore[misc]
         self.register_message_receive_handler(ready, lambda _: self._announce())
         self.register_message_receive_handler(TASK, self._work)
         self.register_message_receive_handler(END, self._end)
+        self.register_message_receive_handler(ALIVE, lambda _: None)
 
     def receive_message(self, msg_type: str, msg_params: Message) -> None:
         """FedML's own reports any KeyError of a handler as a wrong rank."""
+        if msg_params.get_sender_id() not in (0, self.rank):
+            log.warning(
+                "a message of rank %s, which is not the server, was passed over", msg_params.get_sender_id()
+            )
+            return
         if msg_type in self.message_handler_dict:
             self.message_handler_dict[msg_type](msg_params)
+        self._heard = time.monotonic()
+
+    def _look(self) -> None:
+        """At every tick: over MPI, a server that is stopped is known by its silence alone."""
+        if not self._transport.shows_life and time.monotonic() - self._heard > self._patience:
+            raise RunError(self._server_gone(self._patience))
+
+    def _last_word(self) -> RunError | None:
+        """What the server said at its end, while this process was busy with something else."""
+        for word in self._transport.arrived():
+            if word.get_type() == END:
+                reason = word.get("reason")
+                return RunError(
+                    _ended(reason) if reason else f"the run is over; it did without rank {self.rank}"
+                )
+        return None
+
+    def _server_gone(self, seconds: float) -> str:
+        return f"the server is gone: rank {self.rank} heard nothing of it for {seconds:.0f} s"
 
     def _announce(self) -> None:
         config = self._silos.plan.config
         counts = {silo: self._silos.samples(silo) for silo in self._mine}
-        hello = message(ONLINE, self.rank, 0, samples=counts, options=shared_options(config))
+        hello = message(
+            ONLINE, self.rank, 0, samples=counts, options=shared_options(config), process=secrets.token_hex(8)
+        )
         # The server may come later, and is busy with the warm start before it listens.
         self._transport.send_message(hello, within=config.round_timeout_s)
         if self._transport.shows_life:
-            threading.Thread(target=self._show_life, daemon=True).start()
+            self._reached = time.monotonic()
+            self._watch.start(ALIVE_S, self._show_life)
 
     def _work(self, task: Message) -> None:
         kind, silo, round_idx = (task.get(key) for key in ("task", "silo", "round"))
@@ -88,33 +116,37 @@ class Client(FedMLCommManager):  # type: ignore[misc]
                 answer: Any = self._silos.train(silo, round_idx, task.get("payload"), task.get("checkpoint"))
             else:
                 answer = list(self._silos.test(silo, task.get("payload"), task.get("epochs")))
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # sys.exit() of a user's code, too
             # The server decides whether the run goes on; a process that ended by itself would end all of MPI.
             log.exception("silo %s failed", silo)
             line = str(error).strip().partition("\n")[0]
-            self._failure = f"silo {silo} failed: {type(error).__name__}: {line}"[:500]
+            self._failure = f"silo {silo} failed in {kind}: {type(error).__name__}: {line}"[:500]
             self._say(FAILED, reason=self._failure)
             return
-        self._say(RESULT, task=kind, silo=silo, round=round_idx, payload=answer)
+        about = {"samples": self._silos.samples(silo), "structural": self._silos.structural_fingerprint}
+        self._say(RESULT, task=kind, silo=silo, round=round_idx, payload=answer, **about)
 
     def _end(self, end: Message) -> None:
         self._transport.stop_receive_message()
         if end.get("reason"):
-            raise RunError(f"the server ended the run: {end.get('reason')}")
+            raise RunError(_ended(end.get("reason")))
         # Over MPI, an error here would end the server before it has written its results.
         if self._failure and self._transport.shows_life:
             raise RunError(f"the run went on without rank {self.rank}: {self._failure}")
 
     def _say(self, kind: str, **params: Any) -> None:
-        self.send_message(message(kind, self.rank, 0, **params))
+        # Over MPI, the server takes messages when it is done with what it is at.
+        within = SEND_S if self._transport.shows_life else self._patience
+        self._transport.send_message(message(kind, self.rank, 0, **params), within=within)
 
-    def _show_life(self) -> None:
+    def _show_life(self) -> str | None:
         """In a thread, because training takes the other one for as long as it likes."""
-        heard = time.monotonic()
-        while not self._ended.wait(ALIVE_S):
-            if self._transport.show_life(0, within=ALIVE_S):
-                heard = time.monotonic()
-            elif time.monotonic() - heard > SILENCE_S and not self._ended.is_set():
-                self._gone = True
-                _thread.interrupt_main()
-                return
+        if self._transport.show_life(0, within=ALIVE_S):
+            self._reached = time.monotonic()
+        elif time.monotonic() - self._reached > SILENCE_S:
+            return self._server_gone(SILENCE_S)
+        return None
+
+
+def _ended(reason: Any) -> str:
+    return f"the server ended the run: {brief(reason, 1000)}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
+import time
 from types import TracebackType
 
 from ....errors import FedSQError
@@ -17,6 +19,30 @@ def abort(status: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     mpi.COMM_WORLD.Abort(status)
+
+
+def leave_within(seconds: float) -> None:
+    """Let this process wait only so long for the others at its end, where MPI by itself waits for ever for
+    one that hangs or is stopped. What is waited for in vain is ended, with a line; the status stays 0,
+    because this process has done its work."""
+    if not _patience:
+        atexit.register(_leave)
+    _patience[:] = [seconds]
+
+
+_patience: list[float] = []
+
+
+def _leave() -> None:
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is None or mpi.Is_finalized() or mpi.COMM_WORLD.Get_size() == 1:
+        return
+    left, until = mpi.COMM_WORLD.Ibarrier(), time.monotonic() + _patience[0]
+    while not left.Test():
+        if time.monotonic() > until:
+            print("a process of this run does not end, and is ended", file=sys.stderr)
+            abort(0)
+        time.sleep(0.01)
 
 
 def abort_on_error() -> None:

@@ -18,9 +18,10 @@ from ..silo import Silos
 from ..simulation import refuse_foreign
 from .addresses import addresses
 from .client import Client
+from .protocol import MARGIN_S
 from .server import Server, rank_of
 from .tls import credentials
-from .transport import MpiTransport
+from .transport import SEND_S, MpiTransport
 
 MIB = 2**20
 
@@ -108,7 +109,9 @@ def _transport(args: Any, plan: Plan, model: nn.Module, peers: Any) -> Any:
     # The most that is sent at once is the whole model with its structural copy.
     limit = 4 * nbytes(state_of(model)) + MIB
     if args.backend == "MPI":
-        return MpiTransport(args.comm, int(args.rank), limit)
+        # The server is through last: it writes what came of the run.
+        patience = plan.config.round_timeout_s + 2 * MARGIN_S if is_client(args) else SEND_S
+        return MpiTransport(args.comm, int(args.rank), limit, patience)
     try:
         from .grpc_transport import GrpcTransport
     except ImportError as error:

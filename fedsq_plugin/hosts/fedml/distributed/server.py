@@ -17,12 +17,15 @@ from ....errors import RunError
 from ....federation.evaluate import Metrics, pooled
 from ....federation.record import RoundRecord
 from ....federation.state import State
+from ....federation.updates import brief, changed_count, counts_problem, metrics_of, metrics_problem
 from ..adapters import FedSQAggregator
 from ..checkpoints import ServerCheckpoints
 from ..plan import Plan, in_recipe_terms
 from ..round import Round, drawn, note, with_data
 from ..scoring import Scoring, structural_fingerprint
-from .protocol import END, FAILED, ONLINE, RESULT, SILENCE_S, TASK, message
+from .protocol import ALIVE, END, FAILED, MARGIN_S, ONLINE, RESULT, SILENCE_S, TASK, message
+from .transport import TICK_S
+from .watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +65,15 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         self._samples: dict[int, int] = {}
         self._online: set[int] = set()
         self._heard: dict[int, float] = {}
+        self._processes: dict[int, Any] = {}
+        self._refused: set[int] = set()
+        """Ranks that came and cannot take part."""
         self._slow: set[int] = set()
-        """Ranks that are lost because they were late, and may answer yet."""
+        """Ranks that are lost because they were late or silent with a task, and may answer yet."""
+        self._silent: dict[int, float] = {}
+        """When ranks were lost because they were silent without a task, or could not be given one."""
+        self._turned = self._greeted = time.monotonic()
+        self._watch = Watch()
         self._queue: dict[int, list[tuple[str, int, Any]]] = {}
         self._busy: dict[int, tuple[str, int]] = {}
         self._stage: Stage = "start"
@@ -93,15 +103,34 @@ class Server(FedMLCommManager):  # type: ignore[misc]
 
     def run(self) -> None:
         self.aggregator.set_id(0)
-        self._since = time.monotonic()
+        self._since = self._turned = time.monotonic()
         try:
             with in_recipe_terms():
+                self._watch.start(TICK_S, self._overdue)
                 super().run()
         except BaseException as error:
-            self._end_all(str(error) or type(error).__name__)
-            raise
+            failure = self._watch.failure(error)
+            if isinstance(error, SystemExit):  # it would end the run as if all were well
+                failure = RunError(
+                    f"round {self._round_idx + 1}: the aggregator called sys.exit({error.code!r})"
+                )
+            self._end_all(str(failure) or type(failure).__name__)
+            if failure is error:
+                raise
+            raise failure from error
         finally:
+            self._watch.close()
             self._transport.stop_receive_message()
+
+    def _overdue(self) -> str | None:
+        """The main thread may hang in a user's code, and the clients wait for it."""
+        limit = self.plan.config.round_timeout_s + MARGIN_S
+        if time.monotonic() - self._turned < limit:
+            return None
+        return (
+            f"round {self._round_idx + 1}: the server's own work, aggregation and evaluation, is not done "
+            f"within {limit:g} s (fedsq_args.round_timeout_s and {MARGIN_S:g} s)"
+        )
 
     def register_message_receive_handlers(self) -> None:
         for kind, handler in ((ONLINE, self._came), (RESULT, self._answered), (FAILED, self._failed)):
@@ -120,28 +149,46 @@ class Server(FedMLCommManager):  # type: ignore[misc]
 
     def _came(self, hello: Message) -> None:
         rank, counts = hello.get_sender_id(), hello.get("samples")
+        mine = [silo for silo in range(self.args.client_num_in_total) if rank_of(silo, self._ranks) == rank]
         reason = disagreement(shared_options(self.plan.config), hello.get("options"))
-        if reason is None and not _are_counts(counts):
-            reason = "it sent no sample counts"
+        reason = reason or counts_problem(counts, mine, self._samples)
         if reason is not None:
-            line = f"rank {rank} cannot take part: {reason}"
-            log.error(line)
-            if self._stage == "start":
-                raise RunError(line)
-            self._farewell(rank, line)
+            self._refuse(rank, f"rank {rank} cannot take part: {reason}")
             return
+        process = brief(hello.get("process"))
+        if rank in self._online and self._processes[rank] == process:
+            return  # sent again, because its arrival was not confirmed in time
         if rank in self._online:  # a process that came back knows nothing of what it was told
             self._lose(rank, "its process was started anew")
-        self._samples.update({silo: n for silo, n in counts.items() if rank_of(silo, self._ranks) == rank})
+        self._processes[rank] = process
+        self._samples.update(counts)
         self._welcome(rank)
+        self._start_or_go_on()
+
+    def _refuse(self, rank: int, line: str) -> None:
+        """Go on without a process that cannot take part, where there can be a quorum yet."""
+        log.error(line)
+        if rank in self._online:  # whoever this is, the rank's own process is there
+            self._farewell(rank, line)
+            return
+        self._refused.add(rank)
         if self._stage == "start":
-            if len(self._online) == self._ranks:
-                self._next_round()
-        else:
+            self._note(line)
+            self._need_quorum(line, self._ranks - len(self._refused))
+        self._farewell(rank, line)
+        self._start_or_go_on()
+
+    def _start_or_go_on(self) -> None:
+        if self._stage != "start":
             self._advance()
+        elif len(self._online | self._refused) == self._ranks:
+            self._next_round()
 
     def _welcome(self, rank: int) -> None:
         """A rank takes part from the next round on, and begins with the whole model."""
+        self._refused.discard(rank)
+        self._slow.discard(rank)
+        self._silent.pop(rank, None)
         self._online.add(rank)
         mine = [silo for silo in sorted(self._samples) if rank_of(silo, self._ranks) == rank]
         if isinstance(self.aggregator, FedSQAggregator):
@@ -161,7 +208,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
             silos = ", ".join(map(str, sorted(absent - self._absent)))
             note(record, f"from round {record.round} on, silo {silos} is not there")
         self._absent = (self._absent | absent) - set(there)
-        taking_part = with_data(there, self._samples, record)
+        taking_part = with_data(there, self._samples, record) if there else []
         self._round = Round(self.aggregator, self.plan, taking_part, self._samples, record)
         self._stage = "train"
         self._give({silo: ("train", self._round.messages[silo]) for silo in taking_part})
@@ -172,7 +219,8 @@ class Server(FedMLCommManager):  # type: ignore[misc]
             self._queue.setdefault(rank_of(silo, self._ranks), []).append((kind, silo, payload))
         for rank in list(self._queue):
             self._next_task(rank)
-        self._advance()
+        if tasks:  # else at the next tick: many such rounds would be as many calls within calls
+            self._advance()
 
     def _next_task(self, rank: int) -> None:
         if not self._queue.get(rank) or rank in self._busy:
@@ -182,29 +230,43 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         epochs = self.plan.finetune_epochs if kind == "tune" else 0
         about = {"round": self._round_idx, "epochs": epochs, "checkpoint": self.checkpoints.round}
         task = message(TASK, 0, rank, task=kind, silo=silo, payload=payload, **about)
+        self._turned = time.monotonic()
         try:
             self.send_message(task)
         except RunError as error:
+            self._silent[rank] = time.monotonic()
             self._lose(rank, str(error))
 
     def _answered(self, result: Message) -> None:
         rank, silo, kind = result.get_sender_id(), result.get("silo"), result.get("task")
-        asked = self._busy.get(rank)
-        if self._round is None or asked != (kind, silo) or result.get("round") != self._round_idx:
-            self._note(
-                f"an answer of rank {rank} for silo {silo} is refused: it was not asked for, or is late"
-            )
+        asked, told = self._busy.get(rank), (kind, silo, result.get("round"))
+        known = tuple(map(type, told)) == (str, int, int)  # of a tensor, a comparison is another tensor
+        if self._round is None or asked is None or not known or told != (*asked, self._round_idx):
+            which = f"an answer of rank {rank} for silo {brief(silo)}"
+            self._note(f"{which} is refused: it was not asked for, or is late")
             if rank in self._slow:  # and is free now
-                self._slow.discard(rank)
                 self._welcome(rank)
             return
         del self._busy[rank]
         if kind == "train":
-            self._round.take(silo, _state(result.get("payload")))
+            self._round.take(silo, _state(result.get("payload")), self._objection(result))
+        elif reason := metrics_problem(result.get("payload")):
+            self._note(f"the test of silo {silo} is refused: {reason}")
         else:
-            self._tested[silo] = _metrics(result.get("payload"))
+            self._tested[silo] = metrics_of(result.get("payload"))
         self._next_task(rank)
         self._advance()
+
+    def _objection(self, result: Message) -> str | None:
+        """Why an update must be refused, whatever its values are."""
+        if reason := changed_count(result.get("samples"), self._samples[result.get("silo")]):
+            return reason
+        if not isinstance(self.aggregator, FedSQAggregator):
+            return None
+        ours, theirs = self.aggregator.coordinator.structural_fingerprint, brief(result.get("structural"))
+        if theirs == brief(ours):
+            return None
+        return f"it was trained under the structural copy {theirs[:14]}…, the server has {brief(ours)[:14]}…"
 
     def _advance(self) -> None:
         """On to the next stage when nobody is waited for."""
@@ -213,7 +275,11 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         record = self._round.record
         due = self.scoring.is_due(record.round)
         if self._stage == "train":
-            self._round.close()
+            if self._round.missing == self._round.silos:  # with a quorum; the others were not drawn
+                note(record, f"round {record.round}: none of its silos answered, the model stays as it is")
+                self._round.pass_over()
+            else:
+                self._round.close()
             record.seconds = time.monotonic() - self._started
             self._started = time.monotonic()
             if due:
@@ -261,7 +327,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
 
     def _failed(self, failure: Message) -> None:
         if failure.get_sender_id() in self._online:
-            self._lose(failure.get_sender_id(), str(failure.get("reason"))[:500])
+            self._lose(failure.get_sender_id(), brief(failure.get("reason"), 500))
             self._advance()
 
     def _lose(self, rank: int, reason: str) -> None:
@@ -271,7 +337,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         self._queue.pop(rank, None)
         line = f"rank {rank} is lost: {reason}"
         self._note(line)
-        self._need_quorum(line)
+        self._need_quorum(line, len(self._online))
 
     def _note(self, line: str) -> None:
         if self._round is None:
@@ -279,8 +345,8 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         else:
             note(self._round.record, f"round {self._round.record.round}: {line}")
 
-    def _need_quorum(self, line: str) -> None:
-        least, there = self.plan.config.min_clients or self._ranks, len(self._online)
+    def _need_quorum(self, line: str, there: int) -> None:
+        least = self.plan.config.min_clients or self._ranks
         if there < least:
             raise RunError(
                 f"{line}; {there} of {self._ranks} client processes are left, {least} are needed "
@@ -289,18 +355,45 @@ class Server(FedMLCommManager):  # type: ignore[misc]
 
     def _look(self) -> None:
         """At every tick: who is silent, who is late."""
-        now = time.monotonic()
+        now = self._turned = time.monotonic()
+        if self._transport.shows_life:
+            self._look_for_life(now)
+        elif now - self._greeted > min(SILENCE_S, self.plan.config.round_timeout_s / 4):
+            self._greeted = now
+            self._greet()
+        if now - self._since > self.plan.config.round_timeout_s and self._stage != "end":
+            self._late()
+        self._advance()
+
+    def _greet(self) -> None:
+        """Where nothing shows that this process is there, those that wait are told."""
+        for rank in sorted(self._online - self._busy.keys()):
+            try:
+                self._transport.send_message(message(ALIVE, 0, rank), within=FAREWELL_S)
+            except RunError as error:
+                self._lose(rank, str(error))
+
+    def _look_for_life(self, now: float) -> None:
+        if self._stage == "end":
+            return
         silent = [
             rank
             for rank in sorted(self._online)
             if now - max(self._heard[rank], self._transport.seen.get(rank, 0.0)) > SILENCE_S
         ]
-        if silent and self._transport.shows_life and self._stage != "end":
-            for rank in silent:
-                self._lose(rank, f"it showed no life for {SILENCE_S:.0f} s")
+        for rank in silent:
+            if rank in self._busy:
+                self._slow.add(rank)
+            else:
+                self._silent[rank] = now
+            self._lose(rank, f"it showed no life for {SILENCE_S:.0f} s")
+        for rank in [
+            rank for rank, lost in self._silent.items() if self._transport.seen.get(rank, 0.0) > lost
+        ]:
+            self._note(f"rank {rank} shows life again")
+            self._welcome(rank)
+        if silent:
             self._advance()
-        if now - self._since > self.plan.config.round_timeout_s and self._stage != "end":
-            self._late()
 
     def _late(self) -> None:
         limit = f"{self.plan.config.round_timeout_s:g} s (fedsq_args.round_timeout_s)"
@@ -309,7 +402,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
             absent = sorted(set(range(1, self._ranks + 1)) - self._online)
             line = f"rank {', '.join(map(str, absent))} did not come within {limit}"
             self._note(line)
-            self._need_quorum(line)
+            self._need_quorum(line, len(self._online))
             self._next_round()
             return
         for rank in sorted(self._busy):
@@ -330,12 +423,6 @@ class Server(FedMLCommManager):  # type: ignore[misc]
             log.warning("rank %d could not be told of the end", rank)
 
 
-def _are_counts(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(silo, int) and isinstance(count, int) and count >= 0 for silo, count in value.items()
-    )
-
-
 def _state(value: Any) -> State:
     """What is no state is an empty one, which the round refuses by name."""
     if isinstance(value, dict) and all(
@@ -343,9 +430,3 @@ def _state(value: Any) -> State:
     ):
         return OrderedDict(value)
     return OrderedDict()
-
-
-def _metrics(value: Any) -> Metrics:
-    if isinstance(value, list) and len(value) == 3 and all(isinstance(part, (int, float)) for part in value):
-        return Metrics(float(value[0]), float(value[1]), int(value[2]))
-    return Metrics(float("nan"), float("nan"), 0)

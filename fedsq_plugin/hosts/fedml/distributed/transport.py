@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from fedml.core.distributed.communication.base_com_manager import BaseCommunicationManager
@@ -19,6 +19,7 @@ from fedml.core.distributed.communication.message import Message
 
 from ....errors import RunError, UpdateError
 from ....federation import wire
+from .mpi import leave_within
 
 log = logging.getLogger(__name__)
 
@@ -57,13 +58,18 @@ class Transport(BaseCommunicationManager):  # type: ignore[misc]
         """FedML's receive loop, until `stop_receive_message`."""
         self._deliver(Message(CommunicationConstants.MSG_TYPE_CONNECTION_IS_READY, self.rank, self.rank))
         while self._running:
-            arrived = self._next(TICK_S)
-            if arrived is not None and (message := self._decoded(*arrived)) is not None:
+            for message in self.arrived(TICK_S):
                 self._deliver(message)
             self.on_tick()
 
     def stop_receive_message(self) -> None:
         self._running = False
+
+    def arrived(self, within: float = 0.0) -> Iterator[Message]:
+        """The next message, where one comes within so many seconds."""
+        arrived = self._next(within)
+        if arrived is not None and (message := self._decoded(*arrived)) is not None:
+            yield message
 
     def _decoded(self, source: int, data: bytes | bytearray) -> Message | None:
         try:
@@ -71,8 +77,10 @@ class Transport(BaseCommunicationManager):  # type: ignore[misc]
             if not isinstance(params, dict):
                 raise UpdateError("it is no mapping")
             kind, sender, receiver = (params.get(key) for key in ("msg_type", "sender", "receiver"))
-            if not (isinstance(kind, str) and isinstance(sender, int) and receiver == self.rank):
-                raise UpdateError("type, sender or receiver are not those of a message to this process")
+            if type(kind) is not str or type(sender) is not int or type(receiver) is not int:
+                raise UpdateError("it has no type, sender or receiver")
+            if receiver != self.rank:
+                raise UpdateError(f"it is for rank {receiver}")
             if sender != source:
                 raise UpdateError(f"rank {source} sent it in the name of rank {sender}")
         except UpdateError as error:
@@ -103,17 +111,28 @@ class Transport(BaseCommunicationManager):  # type: ignore[misc]
 class MpiTransport(Transport):
     """Bytes over MPI; FedML's own sends pickles.
 
-    A rank sends only to one that is waiting, so blocking sends cannot lock each other out.
+    A rank sends only to one that is waiting, or soon is; a blocking send to one that is stopped would never
+    return. `leaves_within`: seconds to wait for the others at the end of the process.
     """
 
-    def __init__(self, comm: Any, rank: int, limit_bytes: int) -> None:
+    def __init__(self, comm: Any, rank: int, limit_bytes: int, leaves_within: float = SEND_S) -> None:
         super().__init__(rank, limit_bytes)
         self._comm = comm
+        leave_within(leaves_within)
+        self._unsent: list[Any] = []
+        """MPI reads these buffers until the receiver has the message."""
 
     def _send(self, receiver: int, data: bytes, within: float, wait: bool) -> None:
         from mpi4py import MPI
 
-        self._comm.Send([data, MPI.BYTE], dest=receiver)
+        request, until = self._comm.Isend([data, MPI.BYTE], dest=receiver), time.monotonic() + within
+        pause = 0.0
+        while not request.Test():
+            if time.monotonic() > until:
+                self._unsent.append((request, data))
+                raise RunError(f"rank {receiver} took no message of rank {self.rank} for {within:g} s")
+            time.sleep(pause)
+            pause = 0.001
 
     def _next(self, timeout: float) -> tuple[int, bytearray] | None:
         from mpi4py import MPI
