@@ -23,7 +23,7 @@ MAY_CHANGE = frozenset(
     (
         *("checkpoint_dir", "checkpoint_every", "resume", "threads", "keep_gates", "using_gpu"),
         *("data_cache_dir", "warm_start_file", "warm_start_cache_dir"),
-        *("min_clients", "round_timeout_s", "nonfinite"),
+        *("min_clients", "round_timeout_s", "server_return_s", "nonfinite"),
         *("tls_cert", "tls_key", "tls_ca"),
         *(key for key in OPTIONS if key.startswith("gpu_")),
     )

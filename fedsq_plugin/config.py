@@ -166,6 +166,9 @@ class Config(BaseModel):
     )
     checkpoint_every: int = _option(1, "fedsq_args", "rounds from one checkpoint to the next", ge=1)
     resume: bool = _option(False, "fedsq_args", "go on from the newest checkpoint, where there is one")
+    server_return_s: float = _option(
+        0.0, "fedsq_args", "seconds that a client waits for a server that is gone to come back (GRPC)", ge=0
+    )
     tls_cert: str | None = _option(
         None,
         "fedsq_args",

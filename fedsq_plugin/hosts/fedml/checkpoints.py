@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 
 from ...agreement import kept_options
-from ...errors import WeightsError
+from ...errors import ConfigError, WeightsError
 from ...federation.server_state import ServerState
 from ...federation.snapshots import ServerSnapshots, SiloSnapshots, refuse_started
 from .adapters import FedSQAggregator, FedSQTrainer
@@ -88,6 +88,15 @@ class SiloCheckpoints:
             folder = Path(config.checkpoint_dir)
             self._store = SiloSnapshots(folder, kept_options(config))
             refuse_started(folder, self._store.rounds(), config.resume)
+
+    def rewind(self) -> None:
+        """The next task may come after fewer finished rounds than the last one. Raises ConfigError."""
+        if self._store is None and self._trainer.worker.states.kept:
+            raise ConfigError(
+                "the server was started anew, and what stays with the silos was not written down here: set "
+                "fedsq_args.checkpoint_dir at the clients, too"
+            )
+        self._resume = True
 
     def before(self, finished: int) -> None:
         """The first task of this process comes after so many finished rounds. Raises WeightsError."""

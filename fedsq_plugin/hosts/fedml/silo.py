@@ -51,6 +51,15 @@ class Silos:
         if self._checkpoints is not None:
             self._checkpoints.before(finished)
 
+    def rewind(self) -> None:
+        """The server goes on from its checkpoint, perhaps behind what the silos have done since.
+
+        Raises:
+            ConfigError: something stays with the silos, and nothing of it was written down.
+        """
+        if self._checkpoints is not None:
+            self._checkpoints.rewind()
+
     def train(self, silo: int, round_idx: int, message: State, server_at: int = 0) -> State:
         """One round of one silo, by FedML's whole life-cycle of a trainer: what the silo answers. `server_at`
         is the round of the server's newest checkpoint."""

@@ -19,7 +19,7 @@ import yaml
 from rich.console import Console
 from torch import Tensor
 
-from fedsq_plugin import cli, runs
+from fedsq_plugin import cli, launch, runs
 from fedsq_plugin.dualcopy import DualCopy
 from fedsq_plugin.errors import ConfigError, FedSQError, WeightsError
 from fedsq_plugin.federation.record import RoundRecord
@@ -171,6 +171,34 @@ def test_processes_that_were_killed(backend: str, cache: Path, tmp_path: Path) -
     models = [json.loads((out / "FedSQ+FedRep-seed0.json").read_text()) for out in (whole, cut)]
     assert models[0] == models[1], seed
     assert not (cut / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("name", ["FedSQ+FedRep"])
+def test_a_server_that_comes_back_finds_its_clients(name: str, cache: Path, tmp_path: Path) -> None:
+    """The clients are not started anew: they wait, and take back what their silos did since the
+    checkpoint."""
+    draw = random.Random(seed := random.SystemRandom().randrange(2**16))
+    options = {"backend": "GRPC", "training_type": "cross_silo", "worker_num": 2, "server_return_s": 60.0}
+    families = recipe(cache, federated_optimizer=name, comm_round=ROUNDS, epochs=10, **options)
+    expected = run(recipe(cache, federated_optimizer=name, comm_round=ROUNDS, epochs=10), tmp_path / "sp")[0]
+    table, path, out = tmp_path / "table.csv", tmp_path / "recipe.yaml", tmp_path / "out"
+    table.write_text(launch._table(2))
+    families["comm_args"]["grpc_ipconfig_path"] = str(table)
+    path.write_text(yaml.safe_dump(families))
+    node = (*PYTHON, "node", str(path), "--out", str(out), "--rank")
+    server, *clients = (start(*node, str(rank)) for rank in range(3))
+    with ended(server, *clients):
+        rows_wanted, metrics = draw.randint(1, ROUNDS - 1), out / "metrics.csv"
+        wait_for(lambda: metrics.exists() and metrics.read_text().count(",test,") >= rows_wanted, server)
+        time.sleep(draw.random())
+        server.kill()
+        server.communicate(timeout=LIMIT_S)
+        with ended(server := start(*node, "0", "--resume")):
+            said = [process.communicate(timeout=LIMIT_S) for process in (server, *clients)]
+    assert [process.returncode for process in (server, *clients)] == [0, 0, 0], (seed, said)
+    assert "the run goes on after round" in said[0][0], (seed, said)
+    found = timeless(out).query("split == 'test'")[["loss", "accuracy"]].to_numpy().tolist()
+    assert found == [[r.metrics.loss, r.metrics.accuracy] for r in expected if r.metrics], seed
 
 
 def test_what_cannot_be_resumed_is_refused(cache: Path, tmp_path: Path) -> None:

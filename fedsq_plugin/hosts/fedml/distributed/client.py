@@ -38,9 +38,12 @@ class Client(FedMLCommManager):  # type: ignore[misc]
         self._last: tuple[Any, ...] = ()
         self._failure: str | None = None
         self._heard = self._reached = time.monotonic()
+        self._return_s = silos.plan.config.server_return_s
         self._patience = silos.plan.config.round_timeout_s + 2 * MARGIN_S
         self._watch = Watch()
         super().__init__(args, None, int(args.rank), 0, args.backend)
+        self._server: bytes | None = None
+        self._server_is_new = False
         transport.on_tick = self._look
 
     def _init_manager(self) -> None:
@@ -76,7 +79,13 @@ class Client(FedMLCommManager):  # type: ignore[misc]
         self._heard = time.monotonic()
 
     def _look(self) -> None:
-        """At every tick: over MPI, a server that is stopped is known by its silence alone."""
+        """At every tick: over MPI, a server that is stopped is known by its silence alone; over GRPC, one
+        that was started anew knows nothing of this process."""
+        if self._server_is_new:
+            self._server_is_new, self._last = False, ()
+            log.warning("the server was started anew: rank %d announces itself to it", self.rank)
+            self._silos.rewind()
+            self._say_hello()
         if not self._transport.shows_life and time.monotonic() - self._heard > self._patience:
             raise RunError(self._server_gone(self._patience))
 
@@ -94,6 +103,12 @@ class Client(FedMLCommManager):  # type: ignore[misc]
         return f"the server is gone: rank {self.rank} heard nothing of it for {seconds:.0f} s"
 
     def _announce(self) -> None:
+        self._say_hello()
+        if self._transport.shows_life:
+            self._reached = time.monotonic()
+            self._watch.start(ALIVE_S, self._show_life)
+
+    def _say_hello(self) -> None:
         config = self._silos.plan.config
         counts = {silo: self._silos.samples(silo) for silo in self._mine}
         hello = message(
@@ -101,9 +116,6 @@ class Client(FedMLCommManager):  # type: ignore[misc]
         )
         # The server may come later, and is busy with the warm start before it listens.
         self._transport.send_message(hello, within=config.round_timeout_s)
-        if self._transport.shows_life:
-            self._reached = time.monotonic()
-            self._watch.start(ALIVE_S, self._show_life)
 
     def _work(self, task: Message) -> None:
         kind, silo, round_idx = (task.get(key) for key in ("task", "silo", "round"))
@@ -136,15 +148,18 @@ class Client(FedMLCommManager):  # type: ignore[misc]
 
     def _say(self, kind: str, **params: Any) -> None:
         # Over MPI, the server takes messages when it is done with what it is at.
-        within = SEND_S if self._transport.shows_life else self._patience
+        within = SEND_S + self._return_s if self._transport.shows_life else self._patience
         self._transport.send_message(message(kind, self.rank, 0, **params), within=within)
 
     def _show_life(self) -> str | None:
         """In a thread, because training takes the other one for as long as it likes."""
-        if self._transport.show_life(0, within=ALIVE_S):
+        process = self._transport.show_life(0, within=ALIVE_S)
+        if process is not None:
             self._reached = time.monotonic()
-        elif time.monotonic() - self._reached > SILENCE_S:
-            return self._server_gone(SILENCE_S)
+            self._server_is_new |= self._server not in (None, process)
+            self._server = process
+        elif time.monotonic() - self._reached > SILENCE_S + self._return_s:
+            return self._server_gone(SILENCE_S + self._return_s)
         return None
 
 

@@ -6,6 +6,7 @@ import ipaddress
 import logging
 import os
 import queue
+import secrets
 import socket
 import time
 from collections.abc import Callable, Collection
@@ -40,6 +41,7 @@ class _Servicer(grpc_comm_manager_pb2_grpc.gRPCCommManagerServicer):  # type: ig
         self, seen: dict[int, float], peers: Collection[int], tls: bool, refuse: Callable[[str], None]
     ) -> None:
         self._seen, self._peers, self._tls, self._refuse = seen, peers, tls, refuse
+        self._process = secrets.token_bytes(8)
         self.arrived: queue.Queue[tuple[int, bytes]] = queue.Queue(maxsize=1024)
 
     def sendMessage(self, request: Any, context: Any) -> Any:
@@ -49,7 +51,7 @@ class _Servicer(grpc_comm_manager_pb2_grpc.gRPCCommManagerServicer):  # type: ig
             context.abort(grpc.StatusCode.PERMISSION_DENIED, reason)
         if not request.message:
             self._seen[rank] = time.monotonic()
-            return grpc_comm_manager_pb2.CommResponse()
+            return grpc_comm_manager_pb2.CommResponse(message=self._process)
         try:
             self.arrived.put((rank, request.message), timeout=SEND_S)
         except queue.Full:
@@ -129,16 +131,19 @@ class GrpcTransport(Transport):
         super().stop_receive_message()
         self._server.stop(grace=1.0).wait()
 
-    def show_life(self, receiver: int, within: float) -> bool:
-        """Whether a rank took a sign of life within so many seconds."""
-        return self._tried(receiver, b"", within, wait=True) is None
+    def show_life(self, receiver: int, within: float) -> bytes | None:
+        """The token of the process that took a sign of life within so many seconds; None: there was none."""
+        answer = self._tried(receiver, b"", within, wait=True)
+        return None if isinstance(answer, grpc.RpcError) else bytes(answer.message)
 
     def _send(self, receiver: int, data: bytes, within: float, wait: bool) -> None:
         """A broken connection is tried anew: a message that arrives twice is refused, one that is lost ends
         the run."""
         until, told = time.monotonic() + within, ""
         # Not gRPC's own waiting: it says nothing of a connection that TLS refuses.
-        while (error := self._tried(receiver, data, until - time.monotonic(), wait=False)) is not None:
+        while isinstance(
+            error := self._tried(receiver, data, until - time.monotonic(), wait=False), grpc.RpcError
+        ):
             reason = " ".join(str(error.details()).split())[:300]
             if (
                 not wait
@@ -154,13 +159,12 @@ class GrpcTransport(Transport):
             time.sleep(RETRY_S)
 
     def _tried(self, receiver: int, data: bytes, within: float, wait: bool) -> Any:
-        """The error of one try, or None."""
+        """The answer to one try, or its error."""
         request = grpc_comm_manager_pb2.CommRequest(client_id=self.rank, message=data)
         try:
-            self._stub(receiver).sendMessage(request, timeout=within, wait_for_ready=wait)
+            return self._stub(receiver).sendMessage(request, timeout=within, wait_for_ready=wait)
         except grpc.RpcError as error:
             return error
-        return None
 
     def _stub(self, receiver: int) -> Any:
         if receiver not in self._stubs:
