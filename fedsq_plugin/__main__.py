@@ -19,10 +19,10 @@ def main() -> None:
         fail(f"no script {script}")
     from .hosts import register
 
-    register()
     sys.argv = sys.argv[1:]
     sys.path[0] = str(script.resolve().parent)
     try:
+        register()
         runpy.run_path(str(script), run_name="__main__")
     except FedSQError as error:
         fail(str(error))

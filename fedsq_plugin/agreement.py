@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-from .config import Config
+from .config import OPTIONS, Config
 
 MUST_AGREE = (
     *("model", "small_images", "image_size", "head", "federated_optimizer", "dataset", "partition_method"),
@@ -15,7 +15,7 @@ MUST_AGREE = (
     *("learning_rate", "momentum", "nesterov", "weight_decay", "clip_norm", "lr_schedule", "lr_decay"),
     *("lr_decay_rounds", "augmentation", "fedprox_mu", "gate_accept", "gate_pooling", "buffers"),
     *("head_epochs", "probe_rounds", "frozen_modules", "comm_round", "finetune_epochs", "finetune_part"),
-    "extra",
+    *("structural_precision", "channels_last", "compile", "extra"),
 )
 """Options that server and silos must share."""
 
@@ -24,6 +24,8 @@ MAY_CHANGE = frozenset(
         *("checkpoint_dir", "checkpoint_every", "resume", "threads", "keep_gates", "using_gpu"),
         *("data_cache_dir", "warm_start_file", "warm_start_cache_dir"),
         *("min_clients", "round_timeout_s", "nonfinite"),
+        *("tls_cert", "tls_key", "tls_ca"),
+        *(key for key in OPTIONS if key.startswith("gpu_")),
     )
 )
 """Options that a resumed run may have otherwise."""

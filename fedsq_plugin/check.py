@@ -25,6 +25,8 @@ DATA = (
     *("warm_start", "warm_start_public", "warm_start_batch_size", "relu_ise"),
 )
 """What loading a data set of ours reads."""
+HOST_DEVICE = ("device_type", "gpu_util_parse")
+"""What FedML reads beside our options to find a device."""
 ONE_SILO = {
     **{"client_num_in_total": 1, "partition_method": "homo", "partition_alpha": 1.0},
     **{"min_client_samples": 0, "batch_size": 32, "warm_start": "none", "relu_ise": False},
@@ -129,8 +131,7 @@ def _host(values: dict[str, Any], valid: dict[str, Any]) -> Iterator[str]:
         yield f"model_args.model {model} has no ReLU-like activation that {row.name} could gate"
     if row is not None and row.needs_head and not valid.get("head", "?") and model in FEDML_MODELS:
         yield f"{row.name} treats the head apart from the body: set fedsq_args.head, {model}'s last layer"
-    if valid.get("using_gpu") and not _gpu():
-        yield "device_args.using_gpu is true, but no GPU is available; set using_gpu: false"
+    yield from _device({**{key: values.get(key) for key in HOST_DEVICE if key in values}, **valid})
     if values.get("enable_wandb") and not values.get("wandb_project"):
         yield "tracking_args.wandb_project is missing; enable_wandb: true needs it"
     for key in ("enable_fhe", "enable_contribution"):
@@ -144,10 +145,22 @@ def _packages(backend: str) -> Iterator[str]:
         yield f"comm_args.backend {backend} needs {module}: pip install 'fedsq-plugin[{backend.lower()}]'"
 
 
-def _gpu() -> bool:
-    import torch
+def _device(values: dict[str, Any]) -> Iterator[str]:
+    """Of this machine; a mapping may be for others, where each process checks its own."""
+    from .dualcopy.precision import refuse_unsupported
+    from .hosts.fedml.devices import UNMAPPED, device_name, gpus
 
-    return torch.cuda.is_available() or torch.backends.mps.is_available()
+    try:
+        mapped = values.get("using_gpu") and gpus(values) is not None
+        device = device_name({**values, **UNMAPPED} if mapped else values)
+    except ConfigError as error:
+        yield str(error)
+        return
+    for key in ("precision", "structural_precision"):
+        try:
+            refuse_unsupported(values.get(key, "fp32"), device, f"fedsq_args.{key}")
+        except ConfigError as error:
+            yield str(error)
 
 
 def _trial(valid: dict[str, Any]) -> Iterator[str]:

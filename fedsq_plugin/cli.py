@@ -12,6 +12,7 @@ import click
 from . import __version__
 from .errors import ConfigError, FedSQError
 from .hosts.fedml.distributed.mpi import abort
+from .hosts.fedml.offline import require_home
 
 if TYPE_CHECKING:
     from .recipe import Families
@@ -44,6 +45,7 @@ def _begun_or_new(
     recipe: Path | None, settings: tuple[str, ...], out: Path | None, resume: Path | None
 ) -> tuple[Families, Path, dict[str, Any]]:
     """The recipe, the run directory, and the summary of a run that goes on."""
+    require_home()
     from . import runs
     from .recipe import overridden, read_yaml
 
@@ -73,9 +75,9 @@ def cli(context: click.Context) -> None:
 @_resume
 def run(recipe: Path | None, settings: tuple[str, ...], out: Path | None, resume: Path | None) -> None:
     """Run RECIPE, a FedML YAML, and write its metrics, tables and pictures."""
+    families, out, summary = _begun_or_new(recipe, settings, out, resume)
     from . import runs
 
-    families, out, summary = _begun_or_new(recipe, settings, out, resume)
     if "algorithms_compared" in summary:
         raise ConfigError(f"--resume {resume}: it is a comparison; use fedsq compare --resume {resume}")
     runs.run(families, out, _console(), resume=resume is not None)
@@ -86,21 +88,23 @@ def run(recipe: Path | None, settings: tuple[str, ...], out: Path | None, resume
 @click.option(
     "--clients", type=click.IntRange(min=1), help="Client processes; default: worker_num, or one per silo."
 )
+@click.option("--tls", is_flag=True, help="Mutual TLS (GRPC), with certificates made for this run alone.")
 @_settings
 @_out
 @_resume
 def launch(
     recipe: Path | None,
     clients: int | None,
+    tls: bool,
     settings: tuple[str, ...],
     out: Path | None,
     resume: Path | None,
 ) -> None:
     """Run RECIPE, of backend MPI or GRPC, with all its processes on this machine."""
+    families, out, _ = _begun_or_new(recipe, settings, out, resume)
     from . import launch as launcher
 
-    families, out, _ = _begun_or_new(recipe, settings, out, resume)
-    status = launcher.launch(families, clients, out, resume is not None)
+    status = launcher.launch(families, clients, out, tls, resume is not None)
     if status:
         raise SystemExit(status)
 
@@ -140,9 +144,9 @@ def compare(
     resume: Path | None,
 ) -> None:
     """Run RECIPE with several algorithms and seeds, all else equal, and compare them."""
+    families, out, summary = _begun_or_new(recipe, settings, out, resume)
     from . import runs
 
-    families, out, summary = _begun_or_new(recipe, settings, out, resume)
     if resume is not None:
         if "algorithms_compared" not in summary:
             raise ConfigError(f"--resume {resume}: it is no comparison; use fedsq run --resume {resume}")
@@ -156,6 +160,21 @@ def compare(
     if not names:
         raise ConfigError("--algorithms is empty; name at least one, as FedAvg,FedSQ")
     runs.compare(families, names, numbers, out, _console())
+
+
+@cli.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--clients", type=click.IntRange(min=1), required=True, help="Client processes.")
+@click.option("--days", type=click.IntRange(min=1, max=3650), default=30, show_default=True, help="Validity.")
+def certificates(directory: Path, clients: int, days: int) -> None:
+    """Make certificates and keys in DIRECTORY for a GRPC run under mutual TLS."""
+    from .certificates import write
+
+    write(directory, clients, days)
+    click.echo(
+        f"{directory}: ca.pem for everybody; rank-<k>.pem and rank-<k>-key.pem for rank <k> alone "
+        f"(0: the server); valid for {days} days"
+    )
 
 
 @cli.command()
@@ -176,7 +195,7 @@ def report(directory: Path) -> None:
 def check(recipe: Path, settings: tuple[str, ...]) -> None:
     """Say everything that is wrong with RECIPE, at once. Nothing is trained or downloaded."""
     from . import check as checks
-    from .hosts.fedml.unused import untrained_gates
+    from .hosts.fedml.unused import compiled_for_cpu, untrained_gates
     from .recipe import flat, overridden, read_loosely
 
     families, repeated = read_loosely(recipe)
@@ -184,7 +203,8 @@ def check(recipe: Path, settings: tuple[str, ...]) -> None:
     found = [*map(str, repeated), *checks.check(families)]
     for line in found:
         click.echo(f"{recipe}: {line}")
-    for line in [*checks.notes(families), *untrained_gates(flat(families))]:
+    values = flat(families)
+    for line in [*checks.notes(families), *untrained_gates(values), *compiled_for_cpu(values)]:
         click.echo(f"note: {line}")
     if found:
         raise SystemExit(2)

@@ -72,6 +72,16 @@ class Config(BaseModel):
     server_momentum: float = _option(0.9, "train_args", "β of FedAvgM, β₁ of FedAdam and FedYogi", ge=0, lt=1)
     frequency_of_the_test: int = _option(1, "validation_args", "rounds from one evaluation to the next", ge=1)
     using_gpu: bool = _option(False, "device_args", "train on a GPU; an error where there is none")
+    gpu_id: int | None = _option(
+        None,
+        "device_args",
+        "GPU of this machine; null: 0, or what the mapping of a run of processes says",
+        ge=0,
+    )
+    gpu_mapping_file: str | None = _option(
+        None, "device_args", "YAML file: key -> host -> processes on each of its GPUs, the server first"
+    )
+    gpu_mapping_key: str | None = _option(None, "device_args", "key of gpu_mapping_file to go by")
     backend: str = _option("sp", "comm_args", "FedML's back end; sp is one process")
 
     # ours
@@ -90,6 +100,20 @@ class Config(BaseModel):
     )
     keep_gates: bool = _option(
         False, "fedsq_args", "keep the gates of training images, which then pass the structural copy once"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = _option(
+        "fp32",
+        "fedsq_args",
+        "what silos train in, by autocast, fp16 with a scaled loss; what travels and what is tested is fp32",
+    )
+    structural_precision: Literal["fp32", "bf16", "fp16"] = _option(
+        "fp32",
+        "fedsq_args",
+        "what gates are computed in, whatever precision is, in training and tests; fp32 without TF32",
+    )
+    channels_last: bool = _option(False, "fedsq_args", "keep weights and images with channels last in memory")
+    compile: bool = _option(
+        False, "fedsq_args", "train through torch.compile, both copies whole; meant for GPUs"
     )
     structural_copy: Literal["fixed", "refresh", "ema", "unfreeze"] = _option(
         "fixed",
@@ -142,6 +166,17 @@ class Config(BaseModel):
     )
     checkpoint_every: int = _option(1, "fedsq_args", "rounds from one checkpoint to the next", ge=1)
     resume: bool = _option(False, "fedsq_args", "go on from the newest checkpoint, where there is one")
+    tls_cert: str | None = _option(
+        None,
+        "fedsq_args",
+        "certificate of this process, PEM, for mutual TLS over GRPC; in its path, {rank} is the rank",
+    )
+    tls_key: str | None = _option(
+        None, "fedsq_args", "its private key, PEM without a password; {rank} likewise"
+    )
+    tls_ca: str | None = _option(
+        None, "fedsq_args", "certificate of the authority that issued all ranks' certificates, PEM"
+    )
     nesterov: bool = _option(False, "fedsq_args", "Nesterov momentum (sgd)")
     clip_norm: float | None = _option(None, "fedsq_args", "bound on the norm of a step's gradient", gt=0)
     lr_schedule: Literal["constant", "cosine", "step"] = _option(
@@ -352,6 +387,21 @@ def _gates(keep_gates: bool, augmentation: tuple[str, ...]) -> str | None:
     return None
 
 
+def _tls(tls_cert: str | None, tls_key: str | None, tls_ca: str | None) -> str | None:
+    given = {"tls_cert": tls_cert, "tls_key": tls_key, "tls_ca": tls_ca}
+    missing = [key for key, path in given.items() if not path]
+    if 0 < len(missing) < len(given):
+        return f"tls_cert, tls_key and tls_ca go together: {' and '.join(missing)} is missing"
+    return None
+
+
+def _tls_road(tls_cert: str | None, backend: str) -> str | None:
+    # In one process there is nothing to encrypt; elsewhere nobody shall believe that it is.
+    if tls_cert and backend not in ("sp", "GRPC"):
+        return f"tls_cert is given, but only backend GRPC has TLS, and backend is {backend}"
+    return None
+
+
 def _nesterov(nesterov: bool, momentum: float, client_optimizer: str) -> str | None:
     if nesterov and (momentum == 0 or client_optimizer != "sgd"):
         return "nesterov needs client_optimizer sgd and a momentum above 0"
@@ -364,4 +414,4 @@ def _resume(resume: bool, checkpoint_dir: str | None) -> str | None:
     return None
 
 
-_RULES: tuple[Rule, ...] = (_silos, _weights, _gates, _nesterov, _resume)
+_RULES: tuple[Rule, ...] = (_silos, _weights, _gates, _tls, _tls_road, _nesterov, _resume)

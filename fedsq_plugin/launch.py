@@ -19,8 +19,12 @@ from typing import IO, TYPE_CHECKING
 
 import yaml
 
+from . import certificates
 from .check import check
 from .errors import ConfigError, RunError
+from .hosts.fedml.devices import device_name
+from .hosts.fedml.distributed.tls import credentials
+from .hosts.fedml.names import with_host_defaults
 from .recipe import Families, flat, overridden, resolve
 
 if TYPE_CHECKING:
@@ -32,15 +36,20 @@ KILL_S = 5.0
 """How long a process may take to end when it is told to."""
 TOLD = "the server ended the run"
 """What a client says that ended for a reason that the server has said."""
+TRIAL_DAYS = 30
+"""How long the certificates of a launched run are valid."""
 COME_S = 120.0
 """How long a client waits for the server to make the run directory."""
 
 
-def launch(families: Families, clients: int | None, out: Path, resume: bool = False) -> int:
+def launch(
+    families: Families, clients: int | None, out: Path, tls: bool = False, resume: bool = False
+) -> int:
     """Start the server and its clients, and wait for them: the server's exit status. `resume` goes on with
     the run in `out`.
 
-    The server process writes the run directory as `fedsq run` does; the clients log there.
+    The server process writes the run directory as `fedsq run` does; the clients log there. With `tls`, they
+    talk under certificates that are made for this run, in place of the recipe's, and gone after it.
 
     Raises:
         ConfigError: the recipe is wrong, or for one process.
@@ -51,9 +60,13 @@ def launch(families: Families, clients: int | None, out: Path, resume: bool = Fa
     config = resolve(families)
     if config.backend == "sp":
         raise ConfigError("comm_args.backend sp is one process: use `fedsq run`, or --set backend=MPI")
+    if tls and config.backend != "GRPC":
+        raise ConfigError(f"--tls is for backend GRPC, and this recipe's is {config.backend}")
     if not resume and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"output folder {out} exists and is not an empty folder; name a new one")
     count = clients or _int(flat(families).get("worker_num")) or config.client_num_per_round
+    for rank in range(count + 1):
+        device_name(flat(with_host_defaults(families)), rank, count + 1)
     settings = [] if config.threads else [f"threads={max(1, _cores() // count)}"]
     with tempfile.TemporaryDirectory() as folder:
         recipe, table = Path(folder) / "recipe.yaml", Path(folder) / "grpc_ipconfig.csv"
@@ -61,6 +74,12 @@ def launch(families: Families, clients: int | None, out: Path, resume: bool = Fa
         if config.backend == "GRPC":
             families = _with(families, "comm_args", "grpc_ipconfig_path", str(table))
             table.write_text(_table(count))
+            if tls:
+                certificates.write(Path(folder) / "tls", count, days=TRIAL_DAYS)
+                for key, name in certificates.OPTIONS.items():
+                    families = _with(families, "fedsq_args", key, str(Path(folder) / "tls" / name))
+            for rank in range(count + 1):
+                credentials(resolve(families), rank)
         recipe.write_text(yaml.safe_dump(families, sort_keys=False))
         command = [sys.executable, "-m", "fedsq_plugin.cli", "node", str(recipe), "--out", str(out)]
         command += ["--resume"] if resume else []

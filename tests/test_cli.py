@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import yaml
 from PIL import Image
 
 from fedsq_plugin import cli
+from fedsq_plugin.hosts.fedml.offline import require_home
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
@@ -168,7 +170,12 @@ BAD: list[tuple[list[str], str]] = [
     (["compare", str(QUICKSTART), "--algorithms", ","], "name at least one"),
     (["run", str(QUICKSTART), "--set", "model=alexnet", "--set", "small_images=false"], "small_images"),
     (["report", "nowhere"], "nowhere"),
-    (["run"], "Missing argument"),
+    (["run"], "name a RECIPE, or --resume DIR"),
+    (["run", "--resume", "nowhere"], "no run folder nowhere"),
+    (["launch", "--resume", "nowhere"], "no run folder nowhere"),
+    (["run", str(QUICKSTART), "--resume", "nowhere"], "give nothing else"),
+    (["run", "--resume", "nowhere", "--set", "comm_round=3"], "give nothing else"),
+    (["run", str(QUICKSTART), "--set", "resume=true"], "resume needs checkpoint_dir"),
     (["ruin"], "No such command"),
 ]
 
@@ -308,3 +315,33 @@ def test_the_core_needs_no_host() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("command", ["run", "launch", "compare"])
+def test_a_home_that_cannot_be_written_ends_with_one_line(command: str, tmp_path: Path) -> None:
+    """A process of its own: what is imported too early complains of it in lines of its own."""
+    (tmp_path / "file").touch()
+    home = tmp_path / "file" / "home"
+    environment = {**os.environ, "HOME": str(home)}
+    words = [command, str(QUICKSTART), "--out", str(tmp_path / "out")]
+    words += ["--algorithms", "FedSQ"] if command == "compare" else []
+    done = subprocess.run(
+        [sys.executable, "-m", "fedsq_plugin.cli", *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(
+        f"fedsq: error: HOME {tmp_path}/file/home cannot be written (Not a directory)"
+    )
+    assert done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_home_that_can_be_written_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for home in (tmp_path, tmp_path / "not" / "yet"):
+        monkeypatch.setenv("HOME", str(home))
+        require_home()
+    assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -103,6 +104,21 @@ def test_fedmls_own_optimizer_runs_under_the_launcher(folder: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     assert "local_test_on_all_clients" in done.stderr  # FedML's loop, not ours
     assert "fedsq" not in done.stderr.lower().replace("fedsq_plugin", "")
+
+
+def test_a_home_that_cannot_be_written_ends_with_one_line(tmp_path: Path) -> None:
+    """FedML writes there as it is imported."""
+    (tmp_path / "main.py").write_text(MAIN)
+    home = tmp_path / "main.py" / "home"
+    command = [sys.executable, "-m", "fedsq_plugin", "main.py", "--cf", "x.yaml"]
+    environment = {**os.environ, "HOME": str(home)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"fedsq: error: HOME {home} cannot be written (Not a directory), and FedML keeps its files under "
+        "~/.fedml: set HOME to a writable folder\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["main.py"]
 
 
 def test_a_missing_recipe_ends_with_one_line(folder: Path) -> None:

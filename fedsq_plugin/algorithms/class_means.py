@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..dualcopy.precision import to_device
 from ..errors import ConfigError
 from ..federation.state import State
 
@@ -41,8 +42,8 @@ def collect(
             model.eval()
             with torch.no_grad():
                 for x, labels in batches:
-                    labels = labels.to(device).long()
-                    model(x.to(device))
+                    labels = to_device(labels, device).long()
+                    model(to_device(x, device))
                     total.index_add_(0, labels, features[0])
         finally:
             handle.remove()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..dualcopy import DualCopy, GateCache
+from ..dualcopy import Compiled, DualCopy, GateCache
 from ..errors import UpdateError
 from ..federation.client_states import ClientStates
 from ..federation.local import LocalResult, LocalTraining, Objective, Part, Phase, local_update
@@ -31,6 +31,7 @@ class Worker:
         model: the warm-started model as the row's view has it; what is sent to a client is loaded into it.
         seed: the run's.
         keep_gates: keep the gates of inputs, which then pass the structural copy once.
+        compile: train through torch.compile.
     """
 
     def __init__(
@@ -41,11 +42,15 @@ class Worker:
         training: LocalTraining,
         seed: int,
         keep_gates: bool = False,
+        compile: bool = False,
     ) -> None:
         self.model, self.row, self.options, self.training, self.seed = model, row, options, training, seed
         self.roles = roles(model, options.head)
         self.states = ClientStates(model, self.roles, EXCHANGES[row.exchange])
-        self._forward = GateCache(model) if keep_gates and isinstance(model, DualCopy) else None
+        compiled = Compiled(model) if compile else None
+        self._forward: Callable[[Tensor], object] | None = compiled
+        if keep_gates and isinstance(model, DualCopy):
+            self._forward = GateCache(model, passes=compiled)
         self.follows: str | None = None
         """Fingerprint of the structural copy that the server announced last, and that the model has."""
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..dualcopy.precision import Precision
+
 
 @dataclass(frozen=True)
 class Options:
@@ -16,6 +18,7 @@ class Options:
     fedprox_mu: float = 0.01
     gate_accept: tuple[str, ...] = ()
     gate_pooling: Literal["structural", "own"] = "structural"
+    structural_precision: Precision = "fp32"
     structural_copy: Literal["fixed", "refresh", "ema", "unfreeze"] = "fixed"
     structural_rounds: int = 1
     structural_decay: float = 0.9

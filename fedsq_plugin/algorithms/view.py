@@ -25,7 +25,12 @@ def dualcopy(model: nn.Module, options: Options) -> nn.Module:
     """The model under the gates of a structural copy taken now. A DualCopy is taken anew: what it
     held was its state before the warm start."""
     network = model.quantitative if isinstance(model, DualCopy) else model
-    return DualCopy(network, accept=options.gate_accept, pooling=options.gate_pooling)
+    return DualCopy(
+        network,
+        accept=options.gate_accept,
+        pooling=options.gate_pooling,
+        structural_precision=options.structural_precision,
+    )
 
 
 VIEWS: dict[str, Callable[[nn.Module, Options], nn.Module]] = {"plain": plain, "dualcopy": dualcopy}

@@ -1,6 +1,7 @@
 """A plain network turned into a DualCopy: gates, wrapper, validation, gate cache, ReLU-isation."""
 
 from .cache import GateCache
+from .compiled import Compiled
 from .passes import Gate
 from .reluise import lambdas, replace_by_lambda, replace_by_relu
 from .smooth import LambdaActivation, lambda_activation, target_lambda
@@ -8,6 +9,7 @@ from .validation import Finding, validate
 from .wrapper import DualCopy
 
 __all__ = [
+    "Compiled",
     "DualCopy",
     "Finding",
     "Gate",

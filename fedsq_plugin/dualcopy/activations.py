@@ -188,6 +188,8 @@ def way_out(name: str) -> str:
     smooth = {"gelu", "silu", "hardswish"}
     if name == "elu":
         return "use nn.LeakyReLU or nn.ReLU in its place"
+    if name == "swish":
+        return "use a backbone with nn.ReLU, or make it an nn.Hardswish or nn.SiLU and that a ReLU (relu_ise)"
     if name in smooth:
         return "replace it by nn.ReLU (or turn the backbone into a ReLU one first)"
     if name in {"rnn", "lstm", "gru"}:

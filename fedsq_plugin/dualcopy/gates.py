@@ -136,13 +136,16 @@ def apply(pieces: Pieces, region: Tensor) -> Tensor:
             z = z.to(torch.get_autocast_dtype(device))  # as autocast does with the plain prelu
         scaled: Tensor = _ScaleByWeight.apply(z, region, pieces.slope)
         return scaled
+    # torch.compile takes no autograd function that writes into its input. A copy it elides itself.
+    compiling = torch.compiler.is_compiling()
+    inplace = pieces.inplace and not compiling
     linear = _linear(region, pieces.upper)
-    h: Tensor = _Scale.apply(z, linear, pieces.slope, pieces.inplace)
-    if pieces.low == 0.0 and pieces.upper is None:
-        return h
-    offset = torch.zeros_like(z, requires_grad=False)
-    if pieces.low != 0.0:
-        offset.masked_fill_(region == LOW, pieces.low)
-    if pieces.upper is not None:
-        offset.masked_fill_(region == HIGH, pieces.high)
-    return h.add_(offset) if pieces.inplace else h + offset
+    h: Tensor = _Scale.apply(z, linear, pieces.slope, inplace)
+    if pieces.low != 0.0 or pieces.upper is not None:
+        offset = torch.zeros_like(z, requires_grad=False)
+        if pieces.low != 0.0:
+            offset.masked_fill_(region == LOW, pieces.low)
+        if pieces.upper is not None:
+            offset.masked_fill_(region == HIGH, pieces.high)
+        h = h.add_(offset) if inplace else h + offset
+    return z.copy_(h) if pieces.inplace and compiling else h

@@ -49,13 +49,17 @@ def _each(value: Any, dims: int) -> tuple[int, ...]:
 def windows(pool: Pool, outputs: Sequence[int]) -> Windows:
     """Geometry of the pooling windows for spatial output sizes `outputs`."""
     dims, device, inputs = pool.dims, pool.input.device, tuple(pool.input.shape[-pool.dims :])
+    # torch.compile warns of caches, and folds these tables into its graph.
+    cached = not torch.compiler.is_compiling()
     if pool.adaptive:
-        return _adaptive_windows(inputs, tuple(outputs), device)
+        adaptive = _adaptive_windows if cached else _adaptive_windows.__wrapped__
+        return adaptive(inputs, tuple(outputs), device)
     kernel = _each(pool.options["kernel_size"], dims)
     stride = pool.options["stride"]
     strides = kernel if stride is None or stride == [] else _each(stride, dims)
     padding, dilation = (_each(pool.options[key], dims) for key in ("padding", "dilation"))
-    return _windows(inputs, tuple(outputs), kernel, strides, padding, dilation, device)
+    make = _windows if cached else _windows.__wrapped__
+    return make(inputs, tuple(outputs), kernel, strides, padding, dilation, device)
 
 
 @lru_cache(maxsize=256)
@@ -69,7 +73,7 @@ def _windows(
     device: torch.device,
 ) -> Windows:
     starts = [torch.arange(n) * s - p for n, s, p in zip(outputs, strides, padding, strict=True)]
-    steps = [torch.arange(k) * d for k, d in zip(kernel, dilation, strict=True)]
+    steps = [range(0, k * d, d) for k, d in zip(kernel, dilation, strict=True)]
     return _tables(inputs, starts, steps, device)
 
 
@@ -77,25 +81,25 @@ def _windows(
 def _adaptive_windows(inputs: tuple[int, ...], outputs: tuple[int, ...], device: torch.device) -> Windows:
     starts, steps = [], []
     for i, n in zip(inputs, outputs, strict=True):
-        entry = torch.arange(n)
-        start = entry * i // n
-        end = ((entry + 1) * i + n - 1) // n
-        starts.append(start)
-        steps.append(torch.arange(int((end - start).max()) if n else 1))
+        starts.append(torch.arange(n) * i // n)
+        largest = max((((entry + 1) * i + n - 1) // n - entry * i // n for entry in range(n)), default=1)
+        steps.append(range(largest))
     return _tables(inputs, starts, steps, device)
 
 
 def _tables(
-    inputs: tuple[int, ...], starts: list[Tensor], steps: list[Tensor], device: torch.device
+    inputs: tuple[int, ...], starts: list[Tensor], steps: list[range], device: torch.device
 ) -> Windows:
     base = offset = torch.zeros((), dtype=torch.int64)
+    last = 0  # the largest offset; known without reading a tensor, which torch.compile could not do
     for size, start, step in zip(inputs, starts, steps, strict=True):
         base = base[..., None] * size + start
-        offset = offset[..., None] * size + step
+        offset = offset[..., None] * size + torch.arange(step.start, step.stop, step.step)
+        last = last * size + step[-1]
     offset = offset.flatten()
     entries = len(offset)
     small = torch.uint8 if entries <= 2**8 else torch.int16 if entries <= 2**15 else torch.int32
-    position = torch.zeros(int(offset.max()) + 1, dtype=small)
+    position = torch.zeros(last + 1, dtype=small)
     position[offset] = torch.arange(entries).to(small)
     return Windows(base.to(device), offset.to(device), position.to(device))
 
@@ -119,7 +123,12 @@ class _Route(torch.autograd.Function):
         ctx.at, ctx.shape = at, z.shape
         dims = at.base.dim()
         index = decode(code, at)
-        return z.flatten(-dims).gather(-1, index.flatten(-dims)).view(code.shape)
+        if torch.compiler.is_compiling():  # takes no `out` of a batch size that varies
+            return z.flatten(-dims).gather(-1, index.flatten(-dims)).view(code.shape)
+        # Not a view of what is gathered: an activation that comes next may write into it.
+        values = z.new_empty(code.shape)
+        torch.gather(z.flatten(-dims), -1, index.flatten(-dims), out=values.flatten(-dims))
+        return values
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -150,4 +159,6 @@ def route(pool: Pool, code: Tensor) -> Any:
     """Pool by a choice made elsewhere; with indices when the call asked for them."""
     at = windows(pool, code.shape[-pool.dims :])
     values: Tensor = _Route.apply(pool.input, code, at)
+    if torch.compiler.is_compiling():
+        values = values.clone()  # of the view
     return (values, decode(code, at)) if pool.return_indices else values

@@ -17,6 +17,7 @@ from ..errors import GateError
 from .activations import GATED, OUTPUT_ONLY, UNGATEABLE, UNGATEABLE_MODULES, kind, way_out
 from .passes import cloned
 from .pooling import Pool
+from .products import Products
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -28,6 +29,8 @@ class Finding(NamedTuple):
     """Module path; of the module that makes the call, where the activation is a functional one."""
     what: str
     remedy: str
+    kind: str = ""
+    """The activation's name, as in `path:activation`; none where it is about something else."""
 
     def __str__(self) -> str:
         return f"{self.path or 'the model itself'}: {self.what}; {self.remedy}"
@@ -39,6 +42,8 @@ class Call(NamedTuple):
     path: str
     what: str
     gated: bool
+    own: bool = False
+    """Gated, but part of a smooth activation: where that is accepted, each copy has its own gate here."""
 
 
 class _Trace(TorchFunctionMode):
@@ -49,18 +54,28 @@ class _Trace(TorchFunctionMode):
         self.suspects: list[tuple[Call, Tensor, int]] = []
         """Calls that are fine as outputs, their results, and the version of these."""
         self._own_pooling = own_pooling
+        self._products = Products()
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        here = self.path[-1]
+        here, products = self.path[-1], self._products
         if func in GATED:
             call = GATED[func](*args, **(kwargs or {}))
             if not (self._own_pooling and isinstance(call, Pool)):
                 self.calls.append(Call(here, kind(call), gated=True))
-        elif func in UNGATEABLE:
+            result = func(*args, **(kwargs or {}))
+            if not isinstance(call, Pool):
+                products.made_by_gate(call.input, result, len(self.calls) - 1)
+            return result
+        if func in UNGATEABLE:
             self.calls.append(Call(here, UNGATEABLE[func], gated=False))
+        part, value = products.multiplied(func, args), products.scaled(func, args)
+        if part is not None:
+            self.calls[part] = self.calls[part]._replace(own=True)
+            self.calls.append(Call(here, "swish", gated=False))
         result = func(*args, **(kwargs or {}))
+        products.computed(func, args, value, result)
         if func in OUTPUT_ONLY:
             self.suspects.append((Call(here, OUTPUT_ONLY[func], gated=False), result, result._version))
         return result
@@ -152,25 +167,30 @@ def static_findings(model: nn.Module, accept: Iterable[str] = ()) -> list[Findin
     return findings
 
 
+_HIDDEN = {
+    "sigmoid": "hidden sigmoid",
+    "tanh": "hidden tanh",
+    "swish": "hidden swish (an activation times its own input)",
+}
+"""How findings show activations that only their use makes ungateable."""
+
+
 def _ungateable(path: str, shown: str, name: str) -> Finding:
     what = f"{shown} has no fixed linear gate"
     spelled = path or f":{name}"
-    return Finding(path, what, f"{way_out(name)}, or accept it ungated by name: accept=[{spelled!r}]")
+    remedy = f"{way_out(name)}, or accept it ungated by name: accept=[{spelled!r}]"
+    return Finding(path, what, remedy, name)
 
 
 def call_findings(calls: Sequence[Call], accept: Iterable[str] = ()) -> list[Finding]:
     """Findings that a traced forward shows: functional activations, or no gate at all."""
     accept = list(accept)
     found = [
-        _ungateable(
-            call.path,
-            f"hidden {call.what}" if call.what in ("sigmoid", "tanh") else call.what,
-            call.what,
-        )
+        _ungateable(call.path, _HIDDEN.get(call.what, call.what), call.what)
         for call in dict.fromkeys(calls)
         if not call.gated and not _accepted(call.path, call.what, accept)
     ]
-    if not any(call.gated for call in calls):
+    if not any(call.gated and not call.own for call in calls):
         found.append(
             Finding(
                 "",
@@ -216,30 +236,36 @@ def validate(
 
 
 def refuse(findings: Sequence[Finding]) -> None:
-    """Raise GateError with the findings (the first few of many) in one line, if there are any."""
+    """Raise GateError with the findings in one line, one of each kind, if there are any."""
     if findings:
-        shown = " | ".join(str(f) for f in findings[:3])
-        more = f" | and {len(findings) - 3} more, see validate()" if len(findings) > 3 else ""
-        raise GateError(f"cannot gate this model: {shown}{more}")
+        kinds: dict[str, list[Finding]] = {}
+        for finding in findings:
+            kinds.setdefault(finding.what, []).append(finding)
+        shown = []
+        for first, *others in kinds.values():
+            named = f", all of them: accept=[{f'*:{first.kind}'!r}]" if first.kind else ""
+            shown.append(f"{first}{f' (and {len(others)} more like it{named})' if others else ''}")
+        raise GateError(f"cannot gate this model: {' | '.join(shown)}")
 
 
 def align(structural: Sequence[Call], quantitative: Sequence[Call]) -> tuple[int | None, ...] | None:
     """Which structural gate each of the quantitative copy's gated calls uses; None: one to one.
 
     Calls correspond when they are the same occurrence in the same module. A call that only one copy
-    makes (auxiliary heads run in training mode only) keeps its own gate, or is passed over.
+    makes (auxiliary heads run in training mode only) keeps its own gate, or is passed over; a call that
+    is part of a smooth activation keeps its own gate, too.
     """
 
-    def occurrences(calls: Sequence[Call]) -> list[tuple[str, str, int]]:
+    def occurrences(calls: Sequence[Call]) -> list[tuple[tuple[str, str, int], bool]]:
         count: dict[tuple[str, str], int] = {}
         found = []
         for call in calls:
             if call.gated:
                 key = (call.path, call.what)
                 count[key] = count.get(key, -1) + 1
-                found.append((*key, count[key]))
+                found.append(((*key, count[key]), call.own))
         return found
 
-    numbers = {key: number for number, key in enumerate(occurrences(structural))}
-    plan = tuple(numbers.get(key) for key in occurrences(quantitative))
+    numbers = {key: number for number, (key, _) in enumerate(occurrences(structural))}
+    plan = tuple(None if own else numbers.get(key) for key, own in occurrences(quantitative))
     return None if plan == tuple(range(len(numbers))) else plan

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import GateError
 from .passes import Gate, capture, replay
+from .precision import HALF, Precision, exactly, widened
 from .validation import align, call_findings, detached_copy, refuse, static_findings, trace, validate
 
 Pooling = Literal["structural", "own"]
@@ -36,6 +38,9 @@ class DualCopy(nn.Module):
         pooling: "structural" routes max-pooling by the structural copy; "own" leaves it alone.
         example: an input batch, to have functional activations checked now instead of at the first
             forward.
+        structural_precision: what the structural copy computes in, whatever autocast surrounds the call: then
+            the gates of an input do not depend on the precision of the training. None: as the surroundings
+            do, and as the plain model does there.
 
     Raises:
         GateError: an activation cannot be gated, or there is no gate at all. Where only running the
@@ -61,12 +66,18 @@ class DualCopy(nn.Module):
         accept: Iterable[str] = (),
         pooling: Pooling = "structural",
         example: Any = None,
+        structural_precision: Precision | None = None,
     ) -> None:
         super().__init__()
         if isinstance(accept, str):
             raise GateError(f"accept is a list of names, got the string {accept!r}: use [{accept!r}]")
         if pooling not in ("structural", "own"):
             raise GateError(f"pooling is {pooling!r}; it must be 'structural' or 'own'")
+        if structural_precision not in (None, *get_args(Precision)):
+            known = ", ".join(get_args(Precision))
+            raise GateError(
+                f"structural_precision is {structural_precision!r}; it must be one of {known}, None"
+            )
         accept = tuple(accept)
         if example is not None:
             refuse(validate(model, example, accept, pooling))
@@ -85,6 +96,7 @@ class DualCopy(nn.Module):
             training=model.training,
             _accept=accept,
             _own_pooling=pooling == "own",
+            _structural_precision=structural_precision,
             _plans={},
             structural_version=0,
         )
@@ -93,6 +105,14 @@ class DualCopy(nn.Module):
     def quantitative(self) -> nn.Module:
         """The trained copy: the plain model, with its own gates when called directly."""
         return self._quantitative
+
+    @property
+    def gate_dtype(self) -> torch.dtype | None:
+        """What autocast would have the structural copy compute in now; None: its weights' own."""
+        if self._structural_precision is not None:
+            return HALF.get(self._structural_precision)
+        device = _device(self._structural).type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
     @property
     def structural(self) -> nn.Module:
@@ -111,8 +131,18 @@ class DualCopy(nn.Module):
         They stay valid as long as the structural copy does, so that an input that comes again need not
         be run through it again.
         """
+        return self._captured(capture, args, kwargs)
+
+    def _captured(
+        self, run: Callable[..., list[Gate]], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[Gate]:
+        """`gates`, by `capture` itself or something that does the same."""
         self._inspect(args, kwargs)
-        return capture(self._structural, args, kwargs, self._own_pooling)
+        if self._structural_precision is None:
+            return run(self._structural, args, kwargs, self._own_pooling)
+        args, kwargs = widened(self._structural, (args, kwargs))
+        with exactly(self._structural_precision, _device(self._structural)):
+            return run(self._structural, args, kwargs, self._own_pooling)
 
     def gated(self, gates: Sequence[Gate], *args: Any, **kwargs: Any) -> Any:
         """The quantitative copy's output for an input whose gates are given.
@@ -120,8 +150,14 @@ class DualCopy(nn.Module):
         Raises:
             GateError: the gates are of another input shape or another model.
         """
+        return self._replayed(replay, gates, args, kwargs)
+
+    def _replayed(
+        self, run: Callable[..., Any], gates: Sequence[Gate], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """`gated`, by `replay` itself or something that does the same."""
         plan = self._inspect(args, kwargs)
-        return replay(self._quantitative, gates, plan, args, kwargs, self._own_pooling)
+        return run(self._quantitative, gates, plan, args, kwargs, self._own_pooling)
 
     def release(self) -> nn.Module:
         """An independent copy of the quantitative copy as a plain module, with its own gates.
@@ -213,3 +249,8 @@ class DualCopy(nn.Module):
                 f"call the DualCopy, or .quantitative.{name} if that is meant"
             )
         return value
+
+
+def _device(model: nn.Module) -> torch.device:
+    weight = next(model.parameters(), None)
+    return torch.device("cpu") if weight is None else weight.device

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dualcopy.precision import to_device
 from ..errors import ConfigError
 
 _PADDING = 8  # a crop moves an image by up to 1/8 of its size, as 4 pixels do at 32
@@ -21,13 +22,13 @@ def crop(images: Tensor) -> Tensor:
     rows = torch.randint(2 * top + 1, (count, 1, 1)) + torch.arange(height).view(1, -1, 1)
     columns = torch.randint(2 * left + 1, (count, 1, 1)) + torch.arange(width).view(1, 1, -1)
     sample = torch.arange(count).view(-1, 1, 1)
-    index = [i.to(images.device) for i in (sample, rows, columns)]
+    index = [to_device(i, images.device) for i in (sample, rows, columns)]
     return padded.permute(0, 2, 3, 1)[index[0], index[1], index[2]].permute(0, 3, 1, 2).contiguous()
 
 
 def flip(images: Tensor) -> Tensor:
     """Mirror each image left to right with probability 1/2."""
-    chosen = (torch.rand(len(images)) < 0.5).to(images.device)
+    chosen = to_device(torch.rand(len(images)) < 0.5, images.device)
     return torch.where(chosen.view(-1, 1, 1, 1), images.flip(-1), images)
 
 

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..dualcopy.precision import to_device
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(logits (N, classes, …), labels (N, …)) -> mean loss of the batch."""
 
@@ -53,21 +55,28 @@ def evaluate(
     device: torch.device | str = "cpu",
     loss: Loss = cross_entropy,
 ) -> Metrics:
-    """Evaluate in evaluation mode; every module's mode is put back. NaN metrics without any sample."""
+    """Evaluate in evaluation mode, in the precision of the weights, whatever they were trained in; every
+    module's mode is put back. NaN metrics without any sample."""
     modes = {module: module.training for module in model.modules()}
     model.to(device).eval()
-    total, correct, samples = 0.0, 0, 0
+    losses: list[Tensor] = []
+    hits: list[Tensor] = []
+    sizes: list[int] = []
     try:
         for x, labels in batches:
-            x, labels = x.to(device), labels.to(device)
+            x, labels = to_device(x, device), to_device(labels, device)
             logits = main_output(model(x))
-            total += float(loss(logits, labels)) * labels.numel()
-            correct += int((logits.argmax(1) == labels).sum())
-            samples += labels.numel()
+            losses.append(loss(logits, labels))
+            hits.append((logits.argmax(1) == labels).sum())
+            sizes.append(labels.numel())
     finally:
         model.train(modes[model])
         for module, mode in modes.items():
             module.training = mode
+    samples = sum(sizes)
     if not samples:
         return Metrics(float("nan"), float("nan"), 0)
+    # Once for all batches: reading a number waits for the GPU.
+    means, correct = torch.stack(losses).tolist(), int(torch.stack(hits).sum())
+    total = sum(mean * size for mean, size in zip(means, sizes, strict=True))
     return Metrics(total / samples, correct / samples, samples)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..dualcopy.precision import HALF, Precision, to_device
 from ..errors import ConfigError
 from .augment import augment
 from .evaluate import Loss, cross_entropy, main_output
@@ -74,6 +76,8 @@ class LocalTraining:
     lr_decay_rounds: int = 10
     rounds: int = 1
     augmentation: tuple[str, ...] = ()
+    precision: Precision = "fp32"
+    """Of forward and backward, by autocast; weights, losses and what is added to them are fp32."""
 
     def rate(self, round: int) -> float:
         """Learning rate of a round."""
@@ -99,18 +103,42 @@ class LocalTraining:
                 {"params": [p], "lr": rate * factor, **({} if factor == 1 else {"weight_decay": 0.0})}
                 for p, factor in zip(parameters, factors, strict=True)
             ]
+        # On a GPU: one kernel for all parameters, and fp16's test for overflow without a wait.
+        fused = True if all(p.is_cuda for p in parameters) else None
         if self.optimizer == "sgd":
-            return torch.optim.SGD(groups, rate, self.momentum, 0.0, decay, self.nesterov)
+            return torch.optim.SGD(
+                groups, rate, self.momentum, 0.0, decay, nesterov=self.nesterov, fused=fused
+            )
         cls = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
-        return cls(groups, rate, weight_decay=decay)
+        return cls(groups, rate, weight_decay=decay, fused=fused)
+
+    def forward(self, device: torch.device | str) -> AbstractContextManager[Any]:
+        """What surrounds a forward."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(torch.device(device).type, HALF[self.precision])
+
+    def scaler(self, device: torch.device | str) -> torch.amp.GradScaler:
+        """Of the loss, for fp16; does nothing in other precisions. Every client of a round begins anew, so
+        that their order changes nothing, and takes too few steps for a scale that grows."""
+        return torch.amp.GradScaler(
+            torch.device(device).type, SCALE, growth_interval=2**30, enabled=self.precision == "fp16"
+        )
+
+
+SCALE = 2.0**10
+"""Of the loss in fp16, at the start of a client's round. Small, because a step that overflows is lost."""
 
 
 class LocalResult(NamedTuple):
     steps: int
+    """Batches, those included whose step was lost."""
     loss: float
     """Mean over all steps, without the objective's term; NaN without a step."""
     sums: dict[str, Tensor]
     """What Statistics collected."""
+    lost: int = 0
+    """Steps that were not taken because a gradient overflowed in fp16."""
 
 
 def local_update(
@@ -146,6 +174,7 @@ def local_update(
     required = {name: p.requires_grad for name, p in named.items()}
     first = {name: p.detach().clone() for name, p in named.items()} if objective else {}
     losses: list[Tensor] = []
+    scaler = training.scaler(device)
     sums: dict[str, Tensor] = {}
     try:
         with isolated(seed):
@@ -162,22 +191,28 @@ def local_update(
                 start = [first[name] for name in trained] if objective else []
                 for _ in range(phase.epochs):
                     for x, labels in batches:
-                        x, labels = x.to(device), labels.to(device)
+                        x, labels = to_device(x, device), to_device(labels, device)
                         x = augment(x, training.augmentation)
                         optimizer.zero_grad()
-                        value = loss(main_output((forward or model)(x)), labels)
+                        with training.forward(device):
+                            output = main_output((forward or model)(x))
+                        value = loss(output.float() if output.dtype in HALF.values() else output, labels)
                         losses.append(value.detach())
                         total = value + objective(values, start) if objective else value
-                        torch.autograd.backward(total)
+                        torch.autograd.backward(scaler.scale(total))
                         if training.clip_norm is not None:
+                            scaler.unscale_(optimizer)
                             nn.utils.clip_grad_norm_(values, training.clip_norm)
-                        optimizer.step()
+                        scaler.step(optimizer)
+                        scaler.update()
     finally:
         for name, p in named.items():
             p.requires_grad_(required[name])
             p.grad = None
         model.train()
-    return LocalResult(len(losses), float(torch.stack(losses).mean()) if losses else float("nan"), sums)
+    lost = int(math.log2(SCALE / scaler.get_scale())) if scaler.is_enabled() else 0
+    mean = float(torch.stack(losses).mean()) if losses else float("nan")
+    return LocalResult(len(losses), mean, sums, lost)
 
 
 def frozen_keys(keys: Iterable[str], frozen: Sequence[str]) -> set[str]:

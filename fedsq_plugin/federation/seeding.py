@@ -25,7 +25,8 @@ def isolated(seed: int) -> Iterator[None]:
     block its draws depend on `seed` alone, and nothing outside depends on the block.
     """
     python, array, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    # What never drew on a GPU must not take hold of all GPUs of the machine.
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -358,3 +358,17 @@ def test_gates_of_another_input_size_are_refused(size: int) -> None:
     gates = dual.gates(torch.randn(1, 1, 8, 8))
     with pytest.raises(GateError, match="8x8"):
         dual.gated(gates, torch.randn(1, 1, size, size))
+
+
+def test_pooled_values_may_be_written_into() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.MaxPool2d(2), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(36, 2)
+    )
+    x, outputs = torch.randn(3, 1, 8, 8), []
+    for model in (net, DualCopy(net)):
+        net.zero_grad()
+        outputs.append(model(x))
+        outputs[-1].square().sum().backward()
+        outputs.append(net[0].weight.grad.clone())
+    assert torch.equal(outputs[0], outputs[2])
+    assert torch.equal(outputs[1], outputs[3])

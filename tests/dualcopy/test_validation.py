@@ -216,10 +216,18 @@ def test_one_finding_per_place_and_kind() -> None:
     assert len(validate(Calls(f), X)) == 2
 
 
-def test_many_findings_are_counted_in_the_refusal() -> None:
-    model = nn.Sequential(*[nn.GELU() for _ in range(5)], nn.ReLU())
-    with pytest.raises(GateError, match="and 2 more"):
+def test_findings_of_one_kind_are_counted_in_the_refusal() -> None:
+    model = nn.Sequential(*[nn.GELU() for _ in range(5)], nn.SiLU(), nn.ReLU())
+    with pytest.raises(GateError) as refusal:
         DualCopy(model)
+    gelu, silu = str(refusal.value).split(" | ")
+    assert gelu.endswith("accept=['0'] (and 4 more like it, all of them: accept=['*:gelu'])")
+    assert silu.startswith("5: SiLU") and "more" not in silu
+
+
+def test_the_remedy_for_all_of_a_kind_works() -> None:
+    model = nn.Sequential(*[nn.GELU() for _ in range(5)], nn.ReLU())
+    assert validate(model, X, accept=["*:gelu"]) == []
 
 
 def test_the_refusal_is_one_line() -> None:

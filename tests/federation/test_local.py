@@ -6,6 +6,7 @@ import copy
 import itertools
 import random
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -628,3 +629,85 @@ def test_own_forward_is_used_for_training() -> None:
         round=0, seed=0, loss=half_square, forward=lambda x: 2 * model(x),
     )  # fmt: skip
     assert model.w.item() == 2.0
+
+
+# Precision
+
+
+def _network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def _points(batches: int = 3) -> Batches:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(5, 6, generator=generator), torch.randint(3, (5,), generator=generator))
+        for _ in range(batches)
+    ]
+
+
+def _trained(model: nn.Module, **options: Any) -> Any:
+    training = LocalTraining(learning_rate=0.1, **options)
+    phase = Phase(1, frozenset(Role))
+    return local_update(model, _points(), training, [phase], roles(model), round=0, seed=0)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.05])
+@pytest.mark.parametrize(
+    ("precision", "dtype", "scale"), [("bf16", torch.bfloat16, 1), ("fp16", torch.float16, 1024)]
+)
+def test_half_precision_follows_a_plain_torch_loop(
+    precision: Any, dtype: torch.dtype, scale: int, clip_norm: float | None
+) -> None:
+    model, plain = _network(), _network()
+    result = _trained(model, precision=precision, clip_norm=clip_norm)
+    for x, labels in _points():
+        plain.zero_grad()
+        with torch.autocast("cpu", dtype):
+            output = plain(x)
+        (scale * torch.nn.functional.cross_entropy(output.float(), labels)).backward()
+        for p in plain.parameters():
+            p.grad /= scale
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_(plain.parameters(), clip_norm)
+        with torch.no_grad():
+            for p in plain.parameters():
+                p -= 0.1 * p.grad
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    assert (result.steps, result.lost) == (3, 0)
+
+
+def test_precisions_differ() -> None:
+    # Otherwise the test above could not fail.
+    models = {precision: _network() for precision in ("fp32", "bf16", "fp16")}
+    for precision, model in models.items():
+        _trained(model, precision=precision)
+    weights = [next(model.parameters()) for model in models.values()]
+    assert not torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_a_step_that_overflows_in_fp16_is_lost_and_counted() -> None:
+    # 1024·1e4 is beyond fp16's 65504; at the scale 512·1e4, 256·1e4 too: all three steps are lost.
+    model = _network()
+    before = [p.detach().clone() for p in model.parameters()]
+    training = LocalTraining(learning_rate=0.1, precision="fp16")
+
+    def steep(output: Tensor, labels: Tensor) -> Tensor:
+        return 1e4 * output.sum()
+
+    phase = Phase(1, frozenset(Role))
+    result = local_update(model, _points(), training, [phase], roles(model), round=0, seed=0, loss=steep)
+    assert (result.steps, result.lost) == (3, 3)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_the_scale_of_one_update_is_not_the_next_ones() -> None:
+    first, second = _network(), _network()
+    _trained(first, precision="fp16")
+    _trained(_network(), precision="fp16")
+    _trained(second, precision="fp16")
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))

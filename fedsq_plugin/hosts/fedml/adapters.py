@@ -15,16 +15,14 @@ from typing import Any
 
 from fedml.core import ClientTrainer, ServerAggregator
 from fedml.core.dp.fedml_differential_privacy import FedMLDifferentialPrivacy
-from fedml.core.security.fedml_attacker import FedMLAttacker
 from fedml.core.security.fedml_defender import FedMLDefender
 from torch import Tensor, nn
 
 from ...algorithms.client import Worker
 from ...algorithms.coordinator import Coordinator, added
 from ...algorithms.exchange import EVERYTHING, EXCHANGES
-from ...algorithms.phases import PHASES
 from ...dualcopy import DualCopy
-from ...errors import ConfigError, UpdateError
+from ...errors import UpdateError
 from ...federation.evaluate import evaluate
 from ...federation.local import trains
 from ...federation.mean import WeightedMean
@@ -34,14 +32,9 @@ from ...federation.seeding import derive, isolated
 from ...federation.server_state import ServerState
 from ...federation.state import State, clone, state_of
 from .plan import Plan
+from .security import check_security, security_enabled
 
 log = logging.getLogger(__name__)
-
-
-def security_enabled() -> bool:
-    """Whether FedML's attack, defence or privacy code is on in this process."""
-    parts = (FedMLAttacker, FedMLDefender, FedMLDifferentialPrivacy)
-    return any(part.get_instance().is_enabled for part in parts)
 
 
 class FedSQTrainer(ClientTrainer):  # type: ignore[misc]
@@ -61,8 +54,8 @@ class FedSQTrainer(ClientTrainer):  # type: ignore[misc]
         """The client's side, for the model that is here now: FedML replaces what a trainer was made with."""
         if self._worker is None or self._worker.model is not self.model:
             plan = self.plan
-            seed, kept = plan.config.random_seed, plan.config.keep_gates
-            self._worker = Worker(self.model, plan.algorithm, plan.options, plan.training, seed, kept)
+            config, parts = plan.config, (plan.algorithm, plan.options, plan.training)
+            self._worker = Worker(self.model, *parts, config.random_seed, config.keep_gates, config.compile)
         return self._worker
 
     def get_model_params(self) -> State:
@@ -93,6 +86,11 @@ class FedSQTrainer(ClientTrainer):  # type: ignore[misc]
         self._sums, self._trained = result.sums, trains(self.worker.parts(args.round_idx))
         if self._trained and not result.steps:
             log.warning("round %d: silo %s has no batch to train on", args.round_idx + 1, self.id)
+        if result.lost:
+            log.warning(
+                "round %d: silo %s lost %d of %d steps to an overflow in fp16",
+                args.round_idx + 1, self.id, result.lost, result.steps,
+            )  # fmt: skip
 
     def on_after_local_training(self, train_data: Any, device: Any, args: Any) -> None:
         self._only_floats = True
@@ -145,7 +143,7 @@ class FedSQAggregator(ServerAggregator):  # type: ignore[misc]
             known, gated = roles(model, plan.head), isinstance(model, DualCopy)
             seed = plan.config.random_seed
             begun = Coordinator(plan.algorithm, plan.options, state_of(model), known, seed, gated)
-            _refuse_security(begun, plan)
+            check_security(begun, plan)
             self._coordinator, self._begun_with = begun, model
         return self._coordinator
 
@@ -276,25 +274,10 @@ def _follow(model: nn.Module, state: ServerState) -> None:
         model.refresh(state.structural)
 
 
-def _refuse_security(coordinator: Coordinator, plan: Plan) -> None:
-    name, parts = coordinator.row.name, PHASES[plan.algorithm.phases].parts
-    sums = any(not trains(parts(plan.options, n)) for n in range(plan.config.comm_round))
-    if security_enabled() and (coordinator.separate or sums):
-        raise ConfigError(
-            f"{name} does not send one model per silo to one average, which is what FedML's attack, "
-            "defence and privacy options work on; turn off enable_attack, enable_defense and enable_dp"
-        )
-    privacy = FedMLDifferentialPrivacy.get_instance()
-    if privacy.is_global_dp_enabled() and coordinator.row.server != "average":
-        raise ConfigError(
-            f"{name}: FedML's central privacy adds noise to the model after the server's step, whose memory "
-            "would stay without it; use a row whose server is 'average', or turn off enable_dp"
-        )
-
-
 def _mean(args: Any, raw_grad_list: Any) -> State:
     """The sample-weighted mean, with the argument names of FedML's own operator."""
     mean = WeightedMean()
     for samples, state in raw_grad_list:
-        mean.add(state, samples)
+        if samples:  # a defence gives none to what it distrusts
+            mean.add(state, samples)
     return mean.result()

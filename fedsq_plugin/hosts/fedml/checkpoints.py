@@ -12,8 +12,9 @@ from ...agreement import kept_options
 from ...errors import WeightsError
 from ...federation.server_state import ServerState
 from ...federation.snapshots import ServerSnapshots, SiloSnapshots, refuse_started
-from .adapters import FedSQAggregator, FedSQTrainer, security_enabled
+from .adapters import FedSQAggregator, FedSQTrainer
 from .plan import Plan
+from .security import security_enabled
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""What `register()` does to FedML: it wraps six functions on their own modules and classes.
+"""What `register()` does to FedML: it replaces functions on their own modules and classes.
 
 Classes are wrapped in place: `from fedml import FedMLRunner` before or after makes no difference. Of
 functions only the modules' names are replaced: `from fedml.data import load` before `register()` keeps
@@ -17,6 +17,7 @@ import torch
 from ... import models
 from ...algorithms import algorithm, known, rows
 from ...config import OPTIONS, OURS, Config
+from ...dualcopy.precision import refuse_unsupported
 from ...errors import ConfigError, nearest
 from ...federation.seeding import derive, isolated
 from ...models.backbones import PREFIX
@@ -24,9 +25,11 @@ from ...recipe import flat, misplaced, read_loosely
 from . import offline
 from .data import DATASETS, FEDML_DATASETS
 from .data import load as load_ours
-from .names import NATIVE_SP, broken_road, refused_road
+from .devices import NO_GPU, device_of
+from .names import FEDML_MODELS, NATIVE_SP, ROADS, broken_road, refused_road
 from .plan import FINDINGS, HostName, algorithm_of, config_of, created, plan_of, viewed, warm_start
-from .unused import untrained_gates, unused
+from .trial import tried
+from .unused import compiled_for_cpu, untrained_gates, unused
 
 log = logging.getLogger(__name__)
 
@@ -43,21 +46,25 @@ _registered = False
 
 
 def register() -> None:
-    """Turn the plugin on in FedML, once per process."""
+    """Turn the plugin on in FedML, once per process. Raises ConfigError where FedML cannot be imported."""
     global _registered
     if _registered:
         return
+    offline.require_home()
     import fedml
     from fedml.arguments import Arguments
     from fedml.core import mlops
     from fedml.core.mlops.mlops_runtime_log import MLOpsRuntimeLog
     from fedml.data import data_loader
+    from fedml.device import device
     from fedml.model import model_hub
 
     offline.quiet_start(mlops)
-    offline.no_diagnosis(fedml)
+    offline.mpi_start(fedml)
+    fedml.collect_env = offline.no_diagnosis
     offline.own_logging(MLOpsRuntimeLog)
     Arguments.load_yaml_config = _load_yaml_config
+    fedml.device.get_device = device.get_device = _get_device(device.get_device)
     fedml.data.load = data_loader.load = _load(data_loader.load)
     fedml.model.create = model_hub.create = _create(model_hub.create)
     fedml.FedMLRunner.__init__ = _init(fedml.FedMLRunner.__init__)
@@ -96,6 +103,18 @@ def _load(original: Any) -> Any:
     return load
 
 
+def _get_device(original: Any) -> Any:
+    @functools.wraps(original)
+    def get_device(args: Any) -> Any:
+        road = (args.training_type, str(getattr(args, "backend", ROAD["backend"])))
+        asked = getattr(args, "using_gpu", False) or getattr(args, "gpu_util_parse", None)
+        # FedML's own algorithms stay FedML's, its way of finding a device too.
+        theirs = not hasattr(args, "federated_optimizer") or (_is_native(args) and not _asks_for_ours(args))
+        return original(args) if not asked or road not in ROADS or theirs else device_of(args)
+
+    return get_device
+
+
 def _create(original: Any) -> Any:
     @functools.wraps(original)
     def create(args: Any, output_dim: int) -> Any:
@@ -108,10 +127,14 @@ def _create(original: Any) -> Any:
                 return original(args, output_dim)
         except Exception as error:
             if "no such model definition" not in str(error):
-                raise
+                reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                raise ConfigError(
+                    f"model_args.model '{args.model}': FedML cannot make it for {args.dataset} ({reason})"
+                ) from error
             if args.model.startswith(PREFIX):
                 models.head(args.model)  # says what a name like this lacks
-            hint = nearest(args.model, models.names())
+            homes = ", ".join(FEDML_MODELS.get(args.model, ()))
+            hint = f"; it is FedML's for {homes}" if homes else nearest(args.model, models.names())
             raise ConfigError(
                 f"model_args.model '{args.model}' is unknown to FedML for {args.dataset}{hint}"
             ) from None
@@ -145,7 +168,7 @@ def _init(original: Any) -> Any:
         config = config_of(args)
         given = config.model_dump()
         findings = map(str, getattr(args, FINDINGS, []))
-        for line in (*unused(given, ours), *untrained_gates(given), *findings):
+        for line in (*unused(given, ours), *untrained_gates(given), *compiled_for_cpu(given), *findings):
             log.warning(line)
         check_device(config, device)
         if config.threads:
@@ -156,18 +179,25 @@ def _init(original: Any) -> Any:
             original(self, args, device, dataset, model, *rest)
             return
         from .checkpoints import ServerCheckpoints
-        from .distributed.node import is_client, node, relu_like_the_servers
+        from .distributed.node import is_client, node, refuse_road, relu_like_the_servers
+        from .security import check_options
         from .simulation import Simulation
 
+        check_options(args)
         one_process = (args.training_type, args.backend) == ("simulation", "sp")
+        if not one_process:
+            refuse_road(args, config)  # before a warm start that takes long
         checkpoints = ServerCheckpoints(plan) if one_process or not is_client(args) else None
         if checkpoints is not None and not checkpoints.resumes:
             self.reluised = warm_start(model, config, dataset, device)
         elif config.relu_ise:
             relu_like_the_servers(model)
         prepare_host(args)
-        own = (client_trainer, server_aggregator)
-        parts = (args, device, dataset, viewed(model, plan), plan, *own, checkpoints)
+        view, own = viewed(model, plan), (client_trainer, server_aggregator)
+        if own == (None, None):
+            for line in tried(view, plan, dataset):
+                log.warning(line)
+        parts = (args, device, dataset, view, plan, *own, checkpoints)
         self.runner = Simulation(*parts) if one_process else node(*parts)
 
     return init
@@ -176,17 +206,18 @@ def _init(original: Any) -> Any:
 def is_ours(args: Any, custom: bool) -> bool:
     """Whether our rows run this, rather than FedML itself.
 
-    FedML's own algorithms stay FedML's, unless our rows are asked for, or a trainer or aggregator is
-    passed that FedML's `sp` would ignore (FedML issue 565).
+    FedML's own algorithms stay FedML's, unless our rows are asked for, or TLS, which FedML has not, or a
+    trainer or aggregator is passed that FedML's `sp` would ignore (FedML issue 565).
 
     Raises:
         ConfigError: nobody knows the algorithm, or it cannot run as asked.
     """
-    name = algorithm_of(args)
-    simulated = args.training_type == "simulation"
-    sp = simulated and args.backend == "sp"
-    native = name in NATIVE_SP if sp else not known(name) or name in ("FedAvg", "FedProx")
-    if native and not getattr(args, OWN_ROWS, False) and not (custom and sp):
+    name, native = algorithm_of(args), _has_native(args)
+    if _has_tls(args) and native and not known(name):
+        raise ConfigError(
+            f"FedML's own {name} has no TLS (fedsq_args.tls_cert); use one of {', '.join(rows())}"
+        )
+    if _is_native(args) and not (custom and _is_sp(args)):
         return False
     if "+" in name:
         algorithm(name)  # says which part is wrong
@@ -204,15 +235,38 @@ def is_ours(args: Any, custom: bool) -> bool:
     return True
 
 
+def _is_sp(args: Any) -> bool:
+    return bool(args.training_type == "simulation" and args.backend == "sp")
+
+
+def _has_native(args: Any) -> bool:
+    """Whether FedML has an algorithm of this name on this road."""
+    name = algorithm_of(args)
+    return name in NATIVE_SP if _is_sp(args) else not known(name) or name in ("FedAvg", "FedProx")
+
+
+def _is_native(args: Any) -> bool:
+    """Whether FedML's own algorithm runs, unless a trainer or aggregator is passed."""
+    return _has_native(args) and not getattr(args, OWN_ROWS, False) and not _has_tls(args)
+
+
+def _has_tls(args: Any) -> bool:
+    """Whether this process is to talk under TLS, which FedML's own loops cannot."""
+    return bool(getattr(args, "tls_cert", None)) and not _is_sp(args)
+
+
 def _asks_for_ours(args: Any) -> bool:
     """Whether a recipe for FedML's own algorithm uses what only the plugin can give."""
     return getattr(args, ASKED, False) or getattr(args, "warm_start", "none") not in ("none", None)
 
 
 def check_device(config: Config, device: Any) -> None:
-    """Raise ConfigError when a GPU was asked for and FedML fell back to the CPU."""
+    """Raise ConfigError when a GPU was asked for and the script's device is the CPU, or where the device does
+    not do what the recipe asks of it."""
     if config.using_gpu and torch.device(device).type == "cpu":
-        raise ConfigError("device_args.using_gpu is true, but no GPU is available; set using_gpu: false")
+        raise ConfigError(NO_GPU)
+    refuse_unsupported(config.precision, device, "fedsq_args.precision")
+    refuse_unsupported(config.structural_precision, device, "fedsq_args.structural_precision")
 
 
 def prepare_host(args: Any) -> None:

@@ -45,7 +45,7 @@ _BROKEN = {
     "NCCL": "FedML 0.9.6 comes without its NCCL simulation",
     "hierarchical": "FedML 0.9.6 ends a hierarchical run at its start",
     "TRPC": "FedML's TRPC ends before the training does",
-    "MQTT_S3": "it needs FedML's platform, a broker and a store",
+    "MQTT_S3": "MQTT_S3 needs FedML's platform, a broker and a store",
 }
 
 
@@ -93,6 +93,8 @@ def with_host_defaults(families: dict[str, dict[str, Any]]) -> dict[str, dict[st
     defaults = {family: dict(options) for family, options in HOST_DEFAULTS.items()}
     if any(options.get("backend") == "MPI" for options in families.values()):
         defaults["device_args"].update(MPI_DEFAULTS)
+    if any(options.get("gpu_mapping_file") for options in families.values()):
+        del defaults["device_args"]["gpu_id"]  # across silos it would go before the mapping
     for family, options in defaults.items():
         missing = {key: value for key, value in options.items() if key not in present}
         result.setdefault(family, {}).update(missing)

@@ -1,15 +1,37 @@
-"""FedML's start without its side effects: no network unless asked, logging and printing left alone."""
+"""FedML's start without its side effects: no network unless asked, logging and printing left alone.
+
+Nothing here imports FedML.
+"""
 
 from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from ...errors import ConfigError
 from .distributed.mpi import abort_on_error
+from .names import MPI_DEFAULTS
+
+
+def require_home() -> None:
+    """Raise ConfigError where FedML cannot write under the home folder, which it does as it is imported."""
+    try:
+        home = Path.home()
+        there = next(path for path in (home / ".fedml", home, *home.parents) if path.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except (OSError, RuntimeError, ValueError) as error:
+        where = os.environ.get("HOME") or "(not set)"
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(
+            f"HOME {where} cannot be written ({reason}), and FedML keeps its files under ~/.fedml: "
+            "set HOME to a writable folder"
+        ) from None
 
 
 def quiet_start(mlops: Any) -> None:
@@ -28,10 +50,42 @@ def quiet_start(mlops: Any) -> None:
     mlops.fetch_config = fetch_config
 
 
-def no_diagnosis(fedml: Any) -> None:
-    """Keep `fedml.init` of a cross-silo process from asking three servers of FedML's platform whether they
-    are there, without a time-out; `fedml env` still does."""
-    fedml.collect_env = lambda: None
+def no_diagnosis() -> None:
+    """In place of `fedml.collect_env`, which `fedml.init` calls across silos: it prints a description of the
+    machine, and asks FedML's platform, its store and its broker whether they are there."""
+
+
+def mpi_start(fedml: Any) -> None:
+    """Give `fedml.init` what it reads under MPI, and let what it lacks there be one line."""
+    start = fedml.init
+
+    @functools.wraps(start)
+    def init(args: Any = None, *rest: Any, **options: Any) -> Any:
+        if args is None:
+            args = fedml.load_arguments(fedml._global_training_type, fedml._global_comm_backend)
+        if getattr(args, "backend", None) == "MPI":
+            for key, value in MPI_DEFAULTS.items():
+                setattr(args, key, getattr(args, key, value))
+            _count_processes(args)
+        return start(args, *rest, **options)
+
+    fedml.init = init
+
+
+def _count_processes(args: Any) -> None:
+    """In a simulation FedML counts them itself; across silos it ends with a bare AssertionError."""
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise ConfigError(f"comm_args.backend MPI: {error}; pip install 'fedsq-plugin[mpi]'") from None
+    if getattr(args, "training_type", None) != "cross_silo":
+        return
+    clients, wanted = MPI.COMM_WORLD.Get_size() - 1, getattr(args, "worker_num", None)
+    if clients != wanted:
+        raise ConfigError(
+            f"train_args.worker_num is {wanted}, and this run has {clients} client processes: start it with "
+            "mpirun -np worker_num + 1"
+        )
 
 
 def own_logging(runtime_log: Any) -> None:

@@ -89,6 +89,11 @@ def plan_of(config: Config, model: nn.Module) -> Plan:
         raise ConfigError(
             "finetune_part is 'head': set fedsq_args.head to the module path of the model's last layer"
         )
+    volumes = next((p for p, module in model.named_modules() if isinstance(module, nn.Conv3d)), None)
+    if config.channels_last and volumes is not None:
+        raise ConfigError(
+            f"fedsq_args.channels_last is for images, and {volumes} convolves volumes; set it to false"
+        )
     if "without norm layers" in (row.phases, row.exchange) and not _has_norm(model):
         raise ConfigError(
             f"{row.name} treats normalisation layers apart, and the model has none: use another row"
@@ -167,6 +172,7 @@ def _training(config: Config) -> LocalTraining:
         lr_decay_rounds=config.lr_decay_rounds,
         rounds=config.comm_round,
         augmentation=config.augmentation,
+        precision=config.precision,
     )
 
 
@@ -296,7 +302,11 @@ def public_split(dataset: Any, config: Config) -> Any:
 def viewed(model: nn.Module, plan: Plan) -> nn.Module:
     """The model as the algorithm trains it. The structural copy is taken here."""
     with in_recipe_terms():
-        return VIEWS[plan.algorithm.view](model, plan.options)
+        view = VIEWS[plan.algorithm.view](model, plan.options)
+    if plan.config.channels_last:
+        # Convolutions follow their weights: inputs need not be touched.
+        view.to(memory_format=torch.channels_last)
+    return view
 
 
 def created(config: Config, classes: int) -> nn.Module:
@@ -307,12 +317,18 @@ def created(config: Config, classes: int) -> nn.Module:
     if name == config.model:
         return model
     with in_recipe_terms():
-        return DualCopy(model, accept=accepted(config), pooling=config.gate_pooling)
+        return DualCopy(
+            model,
+            accept=accepted(config),
+            pooling=config.gate_pooling,
+            structural_precision=config.structural_precision,
+        )
 
 
 _TERMS = {
     "(or turn the backbone into a ReLU one first)": "or set warm_start_args.relu_ise: true",
     "accept it ungated by name: accept=[": "accept it ungated by name: fedsq_args.gate_accept: [",
+    "all of them: accept=[": "all of them: fedsq_args.gate_accept: [",
     "give 'imagenet' or a file (": "warm_start_args.warm_start_file must name a file (",
     "fetch that file elsewhere and give its path as weights": (
         "fetch that file elsewhere and set warm_start: file and warm_start_file to its path"

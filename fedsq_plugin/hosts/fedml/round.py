@@ -19,6 +19,7 @@ from ...federation.state import State, clone, nbytes
 from ...federation.updates import problem
 from .adapters import FedSQAggregator
 from .plan import Plan
+from .security import security_enabled
 
 log = logging.getLogger(__name__)
 
@@ -157,8 +158,11 @@ class Round:
             with isolated(derive("server", self._plan.config.random_seed, self.record.round)):
                 accepted, _ = self._aggregator.on_before_aggregation(self._together)
                 result: State = self._aggregator.on_after_aggregation(self._aggregator.aggregate(accepted))
-        except ValueError as error:  # a defence that has too few updates left, say
+        except Exception as error:  # a defence that has too few updates left, say
+            if not isinstance(error, ValueError) and not security_enabled():
+                raise
+            said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             raise UpdateError(
-                f"round {self.record.round}: aggregating {len(self._together)} updates failed: {error}"
+                f"round {self.record.round}: aggregating {len(self._together)} updates failed: {said}"
             ) from error
         return result

@@ -19,6 +19,7 @@ from ...federation.evaluate import Metrics
 from ...federation.record import RoundRecord
 from ...federation.reluise import Reluised
 from ...recipe import Families, flat
+from .devices import described
 from .names import with_host_defaults
 
 log = logging.getLogger(__name__)
@@ -44,12 +45,12 @@ class Start:
     classes: list[str] | None
     metrics: Metrics
     """The global model before the next round, on the global test set."""
-    finished: int
-    """Rounds that were finished before, in a run that goes on."""
     reluised: Reluised | None
     """What ReLU-isation did, where it was asked for."""
     notes: list[str]
     """How the model came by its weights."""
+    finished: int = 0
+    """Rounds that were finished before, in a run that goes on."""
 
 
 def execute(
@@ -135,19 +136,11 @@ def _run(
 ) -> Outcome:
     ready = _runner(path, arguments)
     args, dataset, main = ready.args, ready.dataset, ready.runner.runner
-    try:
-        metrics = main.scoring.evaluate()[0]
-    except RuntimeError as error:
-        log.exception("the first forward failed")
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(
-            f"model {args.model} does not run on the images of {args.dataset}: {reason}; "
-            "try fedsq_args.small_images or image_size"
-        ) from None
+    metrics = main.scoring.evaluate()[0]
     main.on_round = on_round
     counts, names = getattr(dataset, "counts", None), getattr(dataset, "classes", None)
-    finished = main.checkpoints.round
-    on_start(Start(str(ready.device), counts, names, metrics, finished, ready.runner.reluised, ready.notes))
+    finished, device = main.checkpoints.round, described(ready.device)
+    on_start(Start(device, counts, names, metrics, ready.runner.reluised, ready.notes, finished))
     ready.runner.run()
     if getattr(args, "enable_wandb", False):
         import wandb

@@ -14,6 +14,8 @@ from ...federation.state import State, clone
 from .adapters import FedSQTrainer
 from .checkpoints import SiloCheckpoints
 from .plan import Plan
+from .round import drawn
+from .security import label_flipping
 
 
 class Silos:
@@ -58,6 +60,10 @@ class Silos:
         mlops.event("train", event_started=True, event_value=event)
         ours = isinstance(trainer, FedSQTrainer)
         local = self._train[silo], self._test.get(silo)
+        if (attack := label_flipping()) is not None:
+            # It chooses by counting the calls of its process: the count that one process would have.
+            position = drawn(self.plan, args, round_idx).index(silo)
+            attack.counter = round_idx * args.client_num_per_round + position
         # A user's own trainer draws from the global generators, too.
         with isolated(derive("client", self.plan.config.random_seed, round_idx, silo)):
             trainer.set_id(silo)

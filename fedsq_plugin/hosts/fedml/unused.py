@@ -11,13 +11,14 @@ from ...config import OPTIONS, family_of
 from ...models.backbones import PREFIX
 from .data import DATASETS
 
-GATES = ("keep_gates", "gate_accept", "gate_pooling", "structural_copy")
+GATES = ("keep_gates", "gate_accept", "gate_pooling", "structural_copy", "structural_precision")
 DATA = ("data_seed", "image_size", "min_client_samples")
 PUBLIC = ("warm_start_public", "warm_start_momentum", "warm_start_batch_size", "warm_start_cache_dir")
 RELU_ISE = tuple(key for key in OPTIONS if key.startswith("relu_ise_"))
 LOOP = (
     *("keep_gates", "buffers", "nonfinite", "nesterov", "clip_norm", "sampling_seed", "structural_copy"),
     *("lr_schedule", "lr_decay", "lr_decay_rounds", "silo_evaluation", "finetune_epochs", "checkpoint_dir"),
+    *("precision", "channels_last", "compile"),
 )
 """Read by our own loop, trainer and aggregator alone."""
 
@@ -65,6 +66,8 @@ def unused(valid: Mapping[str, Any], ours: bool = True) -> list[str]:
     if get("structural_copy", "ema") != "ema":
         mark(("structural_decay",), f"structural_copy is '{valid['structural_copy']}'")
     own = row.finetune_epochs if row is not None else 0
+    if get("using_gpu") and get("backend") == "sp":
+        mark(("gpu_mapping_file", "gpu_mapping_key"), "sp is one process, on gpu_id")
     tuning = get("finetune_epochs", 1)
     if not (own if tuning is None else tuning):
         mark(("finetune_part",), "there is no final fine-tuning")
@@ -77,6 +80,8 @@ def unused(valid: Mapping[str, Any], ours: bool = True) -> list[str]:
         mark(("warm_start_epochs",), f"warm_start is '{warm}'")
         if not relu_ise:
             mark(("warm_start_learning_rate", *PUBLIC), f"warm_start is '{warm}'")
+    if get("backend", "GRPC") == "sp":
+        mark(("tls_cert", "tls_key", "tls_ca"), "backend sp is one process")
     if get("lr_schedule", "step") != "step":
         mark(("lr_decay", "lr_decay_rounds"), f"lr_schedule is '{valid['lr_schedule']}'")
     return [
@@ -100,3 +105,10 @@ def untrained_gates(valid: Mapping[str, Any]) -> list[str]:
             "warm_start is none: the gates of random weights are frozen; FedSQ is meant for pretrained ones"
         ]
     return []
+
+
+def compiled_for_cpu(valid: Mapping[str, Any]) -> list[str]:
+    """A line when torch.compile is asked for where it costs time."""
+    if not valid.get("compile") or valid.get("using_gpu"):
+        return []
+    return ["compile is true and using_gpu false: on a CPU, compiled steps were slower than plain ones"]

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fedsq_plugin
+from fedsq_plugin import certificates
 from fedsq_plugin.config import OPTIONS, family_of
 from fedsq_plugin.federation.state import State, clone, state_of
 
@@ -207,10 +208,36 @@ SECURITY: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def unsecured() -> Any:
     """FedML's security code is a process-wide singleton; leave it off."""
+    yield
+    turn_off_security()
+
+
+def turn_off_security() -> None:
     from fedml.core.dp.fedml_differential_privacy import FedMLDifferentialPrivacy
     from fedml.core.security.fedml_attacker import FedMLAttacker
     from fedml.core.security.fedml_defender import FedMLDefender
 
-    yield
     for part in (FedMLAttacker, FedMLDefender, FedMLDifferentialPrivacy):
         part.get_instance().is_enabled = False
+
+
+@pytest.fixture(scope="session")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ours") / "tls"
+    certificates.write(folder, clients=2, days=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of another authority."""
+    folder = tmp_path_factory.mktemp("others") / "tls"
+    certificates.write(folder, clients=2, days=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def expired(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("expired") / "tls"
+    certificates.write(folder, clients=2, days=0)
+    return folder

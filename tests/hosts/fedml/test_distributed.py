@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -20,11 +21,20 @@ import yaml
 
 from fedsq_plugin import launch
 from fedsq_plugin.config import OPTIONS, family_of
+from fedsq_plugin.federation.seeding import sample_clients
 
-from .several import rows
+from . import several
+from .cases import CASES, Case
+from .conftest import HEAD, NORM, WHOLE, turn_off_security
+from .several import SEED, rows, script
 
-ALGORITHMS = ("FedAvg", "FedSQ", "FedMR", "FedRep", "FedNCM", "FedBABU")
+ALGORITHMS = ("FedSQ", "FedRep")
 ROADS = {"GRPC": "cross_silo", "MPI": "simulation"}
+FINGERPRINT = 64
+"""Bytes of a structural copy's announcement."""
+WRONG_WORLD = (
+    "train_args.worker_num is 3, and this run has 2 client processes: start it with mpirun -np worker_num + 1"
+)
 LIMIT_S = 150
 """For any one step of a test; nothing may hang."""
 PYTHON = (sys.executable, "-m", "fedsq_plugin.cli")
@@ -55,7 +65,9 @@ def recipe(cache: Path, **options: Any) -> dict[str, dict[str, Any]]:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+    here = str(Path(__file__).parents[3])
+    path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 def start(*command: str) -> subprocess.Popen[str]:
@@ -64,7 +76,7 @@ def start(*command: str) -> subprocess.Popen[str]:
 
 
 @contextmanager
-def ended(*processes: subprocess.Popen[str]) -> Iterator[None]:
+def ended(*processes: subprocess.Popen[Any]) -> Iterator[None]:
     try:
         yield
     finally:
@@ -83,11 +95,21 @@ def in_one_process(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     return {name: rows(recipe(cache, federated_optimizer=name), log) for name in ALGORITHMS}
 
 
+@pytest.fixture(scope="module")
+def scripts_in_one_process(
+    fedml: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, tuple[list[Any], str]]]:
+    folder, argv, root = tmp_path_factory.mktemp("scripts"), sys.argv, list(logging.root.handlers)
+    yield {name: script(case, folder, number=n) for n, (name, case) in enumerate(CASES.items())}
+    sys.argv, logging.root.handlers = argv, root
+    turn_off_security()
+
+
 @pytest.mark.parametrize("backend", ROADS)
 def test_the_figures_are_those_of_one_process(
-    backend: str, in_one_process: dict[str, Any], cache: Path, tmp_path: Path
+    backend: str, in_one_process: Any, scripts_in_one_process: Any, cache: Path, tmp_path: Path
 ) -> None:
-    """Three silos on two client processes."""
+    """On two client processes, recipes of `fedsq run` and scripts of a user's own, under the launcher."""
     for number, name in enumerate(ALGORITHMS):
         families = recipe(
             cache, federated_optimizer=name, backend=backend, training_type=ROADS[backend], worker_num=2
@@ -96,19 +118,66 @@ def test_the_figures_are_those_of_one_process(
             table = tmp_path / f"{number}.csv"
             table.write_text(launch._table(2))
             families["comm_args"]["grpc_ipconfig_path"] = str(table)
-        (tmp_path / f"{backend}-{name}.yaml").write_text(yaml.safe_dump(families))
-    command = (sys.executable, "-m", "tests.hosts.fedml.several", str(tmp_path), backend)
+        (tmp_path / f"{backend}-{name}.recipe").write_text(yaml.safe_dump(families))
+    for number in range(len(CASES)):
+        (tmp_path / f"table-{number}.csv").write_text(launch._table(2))
+    command = (sys.executable, "-m", "fedsq_plugin", str(several.__file__), str(tmp_path), backend)
     if backend == "GRPC":
-        processes = [start(*command, str(rank)) for rank in range(3)]
+        commands = [(*command, str(rank)) for rank in range(3)]
     else:
         mpirun = Path(sys.executable).with_name("mpirun")
         options = ("--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-np", "3")
-        processes = [start(str(mpirun), *options, *command)]
+        commands = [(str(mpirun), *options, *command)]
+    said = tmp_path / "said.txt"  # a pipe that nobody reads would fill, and stop its process
+    with said.open("w") as out:
+        processes = [
+            subprocess.Popen(command, env=environment(), stdout=out, stderr=out) for command in commands
+        ]
     with ended(*processes):
-        said = [process.communicate(timeout=LIMIT_S)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), said
-    found = json.loads((tmp_path / f"{backend}.json").read_text())
-    assert found == json.loads(json.dumps(in_one_process))
+        for process in processes:
+            process.wait(timeout=3 * LIMIT_S)  # over sixty runs
+    assert [process.returncode for process in processes] == [0] * len(processes), said.read_text()[-3000:]
+    recipes, scripts, _ = json.loads((tmp_path / f"{backend}-0.json").read_text())
+    assert scripts_in_one_process.keys() <= scripts.keys()
+    assert recipes == json.loads(json.dumps(in_one_process))
+    for name, (found, found_print) in scripts.items():
+        known = name.partition(", across silos")[0]
+        (rounds, print_of), case = scripts_in_one_process[known], CASES[known]
+        assert (name, found_print) == (name, print_of)
+        expected = json.loads(json.dumps(rounds))
+        notes = [note for record in expected for note in record["notes"]]
+        assert (name, notes) == (name, list(case.notes))
+        more = [
+            there["bytes"].pop() - here["bytes"].pop() for there, here in zip(found, expected, strict=True)
+        ]
+        assert (name, found) == (name, expected)
+        assert (name, more) == (name, more_bytes_down(case))
+    for rank in range(3):
+        first, *second = json.loads((tmp_path / f"{backend}-{rank}.json").read_text())[2]
+        assert first == (
+            "FedSQ: between processes, only the plugin's own trainer and aggregator send the structural "
+            "copy; pass none, or use backend: sp"
+        )
+        assert second == ([WRONG_WORLD] if backend == "MPI" else [])
+
+
+def more_bytes_down(case: Case) -> list[int]:
+    """Between processes, a silo's first message is the whole model, with the fingerprint of the structural
+    copy, and the copy as well where it is another one than the model by then."""
+    name, options = str(case.options["federated_optimizer"]), {"comm_round": 2, **case.options}
+    apart = HEAD if name in ("FedRep", "FedBABU") else NORM if "FedBN" in name else 0
+    silos = [silo for silo, size in enumerate(case.sizes) if size]
+    known: set[int] = set()
+    more = []
+    for round_idx in range(options["comm_round"]):
+        wanted = options.get("client_num_per_round", len(case.sizes))
+        new = set(sample_clients(len(case.sizes), wanted, round_idx, SEED)).intersection(silos) - known
+        known |= new
+        # What changes in a later round is told to everybody, on every road.
+        unchanged = options.get("structural_copy", "fixed") == "fixed" or round_idx < 2
+        copy = FINGERPRINT + (WHOLE if round_idx else 0) if "FedSQ" in name and unchanged else 0
+        more.append(len(new) * (apart + copy))
+    return more
 
 
 def launched(tmp_path: Path, families: Any, *options: str) -> tuple[subprocess.Popen[str], Path]:

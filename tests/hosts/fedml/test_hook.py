@@ -16,6 +16,7 @@ import torch
 import fedsq_plugin
 from fedsq_plugin import DualCopy, models
 from fedsq_plugin.errors import ConfigError, GateError, WeightsError
+from fedsq_plugin.hosts.fedml import hook
 from fedsq_plugin.hosts.fedml.plan import algorithm_of
 from fedsq_plugin.hosts.fedml.simulation import Simulation
 
@@ -294,6 +295,19 @@ def test_an_unknown_model_is_an_error(fedml: Any, make_args: MakeArgs) -> None:
         fedml.model.create(make_args(model="resnet19"), 10)
 
 
+def test_a_model_that_fedml_has_for_other_data_is_an_error(fedml: Any, make_args: MakeArgs) -> None:
+    line = "'cnn' is unknown to FedML for cifar10; it is FedML's for mnist, femnist"
+    with pytest.raises(ConfigError, match=line):
+        fedml.model.create(make_args(model="cnn", dataset="cifar10"), 10)
+
+
+def test_a_model_that_fedml_cannot_make_is_an_error(fedml: Any, make_args: MakeArgs) -> None:
+    """FedML 0.9.6 calls its EfficientNet without the arguments that it insists on."""
+    line = r"'efficientnet': FedML cannot make it for cifar10 \(AssertionError: blocks_args"
+    with pytest.raises(ConfigError, match=line):
+        fedml.model.create(make_args(model="efficientnet", dataset="cifar10"), 10)
+
+
 def test_an_unknown_data_set_is_an_error_instead_of_cifar10(fedml: Any, make_args: MakeArgs) -> None:
     with pytest.raises(ConfigError, match="dataset 'digit' is unknown; did you mean 'digits'"):
         fedml.data.load(make_args(dataset="digit"))
@@ -326,13 +340,12 @@ def test_a_broken_recipe_is_not_swallowed(
 
 
 @pytest.mark.parametrize(
-    "road",
-    [{}, {"training_type": "cross_silo", "scenario": "horizontal", "backend": "GRPC", "worker_num": 1}],
+    "road", [{}, {"training_type": "cross_silo", "backend": "GRPC", "worker_num": 2, "client_id_list": None}]
 )
 def test_fedml_init_asks_the_network_for_nothing(
     road: dict[str, Any], make_args: MakeArgs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """FedML tries five times, half a second apart; across silos it asks more."""
+    """FedML tries five times, half a second apart; across silos it asks three services of its platform."""
     asked: list[Any] = []
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
@@ -343,6 +356,40 @@ def test_fedml_init_asks_the_network_for_nothing(
     monkeypatch.setattr(socket.socket, "connect", refuse)
     make_args(**road)
     assert asked == []
+
+
+def test_mpi_that_is_not_installed_is_one_line(make_args: MakeArgs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(ConfigError, match=r"comm_args.backend MPI: .*; pip install 'fedsq-plugin\[mpi\]'"):
+        make_args(backend="MPI")
+
+
+@pytest.mark.parametrize(
+    ("table", "line"),
+    [
+        (None, "grpc_ipconfig_path is missing: a CSV file with the columns eid,rank"),
+        ("none.csv", "none.csv cannot be read .*No such file"),
+        ("receiver_id,ip\n0,127.0.0.1\n", r"cannot be read \('rank'\); its columns are eid,rank"),
+        ("eid,rank,grpc_server_ip,grpc_server_port\n0,0,127.0.0.1,9\n", "has no row for rank 1, 2"),
+    ],
+)
+def test_a_wrong_table_of_addresses_is_found_before_the_warm_start(
+    table: str | None,
+    line: str,
+    fedml: Any,
+    make_args: MakeArgs,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "none.csv"
+    if table and "," in table:
+        path = tmp_path / "table.csv"
+        path.write_text(table)
+    known = {"grpc_ipconfig_path": str(path)} if table else {}
+    args = make_args(training_type="cross_silo", backend="GRPC", worker_num=2, **known)
+    monkeypatch.setattr(hook, "warm_start", lambda *_: pytest.fail("it came to the warm start"))
+    with pytest.raises(ConfigError, match=line):
+        fedml.FedMLRunner(args, "cpu", silos(), network())
 
 
 def test_logging_and_printing_survive_fedml_init(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -15,8 +16,10 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from torch import Tensor
 
+from fedsq_plugin import cli, runs
 from fedsq_plugin.dualcopy import DualCopy
 from fedsq_plugin.errors import ConfigError, FedSQError, WeightsError
 from fedsq_plugin.federation.record import RoundRecord
@@ -193,3 +196,36 @@ def test_what_cannot_be_resumed_is_refused(cache: Path, tmp_path: Path) -> None:
 
 def with_folder(cache: Path, folder: Path, **options: Any) -> Any:
     return recipe(cache, **{"comm_round": ROUNDS, "checkpoint_dir": str(folder), **options})
+
+
+def test_a_comparison_that_was_interrupted_goes_on(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the second of three runs, after its second round; the first is not run again."""
+    console, families = Console(file=io.StringIO()), recipe(cache, comm_round=3)
+    compared = (families, ["FedAvg", "FedSQ:structural_copy=ema", "FedBABU"], [1])
+    runs.compare(*compared, tmp_path / "whole", console)
+
+    def interrupted(families: Any, log: Path, on_start: Any, on_round: Any) -> Outcome:
+        def cut(record: RoundRecord) -> None:
+            on_round(record)
+            if record.round == 2 and families["train_args"]["federated_optimizer"] == "FedSQ":
+                raise KeyboardInterrupt
+
+        return execute(families, log, on_start, cut)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runs, "execute", interrupted)
+        runs.compare(*compared, tmp_path / "cut", console)
+    assert f"--resume {tmp_path / 'cut'} goes on" in " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    begun = pd.read_csv(tmp_path / "cut" / "metrics.csv")
+    assert len(begun) == (3 + 3 + 1) + (2 + 2)  # silos are tested and tuned, too, for FedBABU's sake
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.argv", ["fedsq", "compare", "--resume", str(tmp_path / "cut")])
+        cli.main()
+    pd.testing.assert_frame_equal(timeless(tmp_path / "cut"), timeless(tmp_path / "whole"), check_exact=True)
+    both = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "cut")]
+    assert {key: both[0][key] for key in ("warm_start", "seeds", "relu_ise")} == {
+        key: both[1][key] for key in ("warm_start", "seeds", "relu_ise")
+    }
+    assert both[1]["ended_early"] == []

@@ -305,6 +305,73 @@ def test_norm_clipping_bounds_the_update(fedml: Any, make_args: MakeArgs, unsecu
     assert 0 < float(moved) <= 0.1 + 1e-6
 
 
+BYZANTINE = {"enable_attack": True, "attack_type": "byzantine"}
+DEFENDED, PRIVATE = {"enable_defense": True}, {"enable_dp": True, "epsilon": 0.9, "delta": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({**DEFENDED, "defense_type": "weak_dp", "stddev": 1.0}, "weak_dp: FedML 0.9.6 knows it and never"),
+        ({**PRIVATE, "dp_solution_type": "nbafl", "C": 1.0}, "nbafl: FedML 0.9.6 knows it and never"),
+        ({**DEFENDED, "defense_type": "krun"}, "defense_type is 'krun'.*krum"),
+        ({**DEFENDED}, "enable_defense is true, and defense_type is 'None'"),
+        ({**BYZANTINE, "attack_type": "byzantin"}, "attack_type is 'byzantin'.*byzantine"),
+        ({**BYZANTINE}, "FedMLAttacker cannot start: the option byzantine_client_num is missing"),
+        ({**DEFENDED, "defense_type": "krum"}, "FedMLDefender cannot start: .*byzantine_client_num is miss"),
+        (
+            {**PRIVATE, "dp_solution_type": "cdp", "mechanism_type": "gaussian", "sensitivity": 1.0}
+            | {"epsilon": 2.0},
+            "FedMLDifferentialPrivacy cannot start: Epsilon cannot be greater than 1",
+        ),
+        (
+            {**PRIVATE, "dp_solution_type": "cdp", "enable_rdp_accountant": True},
+            "FedML 0.9.6's accountant",
+        ),
+    ],
+)
+def test_security_options_that_would_do_nothing_or_end_in_a_trace(
+    options: dict[str, Any], line: str, fedml: Any, make_args: MakeArgs, unsecured: Any
+) -> None:
+    with pytest.raises(ConfigError, match=line):
+        simulate(fedml, make_args(comm_round=1, **options))
+
+
+def test_a_defence_that_fails_by_itself_is_an_error_of_the_round(
+    fedml: Any, make_args: MakeArgs, unsecured: Any
+) -> None:
+    """FedML's coordinate-wise median miscounts where a model has BatchNorm."""
+    args = make_args(comm_round=1, enable_defense=True, defense_type="wise_median")
+    with pytest.raises(UpdateError, match="round 1: aggregating 3 updates failed: RuntimeError: shape"):
+        simulate(fedml, args)
+
+
+def test_an_update_that_a_defence_gives_no_weight_is_left_out() -> None:
+    from fedsq_plugin.hosts.fedml.adapters import _mean
+
+    states = [{"a": torch.tensor([value])} for value in (1.0, 100.0)]
+    assert _mean(None, [(0.5, states[0]), (0.0, states[1])])["a"].tolist() == [1.0]
+
+
+@pytest.mark.parametrize("sizes", [(16, 16, 16), (16, 24, 24)])
+def test_what_fedmls_rfa_makes_of_silos_of_one_size_is_said(
+    sizes: tuple[int, ...],
+    fedml: Any,
+    make_args: MakeArgs,
+    unsecured: Any,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It keeps one weight per count, so that the last silos have none, whatever they send."""
+    results = []
+    for seed in (0, 1):  # of the last silo's data alone
+        data = silos(sizes)
+        data[5][2] = silos(sizes, seed=seed)[5][2]
+        results.append(final(simulate(fedml, make_args(comm_round=1, **SECURITY["rfa"]), data)))
+    floats = [key for key, value in results[0].items() if value.is_floating_point()]
+    assert all(torch.equal(results[0][key], results[1][key]) for key in floats)
+    assert "defense_type rfa: FedML 0.9.6's own weighs silos by the set of their sample" in caplog.text
+
+
 def test_privacy_of_one_run_does_not_reach_the_next(fedml: Any, make_args: MakeArgs, unsecured: Any) -> None:
     first = fingerprint(final(simulate(fedml, make_args(comm_round=1))))
     simulate(fedml, make_args(comm_round=1, **SECURITY["central privacy"]))
@@ -343,7 +410,7 @@ def test_keeping_gates_changes_the_work_and_not_the_result(
 
     kept: list[Any] = []
     cache = client.GateCache
-    monkeypatch.setattr(client, "GateCache", lambda dual: kept.append(cache(dual)) or kept[-1])
+    monkeypatch.setattr(client, "GateCache", lambda dual, **how: kept.append(cache(dual, **how)) or kept[-1])
     results = [final(simulate(fedml, make_args(comm_round=3, keep_gates=k))) for k in (False, True)]
     torch.testing.assert_close(results[1], results[0])
     # 80 samples, once each; in the two rounds after the first they are known.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import csv
+import ipaddress
 import logging
 import os
 import queue
+import socket
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,6 +19,8 @@ import grpc
 from fedml.core.distributed.communication.grpc import grpc_comm_manager_pb2, grpc_comm_manager_pb2_grpc
 
 from ....errors import ConfigError, RunError
+from .addresses import addresses
+from .tls import Credentials, name_of
 from .transport import SEND_S, Transport
 
 log = logging.getLogger(__name__)
@@ -28,30 +31,49 @@ RETRY_S = 0.5
 
 class _Servicer(grpc_comm_manager_pb2_grpc.gRPCCommManagerServicer):  # type: ignore[misc]
     """An empty message is a sign of life. It is noted on arrival: it must count, and not pile up, while the
-    process is busy with something else."""
+    process is busy with something else.
 
-    def __init__(self, seen: dict[int, float], peers: Collection[int]) -> None:
-        self._seen, self._peers = seen, peers
-        self.arrived: queue.Queue[bytes] = queue.Queue(maxsize=1024)
+    With TLS a rank is who its certificate says; without, whoever it says it is.
+    """
+
+    def __init__(
+        self, seen: dict[int, float], peers: Collection[int], tls: bool, refuse: Callable[[str], None]
+    ) -> None:
+        self._seen, self._peers, self._tls, self._refuse = seen, peers, tls, refuse
+        self.arrived: queue.Queue[tuple[int, bytes]] = queue.Queue(maxsize=1024)
 
     def sendMessage(self, request: Any, context: Any) -> Any:
+        rank = int(request.client_id)
+        if (reason := self._no_peer(rank, context)) is not None:
+            self._refuse(reason)
+            context.abort(grpc.StatusCode.PERMISSION_DENIED, reason)
         if not request.message:
-            if int(request.client_id) in self._peers:
-                self._seen[int(request.client_id)] = time.monotonic()
+            self._seen[rank] = time.monotonic()
             return grpc_comm_manager_pb2.CommResponse()
         try:
-            self.arrived.put(request.message, timeout=SEND_S)
+            self.arrived.put((rank, request.message), timeout=SEND_S)
         except queue.Full:
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many messages are waiting")
         return grpc_comm_manager_pb2.CommResponse()
+
+    def _no_peer(self, rank: int, context: Any) -> str | None:
+        if self._tls:
+            shown = context.auth_context().get("x509_subject_alternative_name", ())
+            names = [name.decode(errors="replace") for name in shown]
+            if name_of(rank) not in names:
+                its = ", ".join(names) or "none"
+                return f"it says that it is rank {rank}, and its certificate is for {its}"
+        return None if rank in self._peers else f"rank {rank} has nothing to say to this process"
 
 
 class GrpcTransport(Transport):
     """FedML's GRPC service, listening on the address that FedML's table of addresses names.
 
     Args:
-        addresses: the table, a CSV file.
+        table: a CSV file, see `addresses`.
         peers: the ranks that this process talks to.
+        tls: what this process shows to its peers, and whom it believes; None: anybody who reaches the port
+            can speak for any rank.
 
     Raises:
         ConfigError: the table cannot be read or lacks a rank, or the port cannot be had.
@@ -61,18 +83,15 @@ class GrpcTransport(Transport):
 
     def __init__(
         self,
-        addresses: str,
+        table: str | None,
         rank: int,
         peers: Collection[int],
         limit_bytes: int,
+        tls: Credentials | None = None,
     ) -> None:
         super().__init__(rank, limit_bytes)
-        listening, self._addresses = _addresses(addresses)
-        missing = [str(one) for one in (rank, *peers) if one not in listening]
-        if missing:
-            raise ConfigError(
-                f"comm_args.grpc_ipconfig_path {addresses} has no row for rank {', '.join(missing)}"
-            )
+        both = addresses(table, (rank, *peers))
+        listening, self._addresses = both.listening, both.found
         self._options = [
             ("grpc.max_send_message_length", limit_bytes),
             ("grpc.max_receive_message_length", limit_bytes),
@@ -81,13 +100,28 @@ class GrpcTransport(Transport):
             # A peer that comes later than this process is found soon after it came.
             ("grpc.max_reconnect_backoff_ms", 1000),
         ]
-        self._servicer = _Servicer(self.seen, peers)
+        self._tls = tls
+        self._servicer = _Servicer(self.seen, peers, tls is not None, self._refuse)
         self._server = grpc.server(ThreadPoolExecutor(max_workers=4), options=self._options)
         grpc_comm_manager_pb2_grpc.add_gRPCCommManagerServicer_to_server(self._servicer, self._server)
         try:
-            self._server.add_insecure_port(listening[rank])
+            if tls is None:
+                self._server.add_insecure_port(listening[rank])
+            else:
+                pair = [(tls.key, tls.certificate)]
+                self._server.add_secure_port(
+                    listening[rank],
+                    grpc.ssl_server_credentials(pair, tls.authority, require_client_auth=True),
+                )
         except RuntimeError as error:
             raise ConfigError(f"rank {rank} cannot listen on {listening[rank]}: {error}") from None
+        if tls is None and not _is_loopback(listening[rank]):
+            log.warning(
+                "rank %d listens on %s without TLS: whoever reaches that port can speak for any rank "
+                "(fedsq_args.tls_cert, tls_key, tls_ca)",
+                rank,
+                listening[rank],
+            )
         self._server.start()
         self._stubs: dict[int, Any] = {}
 
@@ -97,53 +131,63 @@ class GrpcTransport(Transport):
 
     def show_life(self, receiver: int, within: float) -> bool:
         """Whether a rank took a sign of life within so many seconds."""
-        return self._reaches(receiver, b"", within, wait=True)
+        return self._tried(receiver, b"", within, wait=True) is None
 
     def _send(self, receiver: int, data: bytes, within: float, wait: bool) -> None:
         """A broken connection is tried anew: a message that arrives twice is refused, one that is lost ends
         the run."""
-        until = time.monotonic() + within
-        while not self._reaches(receiver, data, until - time.monotonic(), wait):
-            if not wait or time.monotonic() + RETRY_S > until:
+        until, told = time.monotonic() + within, ""
+        # Not gRPC's own waiting: it says nothing of a connection that TLS refuses.
+        while (error := self._tried(receiver, data, until - time.monotonic(), wait=False)) is not None:
+            reason = " ".join(str(error.details()).split())[:300]
+            if (
+                not wait
+                or time.monotonic() + RETRY_S > until
+                or error.code() is grpc.StatusCode.PERMISSION_DENIED
+            ):
                 raise RunError(
-                    f"rank {self.rank} cannot reach rank {receiver} at {self._addresses[receiver]}"
+                    f"rank {self.rank} cannot reach rank {receiver} at {self._addresses[receiver]}: {reason}"
                 )
+            if reason != told:
+                log.warning("rank %d did not reach rank %d yet: %s", self.rank, receiver, reason)
+            told = reason
             time.sleep(RETRY_S)
 
-    def _reaches(self, receiver: int, data: bytes, within: float, wait: bool) -> bool:
+    def _tried(self, receiver: int, data: bytes, within: float, wait: bool) -> Any:
+        """The error of one try, or None."""
         request = grpc_comm_manager_pb2.CommRequest(client_id=self.rank, message=data)
         try:
             self._stub(receiver).sendMessage(request, timeout=within, wait_for_ready=wait)
         except grpc.RpcError as error:
-            log.warning("rank %d did not reach rank %d: %s", self.rank, receiver, error.code())
-            return False
-        return True
+            return error
+        return None
 
     def _stub(self, receiver: int) -> Any:
         if receiver not in self._stubs:
-            channel = grpc.insecure_channel(self._addresses[receiver], self._options)
-            self._stubs[receiver] = grpc_comm_manager_pb2_grpc.gRPCCommManagerStub(channel)
+            self._stubs[receiver] = grpc_comm_manager_pb2_grpc.gRPCCommManagerStub(self._channel(receiver))
         return self._stubs[receiver]
 
-    def _next(self, timeout: float) -> bytes | None:
+    def _channel(self, receiver: int) -> Any:
+        address, tls = self._addresses[receiver], self._tls
+        if tls is None:
+            return grpc.insecure_channel(address, self._options)
+        return grpc.secure_channel(
+            address,
+            grpc.ssl_channel_credentials(tls.authority, tls.key, tls.certificate),
+            [*self._options, ("grpc.ssl_target_name_override", name_of(receiver))],
+        )
+
+    def _next(self, timeout: float) -> tuple[int, bytes] | None:
         try:
             return self._servicer.arrived.get(timeout=timeout)
         except queue.Empty:
             return None
 
 
-def _addresses(path: str) -> tuple[dict[int, str], dict[int, str]]:
-    """FedML's table of addresses: where each rank listens, and where the others find it."""
-    listening, found = {}, {}
+def _is_loopback(address: str) -> bool:
+    host = address.rpartition(":")[0].strip("[]")
     try:
-        with open(path, newline="") as file:
-            for row in csv.DictReader(file):
-                rank, port = int(row["rank"]), int(row["grpc_server_port"])
-                listening[rank] = f"{row['grpc_server_ip']}:{port}"
-                found[rank] = f"{row.get('ingress_ip') or row['grpc_server_ip']}:{port}"
-    except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
-        raise ConfigError(
-            f"comm_args.grpc_ipconfig_path {path} cannot be read ({error}); its columns are "
-            "eid,rank,grpc_server_ip,grpc_server_port"
-        ) from None
-    return listening, found
+        found = {str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(host, None)}
+        return all(ipaddress.ip_address(one).is_loopback for one in found)
+    except (OSError, ValueError):
+        return False

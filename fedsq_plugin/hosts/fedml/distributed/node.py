@@ -6,18 +6,21 @@ from typing import Any
 
 from torch import nn
 
+from ....config import Config
 from ....dualcopy.reluise import replace_by_lambda, replace_by_relu
 from ....errors import ConfigError
 from ....federation.state import nbytes, state_of
 from ..adapters import FedSQAggregator, FedSQTrainer
 from ..checkpoints import ServerCheckpoints, SiloCheckpoints
-from ..plan import Plan, config_of
+from ..plan import Plan
 from ..scoring import Scoring
 from ..silo import Silos
 from ..simulation import refuse_foreign
+from .addresses import addresses
 from .client import Client
 from .protocol import MARGIN_S
 from .server import Server, rank_of
+from .tls import credentials
 from .transport import SEND_S, MpiTransport
 
 MIB = 2**20
@@ -26,6 +29,15 @@ MIB = 2**20
 def is_client(args: Any) -> bool:
     """Whether this process gets its model from another one, and so needs no warm start."""
     return int(args.rank) > 0
+
+
+def refuse_road(args: Any, config: Config) -> None:
+    """Raise ConfigError for what keeps this process from its peers, before a warm start that takes long."""
+    rank, ranks = int(args.rank), _ranks(args)
+    if args.backend == "GRPC":
+        peers = [0] if is_client(args) else range(1, ranks + 1)
+        addresses(getattr(args, "grpc_ipconfig_path", None), (rank, *peers))
+        credentials(config, rank)
 
 
 def relu_like_the_servers(model: nn.Module) -> None:
@@ -68,7 +80,7 @@ def node(
         mine = [silo for silo in range(args.client_num_in_total) if rank_of(silo, ranks) == rank]
         kept = SiloCheckpoints(plan, trainer, mine) if isinstance(trainer, FedSQTrainer) else None
         silos = Silos(plan, args, device, trainer, sizes, train, tests, kept)
-        return Client(args, _transport(args, model, [0]), silos, mine)
+        return Client(args, _transport(args, plan, model, [0]), silos, mine)
     checkpoints = checkpoints or ServerCheckpoints(plan)
     if server_aggregator is not None:
         server_aggregator.model = model
@@ -77,7 +89,7 @@ def node(
         _ = aggregator.coordinator  # refuses what does not go together before the first round
         checkpoints.restore(aggregator)
     scoring = Scoring(plan, args, device, aggregator, (test, dataset[1]), (train, tests))
-    transport = _transport(args, model, range(1, ranks + 1))
+    transport = _transport(args, plan, model, range(1, ranks + 1))
     return Server(args, transport, plan, aggregator, scoring, ranks, checkpoints)
 
 
@@ -93,21 +105,17 @@ def _ranks(args: Any) -> int:
     return ranks
 
 
-def _transport(args: Any, model: nn.Module, peers: Any) -> Any:
+def _transport(args: Any, plan: Plan, model: nn.Module, peers: Any) -> Any:
     # The most that is sent at once is the whole model with its structural copy.
     limit = 4 * nbytes(state_of(model)) + MIB
     if args.backend == "MPI":
         # The server is through last: it writes what came of the run.
-        patience = config_of(args).round_timeout_s + 2 * MARGIN_S if is_client(args) else SEND_S
+        patience = plan.config.round_timeout_s + 2 * MARGIN_S if is_client(args) else SEND_S
         return MpiTransport(args.comm, int(args.rank), limit, patience)
-    table = getattr(args, "grpc_ipconfig_path", None)
-    if not table:
-        raise ConfigError(
-            "comm_args.grpc_ipconfig_path is missing: a CSV file with the columns "
-            "eid,rank,grpc_server_ip,grpc_server_port"
-        )
     try:
         from .grpc_transport import GrpcTransport
     except ImportError as error:
         raise ConfigError(f"comm_args.backend GRPC: {error}; pip install 'fedsq-plugin[grpc]'") from None
-    return GrpcTransport(str(table), int(args.rank), list(peers), limit)
+    rank = int(args.rank)
+    table = getattr(args, "grpc_ipconfig_path", None)
+    return GrpcTransport(table, rank, list(peers), limit, credentials(plan.config, rank))

@@ -8,6 +8,7 @@ a tick is due.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,8 +30,8 @@ SEND_S = 15.0
 
 
 class Transport(BaseCommunicationManager):  # type: ignore[misc]
-    """What both roads share. `refused` counts the messages that were no messages of ours; `seen` holds when
-    a rank last showed life, where the road has signs of life."""
+    """What both roads share. `refused` counts the messages that were no messages of ours, or not their
+    sender's; `seen` holds when a rank last showed life, where the road has signs of life."""
 
     shows_life = False
 
@@ -40,6 +41,7 @@ class Transport(BaseCommunicationManager):  # type: ignore[misc]
         self.on_tick: Callable[[], None] = lambda: None
         self._observers: list[Any] = []
         self._running = True
+        self._refusing = threading.Lock()
 
     def add_observer(self, observer: Any) -> None:
         self._observers.append(observer)
@@ -65,11 +67,11 @@ class Transport(BaseCommunicationManager):  # type: ignore[misc]
 
     def arrived(self, within: float = 0.0) -> Iterator[Message]:
         """The next message, where one comes within so many seconds."""
-        data = self._next(within)
-        if data is not None and (message := self._decoded(data)) is not None:
+        came = self._next(within)
+        if came is not None and (message := self._decoded(*came)) is not None:
             yield message
 
-    def _decoded(self, data: bytes | bytearray) -> Message | None:
+    def _decoded(self, source: int, data: bytes | bytearray) -> Message | None:
         try:
             params = wire.decode(data, self.limit_bytes)
             if not isinstance(params, dict):
@@ -79,13 +81,19 @@ class Transport(BaseCommunicationManager):  # type: ignore[misc]
                 raise UpdateError("it has no type, sender or receiver")
             if receiver != self.rank:
                 raise UpdateError(f"it is for rank {receiver}")
+            if sender != source:
+                raise UpdateError(f"rank {source} sent it in the name of rank {sender}")
         except UpdateError as error:
-            self.refused += 1
-            log.warning("a message was refused (%d so far): %s", self.refused, error)
+            self._refuse(str(error))
             return None
         message = Message(kind, sender, receiver)
         message.init(params)
         return message
+
+    def _refuse(self, reason: str) -> None:
+        with self._refusing:
+            self.refused += 1
+            log.warning("a message was refused (%d so far): %s", self.refused, reason)
 
     def _deliver(self, message: Message) -> None:
         for observer in self._observers:
@@ -94,8 +102,9 @@ class Transport(BaseCommunicationManager):  # type: ignore[misc]
     def _send(self, receiver: int, data: bytes, within: float, wait: bool) -> None:
         raise NotImplementedError
 
-    def _next(self, timeout: float) -> bytes | bytearray | None:
-        """The next message as it came, or None after `timeout` seconds."""
+    def _next(self, timeout: float) -> tuple[int, bytes | bytearray] | None:
+        """The next message as it came, with the rank that the road has it from; None after `timeout`
+        seconds."""
         raise NotImplementedError
 
 
@@ -125,7 +134,7 @@ class MpiTransport(Transport):
             time.sleep(pause)
             pause = 0.001
 
-    def _next(self, timeout: float) -> bytearray | None:
+    def _next(self, timeout: float) -> tuple[int, bytearray] | None:
         from mpi4py import MPI
 
         status, until = MPI.Status(), time.monotonic() + timeout
@@ -138,4 +147,4 @@ class MpiTransport(Transport):
             raise RunError(f"rank {status.Get_source()} sent {size} bytes, more than {self.limit_bytes}")
         data = bytearray(size)
         self._comm.Recv([data, MPI.BYTE], source=status.Get_source(), tag=status.Get_tag())
-        return data
+        return status.Get_source(), data
