@@ -67,8 +67,8 @@ class Transport(BaseCommunicationManager):  # type: ignore[misc]
 
     def arrived(self, within: float = 0.0) -> Iterator[Message]:
         """The next message, where one comes within so many seconds."""
-        arrived = self._next(within)
-        if arrived is not None and (message := self._decoded(*arrived)) is not None:
+        came = self._next(within)
+        if came is not None and (message := self._decoded(*came)) is not None:
             yield message
 
     def _decoded(self, source: int, data: bytes | bytearray) -> Message | None:
