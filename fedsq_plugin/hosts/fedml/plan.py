@@ -22,6 +22,7 @@ from ...federation.local import LocalTraining, frozen_keys
 from ...federation.reluise import Hardening, Reluised
 from ...federation.roles import NORMALISATION
 from ...federation.seeding import derive, isolated
+from ...federation.task import CLASSIFICATION, Task
 from ...federation.warm_start import public_relu_ise, public_warm_start
 from ...models.backbones import PREFIX
 from .data import DATASETS, VALIDATION
@@ -56,6 +57,7 @@ class Plan:
     head: str | None
     silo_evaluation: bool
     finetune_epochs: int
+    task: Task = CLASSIFICATION
 
 
 def config_of(args: Any) -> Config:
@@ -75,8 +77,8 @@ def config_of(args: Any) -> Config:
     return config
 
 
-def plan_of(config: Config, model: nn.Module) -> Plan:
-    """The plan for training `model` by the algorithm that `federated_optimizer` names."""
+def plan_of(config: Config, model: nn.Module, task: Task = CLASSIFICATION) -> Plan:
+    """The plan for training `model` on `task` by the algorithm that `federated_optimizer` names."""
     row, head = algorithm(config.federated_optimizer), head_of(config, model)
     if row.needs_head and head is None:
         raise ConfigError(
@@ -115,6 +117,7 @@ def plan_of(config: Config, model: nn.Module) -> Plan:
         head,
         row.personal if config.silo_evaluation is None else config.silo_evaluation,
         finetune_epochs,
+        task,
     )
 
 

@@ -56,11 +56,11 @@ class Scoring:
                 return None, None
             return Metrics(tested[1], tested[0], self._samples), None
         with isolated(seed):
-            metrics = evaluate(model, self._test, self._device)
+            metrics = evaluate(model, self._test, self._device, *self._plan.task)
         if not isinstance(model, DualCopy):
             return metrics, metrics
         with isolated(seed):
-            return metrics, evaluate(model.quantitative, self._test, self._device)
+            return metrics, evaluate(model.quantitative, self._test, self._device, *self._plan.task)
 
     def score(self, record: RoundRecord) -> None:
         """Let FedML's own test run, and measure the global model."""
