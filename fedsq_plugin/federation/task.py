@@ -79,7 +79,7 @@ class OfPredictions:
 
 @dataclass(frozen=True)
 class MeanOverBatches:
-    """The plain mean of a function of batches. Of their predictions, which may be volumes, nothing is kept."""
+    """The plain mean of a function of batches, of whose predictions, perhaps volumes, nothing is kept."""
 
     name: str
     function: Callable[[Tensor, Tensor], Any]
