@@ -266,7 +266,7 @@ def _forward(config: Config, valid: dict[str, Any], model: nn.Module, data: Any)
         roles(model, head_of(config, model))
     except ConfigError as error:
         yield f"fedsq_args.{error}"
-    if find(valid.get("federated_optimizer", "")) is not None and "comm_round" in valid:
+    if find(valid.get("federated_optimizer", "")) is not None and _all_in(valid, "comm_round", "dataset"):
         defaults = {key: option.default for key, option in OPTIONS.items() if not option.is_required()}
         try:
             model = viewed(model, plan_of(Config.model_construct(**{**defaults, **valid}), model))

@@ -86,8 +86,12 @@ class Scoring:
 
             wandb.log(logged)
         silos = f", silos {record.silos.accuracy:.4f}" if record.silos else ""
+        if record.by_silo:
+            parts = (f"{silo}: {found.accuracy:.4f}" for silo, found in record.by_silo.items())
+            silos += f" ({', '.join(parts)})"
         released = f", released {record.released.accuracy:.4f}" if record.released else ""
         log.info(
-            "%s round %d/%d: test accuracy %.4f%s%s, loss %.4f",
-            self._plan.algorithm.name, record.round, self._args.comm_round, accuracy, released, silos, loss,
+            "%s round %d/%d: test %s %.4f%s%s, loss %.4f",
+            self._plan.algorithm.name, record.round, self._args.comm_round, self._plan.task.metric.name,
+            accuracy, released, silos, loss,
         )  # fmt: skip
