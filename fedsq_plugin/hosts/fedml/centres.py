@@ -52,6 +52,10 @@ def load_centres(
     train = {silo: centre(silo, train=True) for silo in mine}
     tests = {silo: centre(silo, train=False) for silo in mine}
     sizes = {silo: _samples(part) for silo, part in train.items()}
+    if sizes and not any(sizes.values()):
+        raise ConfigError(
+            f"data_args.dataset {config.dataset}: no training sample of centre {min(sizes)} is there"
+        )
     whole = batches(package.samples(True, pooled=True, seed=seed), True) if silos is None else None
     test = batches(package.samples(False, pooled=True, seed=seed), False) if pooled else None
     data = SiloData(

@@ -48,6 +48,8 @@ class FlambyData:
     """Samples of a test batch in FLamby's own benchmark; None: as in training."""
     takes_path: bool = True
     """Whether its constructor takes `data_path`."""
+    not_in_path: str | None = None
+    """What FLamby takes, anywhere in the path of its files, for the name of a split."""
     generated: bool = False
     """Whether the number of centres is chosen when the data are made."""
     needs_gpu: bool = False
@@ -76,6 +78,7 @@ CATALOGUE: dict[str, FlambyData] = {
             baseline="DeepMIL",
             head="classifier.4",
             ungated=("attention_V.1", "attention_U.1"),  # the attention over a bag's tiles
+            not_in_path="test",
         ),
         FlambyData(
             "fed_heart_disease",

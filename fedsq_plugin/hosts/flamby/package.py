@@ -121,6 +121,11 @@ class FlambyPackage:
             raise ConfigError(f"{about.key}: no folder {folder}; {self._how()}")
         if next(folder.glob(about.files), None) is None:
             raise ConfigError(f"{about.key}: {folder} holds no {about.files}; {self._how()}")
+        if about.not_in_path and about.not_in_path in str(folder).lower():
+            raise ConfigError(
+                f"{about.key}: FLamby takes every file for test data whose path has '{about.not_in_path}' in "
+                f"it; move {folder} to a folder without"
+            )
         return folder if about.takes_path else None
 
     def _configured(self) -> Path:

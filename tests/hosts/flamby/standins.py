@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-PATCH = (16, 64, 64)
+PATCH = (16, 32, 64)
 """Of the KiTS stand-in, in voxels; nnU-Net halves 4 times along the first axis, 5 times along the others."""
 
 
@@ -36,12 +36,12 @@ def isic(datasets: Path, folder: Path) -> None:
 
 
 def ixi(datasets: Path, folder: Path) -> None:
-    """Two training and one test volume of a centre, with their brain masks: beside each other and zipped."""
+    """A training and a test volume of a centre, with their brain masks: beside each other and zipped."""
     import nibabel
 
     table = pd.read_csv(datasets / "fed_ixi" / "metadata" / "metadata_tiny.csv")
     train, test = (table[table["Split"] == split] for split in ("train", "test"))
-    chosen = pd.concat([_few(train, ["Manufacturer"], 2), _few(test, ["Manufacturer"], 1)])
+    chosen = pd.concat([_few(train, ["Manufacturer"], 1), _few(test, ["Manufacturer"], 1)])
     root = folder / "7kd5wj7v7p-3"
     generator = np.random.default_rng(0)
     for patient, centre in zip(chosen["Patient ID"], chosen["Manufacturer"], strict=True):
@@ -59,12 +59,12 @@ def ixi(datasets: Path, folder: Path) -> None:
 
 
 def kits(datasets: Path, folder: Path) -> None:
-    """Two training cases and one test case of a site, as nnU-Net's preprocessing leaves them; FLamby's
+    """A training case and a test case of a site, as nnU-Net's preprocessing leaves them; FLamby's
     configuration names the folder."""
     sites = datasets / "fed_kits19" / "metadata" / "thresholded_sites.csv"
     table = pd.read_csv(sites)
     train, test = (table[table["train_test_split"] == fold] for fold in ("train", "test"))
-    few = pd.concat([_few(train, ["site_ids"], 2), _few(test, ["site_ids"], 1)])
+    few = pd.concat([_few(train, ["site_ids"], 1), _few(test, ["site_ids"], 1)])
     few.to_csv(sites, index=False)
     task = folder / "kits19_preprocessing" / "Task064_KiTS_labelsFixed"
     cases = task / "nnUNetData_plans_v2.1_stage0"
