@@ -9,13 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from fedsq_plugin.check import check
 from fedsq_plugin.config import Config
 from fedsq_plugin.errors import ConfigError
+from fedsq_plugin.hosts.fedml.devices import NO_GPU
 from fedsq_plugin.hosts.flamby import backbones
 from fedsq_plugin.hosts.flamby.catalogue import CATALOGUE
-from fedsq_plugin.hosts.flamby.package import FlambyPackage
+from fedsq_plugin.hosts.flamby.package import NO_FLAMBY, FlambyPackage
+
+RECIPES = Path(__file__).parents[3] / "recipes" / "flamby"
 
 HEART = "flamby/fed_heart_disease"
 CENTRE = """
@@ -165,6 +169,16 @@ def test_check_says_what_is_missing(fake: Path, tmp_path: Path) -> None:
     }
     (line,) = check(recipe)
     assert line.startswith(f"{HEART}: no folder {tmp_path / 'nowhere'}; get them by: cd ")
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_our_recipes_lack_nothing_but_flamby(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedsq_plugin.hosts.flamby.package.find_spec", lambda name: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    recipe = yaml.safe_load(path.read_text())
+
+    left = [line for line in check(recipe) if NO_FLAMBY not in line and line != NO_GPU]
+    assert left == [] and recipe["data_args"]["dataset"] in CATALOGUE
 
 
 def test_the_extra_has_flambys_pins() -> None:
