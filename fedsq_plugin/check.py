@@ -25,6 +25,8 @@ DATA = (
     *("warm_start", "warm_start_public", "warm_start_batch_size", "relu_ise"),
 )
 """What loading a data set of ours reads."""
+FLAMBY = ("data_cache_dir", "client_num_in_total", "batch_size", "using_gpu", "data_seed", "random_seed")
+"""What loading a data set of FLamby's reads."""
 HOST_DEVICE = ("device_type", "gpu_util_parse")
 """What FedML reads beside our options to find a device."""
 ONE_SILO = {
@@ -65,12 +67,14 @@ def _names(valid: dict[str, Any]) -> Iterator[str]:
     from .federation.partition import METHODS
     from .hosts.fedml.data import DATASETS, FEDML_DATASETS
     from .hosts.fedml.names import FEDML_MODELS, NATIVE_SP
+    from .hosts.flamby.backbones import MODELS
+    from .hosts.flamby.catalogue import CATALOGUE
     from .models.backbones import PREFIX
 
     lists = {
         "federated_optimizer": [*rows()],
-        "dataset": [*DATASETS, *FEDML_DATASETS],
-        "model": [*models.names(), *FEDML_MODELS],
+        "dataset": [*DATASETS, *CATALOGUE, *FEDML_DATASETS],
+        "model": [*models.names(), *MODELS, *FEDML_MODELS],
     }
     for key, names in lists.items():
         if key not in valid or valid[key] in names:
@@ -167,8 +171,11 @@ def _trial(valid: dict[str, Any]) -> Iterator[str]:
     """Load the data, build the model, read the weights, and run a batch through what is there."""
     from . import models
     from .dualcopy.reluise import replace_by_lambda, replace_by_relu
+    from .hosts.fedml.centres import load_centres
     from .hosts.fedml.data import DATASETS, load
     from .hosts.fedml.plan import created, public_split, refuse_warm_start
+    from .hosts.flamby.backbones import MODELS
+    from .hosts.flamby.catalogue import CATALOGUE
 
     config = Config.model_construct(**valid)
     data, classes = None, 10
@@ -184,7 +191,14 @@ def _trial(valid: dict[str, Any]) -> Iterator[str]:
                         public_split(data, config)
                 except FedSQError as error:
                     yield str(error)
-    if valid.get("model") in models.names() and _all_in(valid, *MODEL):
+    if valid.get("dataset") in CATALOGUE and _all_in(valid, *FLAMBY):
+        try:
+            data, classes = load_centres(config)
+        except FedSQError as error:
+            yield str(error)
+    # Without the data set, nothing can be said of a model that is made for it.
+    buildable = data is not None if valid.get("model") in MODELS else valid.get("model") in models.names()
+    if buildable and _all_in(valid, *MODEL):
         try:
             model = created(config, classes)
         except FedSQError as error:
@@ -252,7 +266,7 @@ def _forward(config: Config, valid: dict[str, Any], model: nn.Module, data: Any)
         roles(model, head_of(config, model))
     except ConfigError as error:
         yield f"fedsq_args.{error}"
-    if find(valid.get("federated_optimizer", "")) is not None and "comm_round" in valid:
+    if find(valid.get("federated_optimizer", "")) is not None and _all_in(valid, "comm_round", "dataset"):
         defaults = {key: option.default for key, option in OPTIONS.items() if not option.is_required()}
         try:
             model = viewed(model, plan_of(Config.model_construct(**{**defaults, **valid}), model))
@@ -276,9 +290,10 @@ def _batches(config: Config, model: nn.Module, data: Any) -> Iterator[str]:
     ]
     smallest, silo = min(sizes)
     samples = data[5][silo].dataset
-    images = torch.stack([samples[n][0] for n in range(min(smallest, LARGEST_BATCH))])
+    collate: Any = data[5][silo].collate_fn
+    images = collate([samples[n] for n in range(min(smallest, LARGEST_BATCH))])[0]
     two = torch.cat([images, images])[:2]
-    size = f"{images.shape[-1]}x{images.shape[-2]}"
+    size = "x".join(map(str, reversed(images.shape[2:]))) or f"{images.shape[1]} features"
     try:
         with in_recipe_terms(), torch.no_grad():
             model.eval()(two)

@@ -50,17 +50,25 @@ class Config(BaseModel):
         _option("simulation", "common_args", "FedML's training platform")
     )
     random_seed: int = _option(0, "common_args", "seed of everything that has no seed of its own", ge=0)
-    dataset: str = _option(..., "data_args", "digits, image_folder, or a data set that FedML knows")
-    data_cache_dir: str = _option("", "data_args", "folder of the data set's files")
+    dataset: str = _option(
+        ..., "data_args", "digits, image_folder, flamby/fed_… (FLamby's), or a data set that FedML knows"
+    )
+    data_cache_dir: str = _option(
+        "", "data_args", "folder of the data set's files; empty, for FLamby's: as FLamby is configured"
+    )
     partition_method: str = _option("hetero", "data_args", "homo (i.i.d.) or hetero (Dirichlet)")
     partition_alpha: float = _option(0.5, "data_args", "alpha of the Dirichlet partition", gt=0)
-    model: str = _option(..., "model_args", "backbone, ours or FedML's")
+    model: str = _option(
+        ..., "model_args", "backbone, ours or FedML's; mlp and flamby/baseline for FLamby's data sets"
+    )
     federated_optimizer: str = _option(..., "train_args", "algorithm, by its published name")
     client_num_in_total: int = _option(..., "train_args", "number of silos", ge=1)
     client_num_per_round: int = _option(..., "train_args", "silos that train in a round", ge=1)
     comm_round: int = _option(..., "train_args", "number of rounds", ge=1)
     epochs: int = _option(1, "train_args", "local epochs per round", ge=0)
-    batch_size: int = _option(32, "train_args", "samples per step; -1: a silo's data at once")
+    batch_size: int | None = _option(
+        None, "train_args", "samples per step; null: FLamby's own, else 32; -1: a silo's data at once"
+    )
     client_optimizer: Literal["sgd", "adam", "adamw"] = _option("sgd", "train_args", "client's optimizer")
     learning_rate: float = _option(0.01, "train_args", "client's learning rate", gt=0)
     momentum: float = _option(0.0, "train_args", "momentum of sgd", ge=0, lt=1)
@@ -251,8 +259,8 @@ class Config(BaseModel):
 
     @field_validator("batch_size")
     @classmethod
-    def _size(cls, value: int) -> int:
-        if value < 1 and value != -1:
+    def _size(cls, value: int | None) -> int | None:
+        if value is not None and value < 1 and value != -1:
             raise PydanticCustomError("size", "Use a number above 0, or -1 for all data")
         return value
 

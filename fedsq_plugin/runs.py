@@ -255,7 +255,7 @@ def _one(session: _Session, variant: _Variant, config: Config, resume: bool) -> 
             session.summary.setdefault(kind, {})[str(seed)] = before
         for note in start.notes:
             session.console.print(f"{name} seed {seed}: {note}", highlight=False, markup=False)
-        session.summary["device"] = start.device
+        session.summary.update(device=start.device, metric=start.metric)
         if start.reluised is not None:
             done, learned = start.reluised, config.relu_ise_learn_epochs
             about = {**asdict(done), "drop": done.drop, "learn_epochs": learned}
@@ -265,7 +265,8 @@ def _one(session: _Session, variant: _Variant, config: Config, resume: bool) -> 
         session.directory.write_summary(session.summary)
 
     def on_round(record: RoundRecord) -> None:
-        accuracy = f"accuracy {100 * record.metrics.accuracy:.1f} %" if record.metrics else ""
+        metric = session.summary.get("metric")
+        accuracy = f"{metric} {100 * record.metrics.accuracy:.1f} %" if record.metrics else ""
         session.progress.update(task, advance=1, accuracy=accuracy)
         if not session.console.is_terminal:
             line = f"{name} seed {seed}: round {record.round}/{config.comm_round} {accuracy}"
@@ -292,6 +293,9 @@ def _one(session: _Session, variant: _Variant, config: Config, resume: bool) -> 
             if found is not None
         ]  # fmt: skip
         session.directory.add(rows)
+        if record.by_silo:
+            found = {str(silo): measured.accuracy for silo, measured in record.by_silo.items()}
+            session.summary.setdefault("by_silo", {}).setdefault(name, {})[str(seed)] = found
 
     log_file = session.directory.path_for("fedml.log")
     settings = _checkpointed(variant, session.directory.path, resume)

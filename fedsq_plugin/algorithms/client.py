@@ -15,6 +15,7 @@ from ..federation.messages import Announcement
 from ..federation.roles import roles
 from ..federation.seeding import derive
 from ..federation.state import fingerprint
+from ..federation.task import CLASSIFICATION, Loss
 from .exchange import EVERYTHING, EXCHANGES, HEAD
 from .objective import OBJECTIVES
 from .options import Options
@@ -32,6 +33,7 @@ class Worker:
         seed: the run's.
         keep_gates: keep the gates of inputs, which then pass the structural copy once.
         compile: train through torch.compile.
+        loss: of the data set's task.
     """
 
     def __init__(
@@ -43,7 +45,9 @@ class Worker:
         seed: int,
         keep_gates: bool = False,
         compile: bool = False,
+        loss: Loss = CLASSIFICATION.loss,
     ) -> None:
+        self._loss = loss
         self.model, self.row, self.options, self.training, self.seed = model, row, options, training, seed
         self.roles = roles(model, options.head)
         self.states = ClientStates(model, self.roles, EXCHANGES[row.exchange])
@@ -128,6 +132,7 @@ class Worker:
             round=round,
             seed=seed,
             objective=objective,
+            loss=self._loss,
             device=device,
             forward=self._forward,
         )

@@ -54,8 +54,9 @@ def accuracy_over_rounds(
     path: str | os.PathLike[str],
     split: str = "test",
     warm_start: float | None = None,
+    metric: str = "accuracy",
 ) -> None:
-    """Accuracy (percent of the split's samples) against rounds, a line per algorithm.
+    """Accuracy (percent of the split's samples), or what `metric` names, over rounds, a line per algorithm.
 
     The line is the mean over seeds; the shade reaches from the worst seed to the best, and is left
     out where the metrics are of more than 6 algorithms. Both end where a seed has no accuracy.
@@ -90,9 +91,11 @@ def accuracy_over_rounds(
     seeds = rows["seed"].nunique()
     drawn = "mean and range" if len(algorithms) <= _SHADED else "mean"
     over = f"\n{drawn} over {seeds} seeds" if seeds > 1 else ""
-    axes.set_title(f"Accuracy of {SPLITS.get(split, f'split {split}')}{over}", loc="left")
+    axes.set_title(
+        f"{metric[0].upper()}{metric[1:]} of {SPLITS.get(split, f'split {split}')}{over}", loc="left"
+    )
     axes.set_xlabel("round")
-    axes.set_ylabel("accuracy (%)")
+    axes.set_ylabel(f"{metric} (%)")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
     first, last = rows["round"].min(), rows["round"].max()
     margin = max(0.03 * (last - first), 0.3)

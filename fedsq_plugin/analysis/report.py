@@ -26,13 +26,14 @@ def write_report(directory: RunDirectory, label_counts: Sequence[Sequence[int]] 
     """Write summary.json and the plots of a run from its metrics; return the tables to print.
 
     summary.json gets "runs", "algorithms" and "paired" of the test split, accuracies in [0, 1], and
-    the same of every other split in "splits"; it keeps its other keys. Four of those are read:
+    the same of every other split in "splits"; it keeps its other keys. Five of those are read:
     "label_counts" (a list per silo, which `label_counts` replaces) and "classes" (their names) make
-    labels.png; "warm_start" ({seed: {"accuracy": in [0, 1]}}) is drawn, as the mean over seeds, in
-    accuracy.png; "relu_ise" ({seed: what ReLU-isation did}) makes lambdas-seed<seed>.png. The splits of
-    SPLITS that have several rounds get an accuracy-<split>.png. In every
+    labels.png; "metric" names what is measured where this says accuracy; "warm_start" ({seed: {"accuracy":
+    in [0, 1]}}) is drawn, as the mean over seeds, in accuracy.png; "relu_ise" ({seed: what ReLU-isation
+    did}) makes lambdas-seed<seed>.png. The splits of SPLITS that have several rounds get an
+    accuracy-<split>.png. In every
     split the reference is FedAvg where it takes part, else the first algorithm. ConfigError, before
-    anything is written, if the test split has no rows or one of the four keys holds something else.
+    anything is written, if the test split has no rows or one of the five keys holds something else.
     """
     metrics = directory.metrics
     of_test = runs(metrics)
@@ -43,25 +44,27 @@ def write_report(directory: RunDirectory, label_counts: Sequence[Sequence[int]] 
     source = directory.path / "summary.json"
     warm_start = _warm_start(summary.get("warm_start"), source)
     counts, classes = _labels(summary.get("label_counts"), summary.get("classes"), source)
+    metric = _metric(summary.get("metric"), source)
     profiles = _profiles(summary.get("relu_ise"), source)
     # The plots first: a summary that lies there says that its plots do too.
     for seed, (history, learned, target) in profiles.items():
         lambda_profile(history, learned, target, directory.path_for(f"lambdas-seed{seed}.png"))
     if counts is not None:
         label_distribution(counts, directory.path_for("labels.png"), classes)
-    accuracy_over_rounds(metrics, directory.path_for("accuracy.png"), warm_start=warm_start)
+    accuracy_over_rounds(metrics, directory.path_for("accuracy.png"), warm_start=warm_start, metric=metric)
     for split, of_runs in others.items():
         # Other splits' names may be no file names; runs of one round have no best one.
         if split in SPLITS and "best_accuracy" in of_runs:
-            accuracy_over_rounds(metrics, directory.path_for(f"accuracy-{split}.png"), split)
+            path = directory.path_for(f"accuracy-{split}.png")
+            accuracy_over_rounds(metrics, path, split, metric=metric)
     summary.update(_summary(of_test))
     if others:
         summary["splits"] = {split: _summary(of_runs) for split, of_runs in others.items()}
     directory.write_summary(summary)
     tables: list[RenderableType] = [Text(SPLITS["test"])] if others else []
-    tables.append(_table(of_test))
+    tables.append(_table(of_test, metric))
     for split, of_runs in others.items():
-        tables += ["", Text(SPLITS.get(split, f"split {split}")), _table(of_runs)]
+        tables += ["", Text(SPLITS.get(split, f"split {split}")), _table(of_runs, metric)]
     return Group(*tables)
 
 
@@ -70,8 +73,10 @@ def _reference(of_runs: pd.DataFrame) -> str:
     return "FedAvg" if "FedAvg" in algorithms else algorithms[0]
 
 
-def _table(of_runs: pd.DataFrame) -> RenderableType:
-    return run_table(of_runs) if len(of_runs) == 1 else compare_table(of_runs, _reference(of_runs))
+def _table(of_runs: pd.DataFrame, metric: str) -> RenderableType:
+    if len(of_runs) == 1:
+        return run_table(of_runs, metric)
+    return compare_table(of_runs, _reference(of_runs), metric)
 
 
 def _summary(of_runs: pd.DataFrame) -> dict[str, Any]:
@@ -128,6 +133,12 @@ def _warm_start(value: Any, source: Path) -> float | None:
             "expected an accuracy from 0 to 1 per seed, as {'0': {'accuracy': 0.5}}"
         )
     return sum(accuracies) / len(accuracies) if accuracies else None
+
+
+def _metric(value: Any, source: Path) -> str:
+    if value is not None and not (isinstance(value, str) and value and value.isprintable()):
+        raise ConfigError(f"{source}: metric is {value!r}; expected the name of what was measured")
+    return value or "accuracy"
 
 
 def _profiles(value: Any, source: Path) -> dict[str, tuple[Any, int, Any]]:

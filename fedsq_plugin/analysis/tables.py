@@ -36,14 +36,14 @@ _COMPARED = {
 _COMPARED_OF_ONE_ROUND = {"accuracy": ("final_accuracy", 100, "points")}
 
 
-def run_table(runs: pd.DataFrame) -> Table:
+def run_table(runs: pd.DataFrame, metric: str = "accuracy") -> Table:
     """One row per run of `statistics.runs`; the seed only where there are several.
 
     Accuracies in percent of the split's samples, seconds of training and aggregation, MB = 10^6
     bytes over all clients, up and down. Columns that the runs lack are left out, and the released
-    accuracy where no run has one.
+    accuracy where no run has one. `metric` is what the accuracy of these runs measures.
     """
-    titles = _titles(runs)
+    titles = _titles(runs, metric)
     several = runs["seed"].nunique() > 1
     keys = ["algorithm", "seed"] if several else ["algorithm"]
     cells = [
@@ -53,7 +53,7 @@ def run_table(runs: pd.DataFrame) -> Table:
     return _table([*keys, *titles.values()], cells)
 
 
-def compare_table(runs: pd.DataFrame, reference: str) -> Table:
+def compare_table(runs: pd.DataFrame, reference: str, metric: str = "accuracy") -> Table:
     """Mean ± sample deviation over seeds of each algorithm and, below, the paired differences.
 
     Two tables in one grid, since 100 columns do not hold them side by side. Units as in
@@ -62,26 +62,31 @@ def compare_table(runs: pd.DataFrame, reference: str) -> Table:
     unknown reference.
     """
     grid = Table.grid()
-    titles = ["algorithm", "seeds", *_titles(runs).values()]
+    titles = ["algorithm", "seeds", *_titles(runs, metric).values()]
     grid.add_row(_table(titles, [[name, *cells] for name, cells in _means(runs).items()]))
     differences = _differences(runs, reference)
     if differences:
         title = Text(f"difference to {reference}, paired by seed (seeds won)")
-        titles = ["algorithm", *_compared(runs)]
+        titles = ["algorithm", *(_said(title, metric) for title in _compared(runs))]
         grid.add_row("")
         grid.add_row(title)
         grid.add_row(_table(titles, [[name, *cells] for name, cells in differences.items()]))
     return grid
 
 
-def _titles(runs: pd.DataFrame) -> dict[str, str]:
+def _titles(runs: pd.DataFrame, metric: str = "accuracy") -> dict[str, str]:
     """The measures to show of these runs, with their titles."""
     shown = measured(runs)
     if shown == ["final_accuracy"]:
-        return {"final_accuracy": "accuracy %"}
+        return {"final_accuracy": _said("accuracy %", metric)}
     if "final_accuracy_released" in shown and runs["final_accuracy_released"].isna().all():
         shown.remove("final_accuracy_released")
-    return {measure: _MEASURES[measure] for measure in shown}
+    return {measure: _said(_MEASURES[measure], metric) for measure in shown}
+
+
+def _said(title: str, metric: str) -> str:
+    """A title with the name of what was measured in place of accuracy."""
+    return title.replace("accuracy", metric)
 
 
 def _compared(runs: pd.DataFrame) -> dict[str, tuple[str, int, str]]:

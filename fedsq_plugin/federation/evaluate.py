@@ -1,25 +1,22 @@
-"""Loss and accuracy of a model on a data set."""
+"""Loss and metric of a model on a data set."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..dualcopy.precision import to_device
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""(logits (N, classes, …), labels (N, …)) -> mean loss of the batch."""
+from .task import CLASSIFICATION, Loss, Metric
 
 
 class Metrics(NamedTuple):
     loss: float
     """Mean over samples."""
     accuracy: float
-    """In [0, 1]."""
+    """Or the task's own metric; in [0, 1]."""
     samples: int
 
 
@@ -31,10 +28,6 @@ def pooled(parts: Iterable[Metrics]) -> Metrics:
         return Metrics(float("nan"), float("nan"), 0)
     loss = sum(part.loss * part.samples for part in known) / samples
     return Metrics(loss, sum(part.accuracy * part.samples for part in known) / samples, samples)
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits, labels.long())
 
 
 def main_output(output: Any) -> Tensor:
@@ -53,22 +46,23 @@ def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     device: torch.device | str = "cpu",
-    loss: Loss = cross_entropy,
+    loss: Loss = CLASSIFICATION.loss,
+    metric: Metric = CLASSIFICATION.metric,
 ) -> Metrics:
     """Evaluate in evaluation mode, in the precision of the weights, whatever they were trained in; every
     module's mode is put back. NaN metrics without any sample."""
     modes = {module: module.training for module in model.modules()}
     model.to(device).eval()
     losses: list[Tensor] = []
-    hits: list[Tensor] = []
+    kept: list[Any] = []
     sizes: list[int] = []
     try:
         for x, labels in batches:
             x, labels = to_device(x, device), to_device(labels, device)
-            logits = main_output(model(x))
-            losses.append(loss(logits, labels))
-            hits.append((logits.argmax(1) == labels).sum())
-            sizes.append(labels.numel())
+            output = main_output(model(x))
+            losses.append(loss(output, labels))
+            kept.append(metric.of_batch(output, labels))
+            sizes.append(metric.size(labels))
     finally:
         model.train(modes[model])
         for module, mode in modes.items():
@@ -77,6 +71,5 @@ def evaluate(
     if not samples:
         return Metrics(float("nan"), float("nan"), 0)
     # Once for all batches: reading a number waits for the GPU.
-    means, correct = torch.stack(losses).tolist(), int(torch.stack(hits).sum())
-    total = sum(mean * size for mean, size in zip(means, sizes, strict=True))
-    return Metrics(total / samples, correct / samples, samples)
+    total = sum(mean * size for mean, size in zip(torch.stack(losses).tolist(), sizes, strict=True))
+    return Metrics(total / samples, metric.of_all(kept, sizes), samples)

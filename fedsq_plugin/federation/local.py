@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from ..dualcopy.precision import HALF, Precision, to_device
 from ..errors import ConfigError
 from .augment import augment
-from .evaluate import Loss, cross_entropy, main_output
+from .evaluate import main_output
 from .roles import NORMALISATION, Role
 from .seeding import isolated
 from .state import State
+from .task import CLASSIFICATION, Loss
 
 Objective = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 """(trained parameters, their values at the start of the round) -> what is added to the loss."""
@@ -151,7 +152,7 @@ def local_update(
     round: int,
     seed: int,
     objective: Objective | None = None,
-    loss: Loss = cross_entropy,
+    loss: Loss = CLASSIFICATION.loss,
     device: torch.device | str = "cpu",
     forward: Callable[[Tensor], object] | None = None,
     factors: Mapping[str, float] | None = None,

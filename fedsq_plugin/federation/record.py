@@ -23,6 +23,8 @@ class RoundRecord:
     """The quantitative copy alone, with its own gates; equals `metrics` for a plain model."""
     silos: Metrics | None = None
     """Every silo's own model on its own test data, over all their samples."""
+    by_silo: dict[int, Metrics] = field(default_factory=dict)
+    """The same, silo by silo."""
     silos_tuned: Metrics | None = None
     """The same after the final fine-tuning."""
     notes: list[str] = field(default_factory=list)

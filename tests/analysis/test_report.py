@@ -226,9 +226,10 @@ def test_the_plots_get_what_the_runner_stored(tmp_path: Path, monkeypatch: pytes
     run = directory(tmp_path, TWO)
     # (.25 + .5) / 2 = .375; seed 2 had none
     warm = {"0": {"accuracy": 0.25}, "1": {"accuracy": 0.5}, "2": {"accuracy": NAN}}
-    run.write_summary({"warm_start": warm, "label_counts": [[1, 2]], "classes": ["no", "yes"]})
+    stored = {"warm_start": warm, "label_counts": [[1, 2]], "classes": ["no", "yes"], "metric": "Dice"}
+    run.write_summary(stored)
     write_report(run)
-    assert given == {"warm_start": 0.375, "counts": [[1, 2]], "classes": ["no", "yes"]}
+    assert given == {"warm_start": 0.375, "counts": [[1, 2]], "classes": ["no", "yes"], "metric": "Dice"}
 
 
 def test_without_a_warm_start_none_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,4 +237,4 @@ def test_without_a_warm_start_none_is_drawn(tmp_path: Path, monkeypatch: pytest.
     module = "fedsq_plugin.analysis.report"
     monkeypatch.setattr(f"{module}.accuracy_over_rounds", lambda *_, **options: given.update(options))
     write_report(directory(tmp_path, TWO))
-    assert given == {"warm_start": None}
+    assert given == {"warm_start": None, "metric": "accuracy"}

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fedsq_plugin.dualcopy import DualCopy
-from fedsq_plugin.federation.evaluate import Metrics, cross_entropy, evaluate, main_output, pooled
+from fedsq_plugin.federation.evaluate import Metrics, evaluate, main_output, pooled
+from fedsq_plugin.federation.task import cross_entropy
 
 LOG3 = math.log(3)
 

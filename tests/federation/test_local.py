@@ -18,7 +18,6 @@ from fedsq_plugin.algorithms.objective import proximal
 from fedsq_plugin.algorithms.options import Options
 from fedsq_plugin.errors import ConfigError
 from fedsq_plugin.federation.augment import augment
-from fedsq_plugin.federation.evaluate import cross_entropy
 from fedsq_plugin.federation.local import (
     LocalResult,
     LocalTraining,
@@ -31,6 +30,7 @@ from fedsq_plugin.federation.local import (
 from fedsq_plugin.federation.roles import Role, roles
 from fedsq_plugin.federation.seeding import isolated
 from fedsq_plugin.federation.state import State, fingerprint, state_of
+from fedsq_plugin.federation.task import cross_entropy
 
 ALL = frozenset(Role)
 Batches = Sequence[tuple[Tensor, Tensor]]

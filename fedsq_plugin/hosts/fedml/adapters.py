@@ -55,7 +55,8 @@ class FedSQTrainer(ClientTrainer):  # type: ignore[misc]
         if self._worker is None or self._worker.model is not self.model:
             plan = self.plan
             config, parts = plan.config, (plan.algorithm, plan.options, plan.training)
-            self._worker = Worker(self.model, *parts, config.random_seed, config.keep_gates, config.compile)
+            options = (config.random_seed, config.keep_gates, config.compile)
+            self._worker = Worker(self.model, *parts, *options, plan.task.loss)
         return self._worker
 
     def get_model_params(self) -> State:
@@ -101,7 +102,7 @@ class FedSQTrainer(ClientTrainer):  # type: ignore[misc]
 
     def test(self, test_data: Any, device: Any, args: Any) -> dict[str, float]:
         """FedML's sums over samples."""
-        metrics = evaluate(self.model, test_data, device)
+        metrics = evaluate(self.model, test_data, device, *self.plan.task)
         return {
             "test_correct": metrics.accuracy * metrics.samples if metrics.samples else 0,
             "test_loss": metrics.loss * metrics.samples if metrics.samples else 0,
@@ -249,7 +250,7 @@ class FedSQAggregator(ServerAggregator):  # type: ignore[misc]
 
     def test(self, test_data: Any, device: Any, args: Any) -> tuple[float, float, None, None]:
         with isolated(derive("test", self.plan.config.random_seed)):
-            metrics = evaluate(self.model, test_data, device)
+            metrics = evaluate(self.model, test_data, device, *self.plan.task)
         return metrics.accuracy, metrics.loss, None, None
 
     def _only_counters(self, state: Mapping[str, Tensor]) -> State:

@@ -19,11 +19,14 @@ from ...config import Config
 from ...errors import ConfigError
 from ...federation.partition import Labels, label_counts, matching, partition
 from ...federation.seeding import derive
+from ...federation.task import CLASSIFICATION, Task
 
 _MEMORY = 2**30
 """Bytes up to which the decoded images of a split are kept."""
 VALIDATION = 5
 """One public sample in so many is kept for validation."""
+BATCH_SIZE = 32
+"""Where the recipe gives none, and the data set has none of its own."""
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -36,6 +39,7 @@ class SiloData(list[Any]):
     """A fingerprint of the public split."""
     validation: DataLoader[Any] | None = None
     """The part of the public split on which ReLU-isation is measured; nothing trains on it."""
+    task: Task = CLASSIFICATION
     counts: list[list[int]]
     """Training samples of every silo (rows) per class (columns)."""
     classes: list[str]
@@ -52,13 +56,13 @@ class _Splits:
 
 class _Batches(Sampler[list[int]]):
     """Batches of indices. A last batch of one sample joins the one before it: batch normalisation
-    cannot train on a single value per channel, and no sample is to be lost."""
+    cannot train on a single value per channel, and no sample is to be lost. Batches of one were asked for."""
 
     def __init__(self, samples: int, batch_size: int, shuffle: bool) -> None:
         self._samples, self._shuffle = samples, shuffle
         size = max(samples, 1) if batch_size < 1 else batch_size
         self._starts = list(range(0, samples, size))
-        if len(self._starts) > 1 and samples - self._starts[-1] == 1:
+        if size > 1 and len(self._starts) > 1 and samples - self._starts[-1] == 1:
             self._starts.pop()
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -90,10 +94,13 @@ def _collate(batch: Any) -> Any:
     return batch if isinstance(batch, tuple) else default_collate(batch)
 
 
-def loader(dataset: Dataset[Any], batch_size: int, shuffle: bool = False) -> DataLoader[Any]:
+def loader(
+    dataset: Dataset[Any], batch_size: int, shuffle: bool = False, collate: Callable[[Any], Any] | None = None
+) -> DataLoader[Any]:
     """Batches of a data set; shuffled by the global torch generator."""
     size = len(dataset)  # type: ignore[arg-type]
-    return DataLoader(dataset, batch_sampler=_Batches(size, batch_size, shuffle), collate_fn=_collate)
+    sampler = _Batches(size, batch_size, shuffle)
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate or _collate)
 
 
 def load(config: Config) -> tuple[SiloData, int]:
@@ -104,6 +111,7 @@ def load(config: Config) -> tuple[SiloData, int]:
     """
     splits = DATASETS[config.dataset](config)
     seed = config.seed("data")
+    size = BATCH_SIZE if config.batch_size is None else config.batch_size
     order = np.random.default_rng(derive("public", seed)).permutation(len(splits.train_labels))
     public = round(config.warm_start_public * len(order)) if config.has_public_split else 0
     kept = public // VALIDATION if config.relu_ise else 0
@@ -123,14 +131,14 @@ def load(config: Config) -> tuple[SiloData, int]:
     tests = matching(splits.test_labels, labels, derive("test", seed))
 
     def batches(dataset: Dataset[Any], indices: Labels, shuffle: bool) -> DataLoader[Any]:
-        return loader(Subset(dataset, indices.tolist()), config.batch_size, shuffle)
+        return loader(Subset(dataset, indices.tolist()), size, shuffle)
 
     data = SiloData(
         [
             len(private),
             len(splits.test_labels),
             batches(splits.train, private, shuffle=True),
-            loader(splits.test, max(config.batch_size, 256)),
+            loader(splits.test, max(size, 256)),
             {silo: len(part) for silo, part in enumerate(parts)},
             {silo: batches(splits.train, part, shuffle=True) for silo, part in enumerate(parts)},
             {silo: batches(splits.test, part, shuffle=False) for silo, part in enumerate(tests)},

@@ -22,12 +22,16 @@ from ...errors import ConfigError, nearest
 from ...federation.seeding import derive, isolated
 from ...models.backbones import PREFIX
 from ...recipe import flat, misplaced, read_loosely
+from ..flamby.backbones import MODELS
+from ..flamby.catalogue import CATALOGUE
+from ..flamby.package import is_flamby
 from . import offline
+from .centres import load_centres
 from .data import DATASETS, FEDML_DATASETS
 from .data import load as load_ours
 from .devices import NO_GPU, device_of
 from .names import FEDML_MODELS, NATIVE_SP, ROADS, broken_road, refused_road
-from .plan import FINDINGS, HostName, algorithm_of, config_of, created, plan_of, viewed, warm_start
+from .plan import FINDINGS, HostName, algorithm_of, config_of, created, plan_of, task_of, viewed, warm_start
 from .trial import tried
 from .unused import compiled_for_cpu, untrained_gates, unused
 
@@ -95,12 +99,24 @@ def _load(original: Any) -> Any:
     def load(args: Any) -> Any:
         if args.dataset in DATASETS:
             return load_ours(config_of(args))
+        if is_flamby(args.dataset):
+            return _load_centres(args)
         if args.dataset not in FEDML_DATASETS:
-            known = [*DATASETS, *FEDML_DATASETS]
+            known = [*DATASETS, *CATALOGUE, *FEDML_DATASETS]
             raise ConfigError(f"data_args.dataset '{args.dataset}' is unknown{nearest(args.dataset, known)}")
         return original(args)
 
     return load
+
+
+def _load_centres(args: Any) -> Any:
+    """All centres in one process; a silo's own in its process, the pooled test data in the server's."""
+    config = config_of(args)
+    if _is_sp(args):
+        return load_centres(config)
+    from .distributed.node import is_client, silos_of
+
+    return load_centres(config, silos_of(args), pooled=not is_client(args))
 
 
 def _get_device(original: Any) -> Any:
@@ -118,7 +134,7 @@ def _get_device(original: Any) -> Any:
 def _create(original: Any) -> Any:
     @functools.wraps(original)
     def create(args: Any, output_dim: int) -> Any:
-        if args.model in models.names():
+        if args.model in models.names() or args.model in MODELS:
             return created(config_of(args), output_dim)
         seeded = getattr(args, "model_seed", None) is not None
         seed = derive("model", config_of(args).seed("model")) if seeded else 0
@@ -173,7 +189,9 @@ def _init(original: Any) -> Any:
         check_device(config, device)
         if config.threads:
             torch.set_num_threads(config.threads)
-        plan = plan_of(config, model) if ours else None  # whatever it refuses, before anything is trained
+        plan = (
+            plan_of(config, model, task_of(config, dataset)) if ours else None
+        )  # whatever it refuses, before anything is trained
         if plan is None:
             self.reluised = warm_start(model, config, dataset, device)
             original(self, args, device, dataset, model, *rest)
@@ -213,6 +231,11 @@ def is_ours(args: Any, custom: bool) -> bool:
         ConfigError: nobody knows the algorithm, or it cannot run as asked.
     """
     name, native = algorithm_of(args), _has_native(args)
+    if is_flamby(args.dataset) and native and not known(name):
+        raise ConfigError(
+            f"FedML's own {name} trains on cross-entropy, which is not the loss of {args.dataset}; "
+            f"use one of {', '.join(rows())}"
+        )
     if _has_tls(args) and native and not known(name):
         raise ConfigError(
             f"FedML's own {name} has no TLS (fedsq_args.tls_cert); use one of {', '.join(rows())}"
@@ -247,7 +270,8 @@ def _has_native(args: Any) -> bool:
 
 def _is_native(args: Any) -> bool:
     """Whether FedML's own algorithm runs, unless a trainer or aggregator is passed."""
-    return _has_native(args) and not getattr(args, OWN_ROWS, False) and not _has_tls(args)
+    ours = getattr(args, OWN_ROWS, False) or _has_tls(args) or is_flamby(args.dataset)
+    return _has_native(args) and not ours
 
 
 def _has_tls(args: Any) -> bool:

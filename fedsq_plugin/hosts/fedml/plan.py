@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +23,11 @@ from ...federation.local import LocalTraining, frozen_keys
 from ...federation.reluise import Hardening, Reluised
 from ...federation.roles import NORMALISATION
 from ...federation.seeding import derive, isolated
+from ...federation.task import CLASSIFICATION, Task
 from ...federation.warm_start import public_relu_ise, public_warm_start
 from ...models.backbones import PREFIX
+from ..flamby import backbones as flamby
+from ..flamby.package import is_flamby
 from .data import DATASETS, VALIDATION
 
 log = logging.getLogger(__name__)
@@ -56,6 +60,7 @@ class Plan:
     head: str | None
     silo_evaluation: bool
     finetune_epochs: int
+    task: Task = CLASSIFICATION
 
 
 def config_of(args: Any) -> Config:
@@ -75,9 +80,11 @@ def config_of(args: Any) -> Config:
     return config
 
 
-def plan_of(config: Config, model: nn.Module) -> Plan:
-    """The plan for training `model` by the algorithm that `federated_optimizer` names."""
+def plan_of(config: Config, model: nn.Module, task: Task = CLASSIFICATION) -> Plan:
+    """The plan for training `model` on `task` by the algorithm that `federated_optimizer` names."""
     row, head = algorithm(config.federated_optimizer), head_of(config, model)
+    if row.view == "dualcopy":
+        flamby.refuse_ungateable(config.model, config.dataset, row.name)
     if row.needs_head and head is None:
         raise ConfigError(
             f"{row.name} treats the head apart from the body: set fedsq_args.head to the module path of the "
@@ -115,7 +122,23 @@ def plan_of(config: Config, model: nn.Module) -> Plan:
         head,
         row.personal if config.silo_evaluation is None else config.silo_evaluation,
         finetune_epochs,
+        task,
     )
+
+
+def task_of(config: Config, dataset: Any) -> Task:
+    """What the data set asks of a model: what it brings, classification where it brings nothing.
+
+    Raises:
+        ConfigError: a script took apart what `fedml.data.load` gave it of FLamby's.
+    """
+    task: Task | None = getattr(dataset, "task", None)
+    if task is None and is_flamby(config.dataset):
+        raise ConfigError(
+            f"the loss and the metric of {config.dataset} are lost: hand the data set to FedMLRunner as "
+            "fedml.data.load gave it"
+        )
+    return task or CLASSIFICATION
 
 
 def _has_norm(model: nn.Module) -> bool:
@@ -147,8 +170,11 @@ def _frozen_modules(config: Config, model: nn.Module) -> tuple[str, ...]:
 def head_of(config: Config, model: nn.Module) -> str | None:
     """The head's module path: as given, or that of our own backbones. A script may train another model
     than the recipe names; its head is unknown unless given."""
-    if config.head is None and config.model in models.names():
-        known = models.head(config.model)
+    own = models.head if config.model in models.names() else None
+    if config.model in flamby.MODELS:
+        own = partial(flamby.head, dataset=config.dataset)
+    if config.head is None and own is not None:
+        known = own(config.model)
         return known if known in dict(model.named_modules()) else None
     return config.head
 
@@ -156,6 +182,8 @@ def head_of(config: Config, model: nn.Module) -> str | None:
 def accepted(config: Config) -> tuple[str, ...]:
     """What may stay ungated: as given, and what has no gate in our own backbone even after ReLU-isation."""
     own = models.ungated(config.model) if config.model in models.names() else ()
+    if config.model in flamby.MODELS:
+        own = flamby.ungated(config.model, config.dataset)
     return (*config.gate_accept, *own)
 
 
@@ -311,6 +339,8 @@ def viewed(model: nn.Module, plan: Plan) -> nn.Module:
 
 def created(config: Config, classes: int) -> nn.Module:
     """One of our backbones, initialised from the model seed; a DualCopy with the recipe's gate options."""
+    if config.model in flamby.MODELS:
+        return flamby.create(config.model, config.dataset, classes, derive("model", config.seed("model")))
     name = config.model.removeprefix(PREFIX)
     with isolated(derive("model", config.seed("model"))):
         model = models.create(name, classes, small_images=config.small_images)

@@ -51,6 +51,8 @@ class Start:
     """How the model came by its weights."""
     finished: int = 0
     """Rounds that were finished before, in a run that goes on."""
+    metric: str = "accuracy"
+    """What is measured where metrics say accuracy."""
 
 
 def execute(
@@ -140,7 +142,8 @@ def _run(
     main.on_round = on_round
     counts, names = getattr(dataset, "counts", None), getattr(dataset, "classes", None)
     finished, device = main.checkpoints.round, described(ready.device)
-    on_start(Start(device, counts, names, metrics, ready.runner.reluised, ready.notes, finished))
+    metric = main.plan.task.metric.name
+    on_start(Start(device, counts, names, metrics, ready.runner.reluised, ready.notes, finished, metric))
     ready.runner.run()
     if getattr(args, "enable_wandb", False):
         import wandb

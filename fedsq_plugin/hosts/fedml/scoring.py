@@ -56,11 +56,11 @@ class Scoring:
                 return None, None
             return Metrics(tested[1], tested[0], self._samples), None
         with isolated(seed):
-            metrics = evaluate(model, self._test, self._device)
+            metrics = evaluate(model, self._test, self._device, *self._plan.task)
         if not isinstance(model, DualCopy):
             return metrics, metrics
         with isolated(seed):
-            return metrics, evaluate(model.quantitative, self._test, self._device)
+            return metrics, evaluate(model.quantitative, self._test, self._device, *self._plan.task)
 
     def score(self, record: RoundRecord) -> None:
         """Let FedML's own test run, and measure the global model."""
@@ -86,8 +86,12 @@ class Scoring:
 
             wandb.log(logged)
         silos = f", silos {record.silos.accuracy:.4f}" if record.silos else ""
+        if record.by_silo:
+            parts = (f"{silo}: {found.accuracy:.4f}" for silo, found in record.by_silo.items())
+            silos += f" ({', '.join(parts)})"
         released = f", released {record.released.accuracy:.4f}" if record.released else ""
         log.info(
-            "%s round %d/%d: test accuracy %.4f%s%s, loss %.4f",
-            self._plan.algorithm.name, record.round, self._args.comm_round, accuracy, released, silos, loss,
+            "%s round %d/%d: test %s %.4f%s%s, loss %.4f",
+            self._plan.algorithm.name, record.round, self._args.comm_round, self._plan.task.metric.name,
+            accuracy, released, silos, loss,
         )  # fmt: skip

@@ -102,4 +102,4 @@ class Silos:
         self.trainer.set_model_params(message)
         self.trainer.worker.personalise(silo, train, epochs if train else 0, head_only, self.device)
         with isolated(derive("test", self.plan.config.random_seed)):
-            return evaluate(self.trainer.model, batches, self.device)
+            return evaluate(self.trainer.model, batches, self.device, *self.plan.task)

@@ -136,14 +136,15 @@ class Simulation(FedAvgAPI):  # type: ignore[misc]
     def _test_silos(self, record: RoundRecord) -> None:
         plan, last = self.plan, record.round == self.args.comm_round
         if plan.silo_evaluation:
-            record.silos = self._own_models(epochs=0)
+            record.by_silo = self._own_models(epochs=0)
+            record.silos = pooled(record.by_silo.values())
         if plan.finetune_epochs and last:
-            record.silos_tuned = self._own_models(plan.finetune_epochs)
+            record.silos_tuned = pooled(self._own_models(plan.finetune_epochs).values())
 
-    def _own_models(self, epochs: int) -> Metrics:
+    def _own_models(self, epochs: int) -> dict[int, Metrics]:
         """Every silo's own model on its own test data, after a fine-tuning of so many epochs."""
         message = self.scoring.global_message()
-        return pooled(self.silos.test(silo, message, epochs) for silo in self.test_data_local_dict)
+        return {silo: self.silos.test(silo, message, epochs) for silo in self.test_data_local_dict}
 
 
 def refuse_foreign(plan: Plan, args: Any, client_trainer: Any, server_aggregator: Any) -> None:

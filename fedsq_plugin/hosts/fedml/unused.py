@@ -9,6 +9,8 @@ from ... import models
 from ...algorithms import find, rows
 from ...config import OPTIONS, family_of
 from ...models.backbones import PREFIX
+from ..flamby.backbones import MODELS
+from ..flamby.package import is_flamby
 from .data import DATASETS
 
 GATES = ("keep_gates", "gate_accept", "gate_pooling", "structural_copy", "structural_precision")
@@ -52,7 +54,9 @@ def unused(valid: Mapping[str, Any], ours: bool = True) -> list[str]:
         mark(GATES, f"{name} trains the plain model, without gates")
     if "model" in valid and model not in models.names():
         mark(("small_images",), f"{model} is none of our models")
-    if "dataset" in valid and dataset not in DATASETS:
+    if is_flamby(dataset):
+        mark((*DATA[1:], "partition_method", "partition_alpha"), f"the centres of {dataset} are the silos")
+    elif "dataset" in valid and dataset not in DATASETS:
         mark(DATA, f"{dataset} is FedML's own data set")
     if ours and get("client_optimizer", "sgd") != "sgd":
         mark(("momentum",), f"{valid['client_optimizer']} has none")
@@ -100,7 +104,7 @@ def untrained_gates(valid: Mapping[str, Any]) -> list[str]:
     """A line when the gates of one of our models are frozen before anything was learned."""
     model, row = str(valid.get("model", "")), find(str(valid.get("federated_optimizer", "")))
     gated = model.startswith(PREFIX) or (row is not None and row.view == "dualcopy")
-    if gated and model in models.names() and valid.get("warm_start", "none") == "none":
+    if gated and model in (*models.names(), *MODELS) and valid.get("warm_start", "none") == "none":
         return [
             "warm_start is none: the gates of random weights are frozen; FedSQ is meant for pretrained ones"
         ]

@@ -40,6 +40,12 @@ def refuse_road(args: Any, config: Config) -> None:
         credentials(config, rank)
 
 
+def silos_of(args: Any) -> list[int]:
+    """The silos that this process serves; none, where it is the server."""
+    rank, ranks = int(args.rank), _ranks(args)
+    return [silo for silo in range(args.client_num_in_total) if rank_of(silo, ranks) == rank]
+
+
 def relu_like_the_servers(model: nn.Module) -> None:
     """A client's model gets its weights with the first broadcast, and here the ReLUs that they belong to."""
     replace_by_lambda(model)
@@ -71,13 +77,13 @@ def node(
             f"{plan.algorithm.name}: between processes, only the plugin's own trainer and aggregator send "
             "the structural copy; pass none, or use backend: sp"
         )
-    rank, ranks = int(args.rank), _ranks(args)
+    ranks = _ranks(args)
     _, _, _, test, sizes, train, tests, _ = dataset
     if is_client(args):
         if client_trainer is not None:
             client_trainer.model = model
         trainer = client_trainer or FedSQTrainer(model, args, plan)
-        mine = [silo for silo in range(args.client_num_in_total) if rank_of(silo, ranks) == rank]
+        mine = silos_of(args)
         kept = SiloCheckpoints(plan, trainer, mine) if isinstance(trainer, FedSQTrainer) else None
         silos = Silos(plan, args, device, trainer, sizes, train, tests, kept)
         return Client(args, _transport(args, plan, model, [0]), silos, mine)

@@ -288,7 +288,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
                 self._test("silos")
                 return
         elif self._stage == "silos":
-            record.silos = self._pooled()
+            record.silos, record.by_silo = self._pooled(), dict(sorted(self._tested.items()))
         elif self._stage == "tune":
             record.silos_tuned = self._pooled()
         if self._stage != "tune" and self.plan.finetune_epochs and record.round == self.args.comm_round:

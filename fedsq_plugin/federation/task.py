@@ -1,0 +1,105 @@
+"""What a data set asks of a model: the loss that is trained, and the measure of its predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""(outputs (N, …), targets (N, …)) -> mean loss of the batch."""
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels.long())
+
+
+class Metric(Protocol):
+    """A measure of a model's outputs on a data set, in [0, 1], higher being better; NaN where it is
+    undefined."""
+
+    @property
+    def name(self) -> str:
+        """As it is said beside a figure."""
+
+    def size(self, targets: Tensor) -> int:
+        """What a batch counts, in means over batches and over silos."""
+
+    def of_batch(self, outputs: Tensor, targets: Tensor) -> Any:
+        """What has to be kept of a batch."""
+
+    def of_all(self, kept: Sequence[Any], sizes: Sequence[int]) -> float:
+        """The measure, from what was kept of all batches; there is one at least."""
+
+
+class Accuracy:
+    """The share of labels (N, …) at which the logits (N, classes, …) are largest."""
+
+    name = "accuracy"
+
+    def size(self, targets: Tensor) -> int:
+        return targets.numel()
+
+    def of_batch(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs.argmax(1) == targets).sum()
+
+    def of_all(self, kept: Sequence[Tensor], sizes: Sequence[int]) -> float:
+        # Once for all batches: reading a number waits for the GPU.
+        return int(torch.stack(list(kept)).sum()) / sum(sizes)
+
+
+@dataclass(frozen=True)
+class OfPredictions:
+    """A function of all predictions of a data set together, as AUC and the concordance index are."""
+
+    name: str
+    function: Callable[[Any, Any], Any]
+    """(targets, outputs), arrays of all samples -> the measure."""
+
+    def size(self, targets: Tensor) -> int:
+        return len(targets)
+
+    def of_batch(self, outputs: Tensor, targets: Tensor) -> tuple[Any, Any]:
+        return targets.cpu().numpy(), outputs.float().cpu().numpy()
+
+    def of_all(self, kept: Sequence[tuple[Any, Any]], sizes: Sequence[int]) -> float:
+        targets, outputs = (np.concatenate(parts) for parts in zip(*kept, strict=True))
+        if not np.isfinite(outputs).all():
+            return float("nan")  # scikit-learn and lifelines raise, on a run that has diverged
+        try:
+            return float(self.function(targets, outputs))
+        except ZeroDivisionError:  # no two samples that could be compared
+            return float("nan")
+
+
+@dataclass(frozen=True)
+class MeanOverBatches:
+    """The plain mean of a function of batches, of whose predictions, perhaps volumes, nothing is kept."""
+
+    name: str
+    function: Callable[[Tensor, Tensor], Any]
+    """(targets, outputs) of a batch -> the measure."""
+
+    def size(self, targets: Tensor) -> int:
+        return len(targets)
+
+    def of_batch(self, outputs: Tensor, targets: Tensor) -> float:
+        return float(self.function(targets.cpu(), outputs.float().cpu()))
+
+    def of_all(self, kept: Sequence[float], sizes: Sequence[int]) -> float:
+        return float(np.mean(kept))
+
+
+class Task(NamedTuple):
+    """Of one data set; classification unless it says otherwise."""
+
+    loss: Loss = cross_entropy
+    metric: Metric = Accuracy()
+
+
+CLASSIFICATION = Task()

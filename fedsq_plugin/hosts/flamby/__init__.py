@@ -1,0 +1,1 @@
+"""FLamby. Nothing here is mathematics, and FLamby is imported only when asked for."""

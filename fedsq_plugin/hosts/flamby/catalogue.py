@@ -1,0 +1,169 @@
+"""What must be known of FLamby's data sets beside what their packages export (owkin/FLamby, edacf54)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+PREFIX = "flamby/"
+"""What the names of FLamby's data sets, and of their baselines, begin with in a recipe."""
+BASELINE = f"{PREFIX}baseline"
+"""`model` of a recipe: what FLamby's own `Baseline()` of the data set makes."""
+MLP = "mlp"
+"""`model` of a recipe: our MLP, with the inputs and outputs of the data set."""
+MODELS = (MLP, BASELINE)
+"""Models that only a data set of FLamby's makes complete."""
+
+
+@dataclass(frozen=True)
+class FlambyData:
+    """One data set. Module paths are of its Baseline."""
+
+    name: str
+    """Of the package in `flamby.datasets`."""
+    outputs: int
+    """Of a model: classes, or 1."""
+    metric: str
+    """What FLamby's `metric` measures."""
+    files: str
+    """Glob of files that its folder must hold, one at least."""
+    get: Sequence[str]
+    """Commands, in the data set's dataset_creation_scripts, that get the data; they ask for the licence."""
+    baseline: str
+    """What `Baseline()` is."""
+    head: str
+    """The last layer."""
+    over: Literal["all", "labels", "scan"] = "all"
+    """What FLamby's metric is applied to: all predictions; a batch's labels; a batch taken for one scan."""
+    features: int | None = None
+    """Of a sample, where samples are vectors."""
+    probability: bool = False
+    """Whether its loss takes probabilities."""
+    ungated: tuple[str, ...] = ()
+    """Patterns of what has no gate and stays as it is."""
+    instead: str | None = None
+    """What to train under gates where the baseline has none, in words; None: it has."""
+    test_batch: int | None = None
+    """Samples of a test batch in FLamby's own benchmark; None: as in training."""
+    takes_path: bool = True
+    """Whether its constructor takes `data_path`."""
+    not_in_path: str | None = None
+    """What FLamby takes, anywhere in the path of its files, for the name of a split."""
+    generated: bool = False
+    """Whether the number of centres is chosen when the data are made."""
+    needs_gpu: bool = False
+    """Whether its loss moves labels to a GPU, whatever the device."""
+
+    @property
+    def key(self) -> str:
+        """Its name in a recipe."""
+        return f"{PREFIX}{self.name}"
+
+
+_LINEAR = "a linear model"
+
+CATALOGUE: dict[str, FlambyData] = {
+    row.key: row
+    for row in (
+        FlambyData(
+            "fed_camelyon16",
+            outputs=1,
+            metric="AUC",
+            files="*.npy",
+            get=(
+                "python download.py --output-folder FOLDER --path-to-secret SECRET --port 6006",
+                "python tiling_slides.py",
+            ),
+            baseline="DeepMIL",
+            head="classifier.4",
+            ungated=("attention_V.1", "attention_U.1"),  # the attention over a bag's tiles
+            not_in_path="test",
+        ),
+        FlambyData(
+            "fed_heart_disease",
+            outputs=1,
+            metric="accuracy",
+            files="processed.*.data",
+            get=("python download.py --output-folder FOLDER",),
+            baseline=_LINEAR,
+            head="linear",
+            features=13,
+            probability=True,
+            instead=f"model: {MLP}",
+        ),
+        FlambyData(
+            "fed_isic2019",
+            outputs=8,
+            metric="balanced accuracy",
+            files="ISIC_2019_Training_Input_preprocessed/*.jpg",
+            get=("python download_isic.py --output-folder FOLDER", "python resize_images.py"),
+            baseline="EfficientNet-B0",
+            head="base_model._fc",
+            instead="model: resnet18 or alexnet",
+        ),
+        FlambyData(
+            "fed_ixi",
+            outputs=2,
+            metric="Dice",
+            files="7kd5wj7v7p-3/IXI_sample/*/T1/*.nii.gz",
+            get=("python download.py --output-folder FOLDER",),
+            baseline="a UNet",
+            head="classifier.conv_layer",
+            test_batch=1,
+        ),
+        FlambyData(
+            "fed_kits19",
+            outputs=3,
+            metric="Dice",
+            files="kits19_preprocessing/Task064_KiTS_labelsFixed/nnUNetPlansv2.1_plans_3D.pkl",
+            get=(
+                "python create_config.py --output_folder FOLDER",
+                "python parsing_and_adding_metadata.py",
+                "python run_nnUnet_plan_and_preprocess.py",
+            ),
+            baseline="nnU-Net",
+            head="seg_outputs.4",
+            over="labels",
+            test_batch=2,
+            takes_path=False,
+        ),
+        FlambyData(
+            "fed_lidc_idri",
+            outputs=1,
+            metric="Dice",
+            files="**/patient.nii.gz",
+            get=("python download_ct_scans.py -o FOLDER",),
+            baseline="VNet, whose ELUs are smooth",
+            head="out_tr.conv2",
+            over="scan",
+            instead="a row without gates, as FedAvg, or a network of your own with nn.LeakyReLU",
+            test_batch=1,
+            needs_gpu=True,
+        ),
+        FlambyData(
+            "fed_synthetic",
+            outputs=3,
+            metric="accuracy",
+            files="*.data",
+            get=("python download.py --centers 4 --snr 0.25 --output-folder FOLDER",),
+            baseline=_LINEAR,
+            head="linear",
+            features=10,
+            generated=True,
+            instead=f"model: {MLP}",
+        ),
+        FlambyData(
+            "fed_tcga_brca",
+            outputs=1,
+            metric="concordance index",
+            files="brca.csv",
+            get=(),
+            baseline=_LINEAR,
+            head="fc",
+            features=39,
+            instead=f"model: {MLP}",
+            takes_path=False,
+        ),
+    )
+}

@@ -1,0 +1,228 @@
+"""FLamby's own packages of data sets, imported and asked, with one line for each way in which that fails."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from ...errors import ConfigError, nearest
+from ...federation.seeding import derive, isolated
+from ...federation.task import MeanOverBatches, Metric, OfPredictions, Task
+from .catalogue import CATALOGUE, PREFIX, FlambyData
+
+NO_FLAMBY = (
+    "FLamby is not importable, and is not on the package index: "
+    "git clone https://github.com/owkin/FLamby, put that folder on PYTHONPATH, "
+    "and pip install 'fedsq-plugin[flamby]'"
+)
+PINS = "pip install 'fedsq-plugin[flamby]' gives the versions with which FLamby works"
+
+
+def known(name: str) -> FlambyData:
+    """The data set that a recipe calls `name`. Raises ConfigError for an unknown one."""
+    if name not in CATALOGUE:
+        raise ConfigError(f"data_args.dataset '{name}' is unknown{nearest(name, CATALOGUE)}")
+    return CATALOGUE[name]
+
+
+class FlambyPackage:
+    """`flamby.datasets.<name>` and its data.
+
+    Args:
+        name: in a recipe, as flamby/fed_ixi.
+        folder: of the data; "": where FLamby's own configuration says.
+
+    Raises:
+        ConfigError: FLamby, what it needs, the data or the licence is missing.
+    """
+
+    def __init__(self, name: str, folder: str = "") -> None:
+        self.about = known(name)
+        self._folder = folder
+        self.module = self._imported()
+
+    @property
+    def batch_size(self) -> int:
+        """FLamby's own, for training."""
+        return int(self.module.BATCH_SIZE)
+
+    @property
+    def collate(self) -> Any:
+        """What makes a batch of samples; None: torch's own way."""
+        return getattr(self.module, "collate_fn", None)
+
+    def task(self) -> Task:
+        """FLamby's loss, and its metric as its own benchmark applies it."""
+        with self._named("its loss"):
+            return Task(self.module.BaselineLoss(), self._metric())
+
+    def _metric(self) -> Metric:
+        name, measure = self.about.metric, self.module.metric
+        if self.about.over == "labels":
+            softmax = self.module.softmax_helper
+            return MeanOverBatches(
+                name, lambda targets, outputs: measure(softmax(outputs).argmax(1), targets)
+            )
+        if self.about.over == "scan":
+            return MeanOverBatches(
+                name, lambda targets, outputs: measure(targets.numpy()[None], outputs.numpy()[None])
+            )
+        return OfPredictions(name, measure)
+
+    def centres(self) -> int:
+        """The number of centres. Synthetic data have as many as were generated."""
+        if self.about.generated:
+            return len(self.samples(train=True, pooled=True).center_names)  # type: ignore[attr-defined]
+        return int(self.module.NUM_CLIENTS)
+
+    def samples(self, train: bool, centre: int = 0, pooled: bool = False, seed: int = 0) -> Dataset[Any]:
+        """The training or test split of a centre, or of all centres together."""
+        path = self._path()
+        given = {} if path is None else {"data_path": str(path)}
+        # ISIC's constructor draws an augmentation, Camelyon's seeds python's generator.
+        with isolated(derive("flamby", seed, centre)), self._named("the data"):
+            found: Dataset[Any] = self.module.FedClass(center=centre, train=train, pooled=pooled, **given)
+        self._refuse_other_shape(found)
+        return found
+
+    def baseline(self) -> Any:
+        """FLamby's own model."""
+        with self._named("its Baseline"):
+            return self.module.Baseline()
+
+    def _refuse_other_shape(self, samples: Any) -> None:
+        wanted = self.about.features
+        if wanted is not None and len(samples) and len(samples[0][0]) != wanted:
+            raise ConfigError(
+                f"{self.about.key}: the samples have {len(samples[0][0])} features, FLamby's baseline takes "
+                f"{wanted}; generate the data anew: {self._how()}"
+            )
+
+    def _path(self) -> Path | None:
+        """The folder to hand to FLamby; None where it knows by itself, and none is to be handed over."""
+        about = self.about
+        if not about.takes_path and self._folder:
+            raise ConfigError(
+                f"data_args.data_cache_dir: {about.key} is read from FLamby's own place; leave it out"
+            )
+        if not about.get:
+            self._refuse_without_licence()
+            return None
+        folder = Path(self._folder).expanduser() if self._folder else self._configured()
+        if not folder.is_dir():
+            raise ConfigError(f"{about.key}: no folder {folder}; {self._how()}")
+        if next(folder.glob(about.files), None) is None:
+            raise ConfigError(f"{about.key}: {folder} holds no {about.files}; {self._how()}")
+        if about.not_in_path and about.not_in_path in str(folder).lower():
+            raise ConfigError(
+                f"{about.key}: FLamby takes every file for test data whose path has '{about.not_in_path}' in "
+                f"it; move {folder} to a folder without"
+            )
+        return folder if about.takes_path else None
+
+    def _configured(self) -> Path:
+        """FLamby's own configuration, which it would take in its debug form without being asked to."""
+        import yaml
+
+        file = self._scripts() / "dataset_location.yaml"
+        try:
+            options = yaml.safe_load(file.read_text())
+        except FileNotFoundError:
+            where = ", or name their folder in data_args.data_cache_dir" if self.about.takes_path else ""
+            raise ConfigError(f"{self.about.key}: the data are not there; {self._how()}{where}") from None
+        if not isinstance(options, dict) or not isinstance(options.get("dataset_path"), str):
+            raise ConfigError(f"{self.about.key}: {file} names no dataset_path; {self._how()}")
+        for key, step in (("download_complete", "download"), ("preprocessing_complete", "preprocessing")):
+            if not options.get(key):
+                raise ConfigError(f"{self.about.key}: the {step} is not finished ({file}); {self._how()}")
+        return Path(options["dataset_path"])
+
+    def _refuse_without_licence(self) -> None:
+        """FLamby asks for it on standard input as soon as the data are read; that is the user's to answer."""
+        name = self.about.name
+        if not (self._scripts() / f"license_agreement_{name}").is_file():
+            raise ConfigError(
+                f"{self.about.key}: its data terms are not accepted yet; read them and answer FLamby: "
+                f'python -c "from flamby.datasets.{name} import FedClass; FedClass()"'
+            )
+
+    def _scripts(self) -> Path:
+        return Path(str(self.module.__file__)).parent / "dataset_creation_scripts"
+
+    def _how(self) -> str:
+        """The commands that get the data, which ask for the licence."""
+        if not self.about.get:
+            return f"see {self._scripts().parent / 'README.md'}"
+        return f"get them by: cd {self._scripts()} && {' && '.join(self.about.get)}"
+
+    def _imported(self) -> Any:
+        name = f"flamby.datasets.{self.about.name}"
+        if find_spec("flamby") is None:
+            raise ConfigError(f"{self.about.key}: {NO_FLAMBY}")
+        # FLamby seeds torch when it is imported, and nnU-Net prints.
+        with isolated(0), _quietly():
+            try:
+                return importlib.import_module(name)
+            except ModuleNotFoundError as error:
+                what = f"needs {error.name}: pip install {_PACKAGES.get(str(error.name), error.name)}"
+                if str(error.name).startswith("flamby"):
+                    what = f"is incomplete (no {error.name}): {NO_FLAMBY.partition(': ')[2]}"
+                raise ConfigError(f"{self.about.key}: FLamby {what}, or: {PINS}") from None
+            except Exception as error:
+                raise self._unfit("it does not import here", error) from None
+
+    @contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        try:
+            with _quietly():
+                yield
+        except (AttributeError, TypeError, ImportError) as error:
+            raise self._unfit(f"{what} cannot be had", error) from None
+        except Exception as error:
+            line = f"{type(error).__name__}: {_first_line(error)}"
+            remedy = f" {self._how()}" if what == "the data" else ""
+            raise ConfigError(
+                f"{self.about.key}: {what} cannot be had ({line});{remedy}".rstrip(";")
+            ) from None
+
+    def _unfit(self, what: str, error: Exception) -> ConfigError:
+        """Names that FLamby uses and later versions of its dependencies lack."""
+        return ConfigError(f"{self.about.key}: {what} ({type(error).__name__}: {_first_line(error)}); {PINS}")
+
+
+_PACKAGES = {
+    "sklearn": "scikit-learn",
+    "efficientnet_pytorch": "efficientnet-pytorch",
+    "nnunet": "--no-deps nnunet==1.7.0",
+    "openslide": "openslide-python",
+    "xlrd": "xlrd",
+}
+"""What is to be installed for a module, where the names differ."""
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what FLamby prints; warnings and logs stay."""
+    with open(os.devnull, "w") as nowhere:
+        out, sys.stdout = sys.stdout, nowhere
+        try:
+            yield
+        finally:
+            sys.stdout = out
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def is_flamby(dataset: str) -> bool:
+    """Whether a recipe's data set is FLamby's."""
+    return dataset.startswith(PREFIX)
