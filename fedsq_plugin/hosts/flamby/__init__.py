@@ -1,0 +1,1 @@
+"""FLamby as a host. Importing this package does not import FLamby."""
