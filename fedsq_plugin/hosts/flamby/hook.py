@@ -86,17 +86,28 @@ def add_strategies(module: ModuleType) -> None:
 def find_ours(module: ModuleType) -> None:
     """Let the benchmark find the results of our strategies among those of its file.
 
-    Its function refuses names that it does not know, and breaks on columns of text that no row has a value
-    in yet. Everything else that makes two experiments the same is left to it.
+    Its function refuses names that it does not know, breaks on columns of text that no row has a value in
+    yet, and overlooks options that only the other experiment was given. Everything else that makes two
+    experiments the same is left to it.
     """
-    original = module.find_xps_in_df
+    original, always = module.find_xps_in_df, {"Test", "Method", "Metric", "seed"}
 
     def find_xps_in_df(df: Any, hyperparameters: Mapping[str, Any], sname: str, num_updates: int) -> Any:
         values = {key: float("nan") if value is None else value for key, value in hyperparameters.items()}
         text = [key for key, value in values.items() if not isinstance(value, (int, float))]
         method, known = f"{sname}{num_updates}", f"FedAvg{num_updates}"
+        same = df["Method"] == method
+        if _is_ours(sname):
+            same &= df[[key for key in df.columns if key not in always | set(values)]].isna().all(axis=1)
         seen = df.astype(dict.fromkeys(text, object))
-        seen["Method"] = [known if name == method else "another" for name in df["Method"]]
+        seen["Method"] = [known if one else "another" for one in same]
         return original(seen, values, "FedAvg", num_updates)
 
     module.find_xps_in_df = find_xps_in_df  # type: ignore[attr-defined]
+
+
+def _is_ours(name: str) -> bool:
+    from .strategy import Strategy
+
+    found = getattr(sys.modules.get(STRATEGIES), name, None)
+    return isinstance(found, type) and issubclass(found, Strategy)
