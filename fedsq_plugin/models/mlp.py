@@ -11,6 +11,7 @@ from torch import Tensor, nn
 class MLP(nn.Module):
     """Hidden layers `features` of the given widths, each a linear layer and a ReLU, and a linear head `fc`.
 
+    With `norm`, BatchNorm stands between a hidden linear layer and its ReLU.
     Batch x `inputs` to batch x `outputs`, initialised as torch does. With `sigmoid`, the scores pass one
     more module, `output`, for losses that take probabilities (BCELoss).
 
@@ -23,11 +24,18 @@ class MLP(nn.Module):
     """For `DualCopy(accept=...)`: a sigmoid over the scores is no hidden activation, so it needs no gate."""
 
     def __init__(
-        self, inputs: int, outputs: int, hidden: Sequence[int] = (64, 64), sigmoid: bool = False
+        self,
+        inputs: int,
+        outputs: int,
+        hidden: Sequence[int] = (64, 64),
+        sigmoid: bool = False,
+        norm: bool = False,
     ) -> None:
         super().__init__()
         widths = (inputs, *hidden)
-        layers = [module for a, b in pairwise(widths) for module in (nn.Linear(a, b), nn.ReLU())]
+        layers: list[nn.Module] = []
+        for a, b in pairwise(widths):
+            layers += [nn.Linear(a, b), *([nn.BatchNorm1d(b)] if norm else []), nn.ReLU()]
         self.features = nn.Sequential(*layers)
         self.fc = nn.Linear(widths[-1], outputs)
         self.output: nn.Module = nn.Sigmoid() if sigmoid else nn.Identity()

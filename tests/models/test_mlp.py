@@ -21,6 +21,11 @@ def test_hidden_widths_are_as_given():
     assert [(layer.in_features, layer.out_features) for layer in layers] == [(5, 7), (7, 4), (4, 3)]
 
 
+def test_norm_stands_before_every_relu():
+    kinds = [type(m).__name__ for m in MLP(5, 3, hidden=(7, 4), norm=True).features]
+    assert kinds == ["Linear", "BatchNorm1d", "ReLU"] * 2
+
+
 def test_sigmoid_gives_probabilities_of_the_same_scores():
     torch.manual_seed(0)
     scores = MLP(4, 1)

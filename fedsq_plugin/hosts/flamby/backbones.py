@@ -18,6 +18,7 @@ TABULAR: dict[str, dict[str, Any]] = {
     "fed_synthetic": {"inputs": 10, "outputs": 3},
 }
 """Arguments of an MLP, as the data set's own baseline has them."""
+MLPS: dict[str, dict[str, Any]] = {"mlp": {}, "mlp_bn": {"norm": True}}
 IMAGES = {"fed_isic2019": 8}
 """Classes of the data sets of images with three channels."""
 
@@ -26,7 +27,7 @@ def factory(dataset: str, backbone: str, weights: str | None, own: Any) -> Calla
     """What makes the model of a data set, as FLamby calls its `Baseline`.
 
     Args:
-        backbone: `baseline`, `mlp`, or one of ours by name.
+        backbone: `baseline`, `mlp`, `mlp_bn` (with BatchNorm), or one of ours by name.
         weights: a file, or "imagenet" for a backbone of ours; None: newly initialised.
         own: the data set's own `Baseline`.
 
@@ -34,7 +35,7 @@ def factory(dataset: str, backbone: str, weights: str | None, own: Any) -> Calla
         ConfigError: no such backbone for this data set.
     """
     ours = [name for name in models.names() if not name.startswith(PREFIX)] if dataset in IMAGES else []
-    known = ["baseline", *(["mlp"] if dataset in TABULAR else []), *ours]
+    known = ["baseline", *(MLPS if dataset in TABULAR else []), *ours]
     if backbone not in known:
         raise ConfigError(f"--backbone {backbone}: {dataset} can have {', '.join(known)}")
     if weights == "imagenet" and backbone not in ours:
@@ -43,7 +44,8 @@ def factory(dataset: str, backbone: str, weights: str | None, own: Any) -> Calla
     def make(*arguments: Any) -> nn.Module:
         if backbone in ours:
             return models.create(backbone, IMAGES[dataset], weights)
-        model: nn.Module = MLP(**TABULAR[dataset]) if backbone == "mlp" else own(*arguments)
+        layers = MLPS.get(backbone)
+        model: nn.Module = own(*arguments) if layers is None else MLP(**TABULAR[dataset], **layers)
         if weights is not None:
             models.load_weights(model, models.read_state(weights), head=None)
         return model

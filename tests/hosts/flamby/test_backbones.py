@@ -46,7 +46,7 @@ def test_weights_are_what_it_begins_with(tmp_path: Path) -> None:
     ("dataset", "backbone", "weights", "said"),
     [
         ("fed_ixi", "mlp", None, "fed_ixi can have baseline"),
-        ("fed_heart_disease", "resnet18", None, "fed_heart_disease can have baseline, mlp"),
+        ("fed_heart_disease", "resnet18", None, "fed_heart_disease can have baseline, mlp, mlp_bn"),
         ("fed_heart_disease", "mlp", "imagenet", "there are none for mlp"),
     ],
 )
