@@ -242,16 +242,26 @@ def flamby() -> None:
 @click.option("--backbone", default="baseline", show_default=True, help="mlp, resnet18, alexnet, …")
 @click.option("--weights", metavar="FILE", help="What the backbone begins with; or imagenet.")
 @click.option(
+    *("--results", "--results-file-path", "-rfp"),
+    type=click.Path(path_type=Path),
+    help="CSV of the results; default: what the configuration says.",
+)
+@click.option(
     *("--seeds", "--seed"), default="0", show_default=True, metavar="0,1,…", help="A run for each of them."
 )
 @click.pass_context
 def fed_benchmark(
-    context: click.Context, config: Path, backbone: str, weights: str | None, seeds: str
+    context: click.Context,
+    config: Path,
+    backbone: str,
+    weights: str | None,
+    results: Path | None,
+    seeds: str,
 ) -> None:
     """Run FLamby's fed_benchmark.py with our strategies in it. All other options are its own."""
     from .hosts.flamby import benchmark
 
-    benchmark.fed_benchmark(config, context.args, backbone, weights, _numbers(seeds))
+    benchmark.fed_benchmark(config, context.args, backbone, weights, _numbers(seeds), results)
 
 
 def _numbers(seeds: str) -> list[int]:

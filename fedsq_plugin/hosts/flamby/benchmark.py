@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError, nearest
+from ...federation.files import atomic_write
 from .backbones import factory
 from .hook import register
 
@@ -26,11 +27,17 @@ INSTALL = (
 
 
 def fed_benchmark(
-    config: Path, arguments: Sequence[str], backbone: str, weights: str | None, seeds: Sequence[int]
+    config: Path,
+    arguments: Sequence[str],
+    backbone: str,
+    weights: str | None,
+    seeds: Sequence[int],
+    results: Path | None = None,
 ) -> None:
     """Run `flamby/benchmarks/fed_benchmark.py` once per seed, with its own arguments.
 
-    It writes its own CSV, the file that its configuration names, and leaves out what stands there already.
+    It writes its own CSV, `results` or the file that its configuration names, and leaves out what stands
+    there already.
 
     Raises:
         ConfigError: FLamby is missing, or the configuration or the backbone is wrong.
@@ -40,19 +47,23 @@ def fed_benchmark(
     module: Any = importlib.import_module(f"flamby.datasets.{dataset}")
     _check_strategies(config, strategies)
     own = module.Baseline
-    module.Baseline = factory(dataset, backbone, weights, own)
+    made = factory(dataset, backbone, weights, own)
+    results = results or Path(_read(config)["results_file"])
+    _one_model_per_file(results, backbone, weights)
+    module.Baseline = made
     argv = sys.argv
     try:
         with _any_strategy(strategies):
             for seed in seeds:
-                sys.argv = [SCRIPT, "--config-file-path", str(config), "--seed", str(seed), *arguments]
+                paths = ["--config-file-path", str(config), "--results-file-path", str(results)]
+                sys.argv = [SCRIPT, *paths, "--seed", str(seed), *arguments]
                 runpy.run_module(SCRIPT, run_name="__main__", alter_sys=True)
-    except ValueError as error:
-        if "was not downloaded" not in str(error):
+    except (ValueError, FileNotFoundError) as error:
+        if isinstance(error, ValueError) and "was not downloaded" not in str(error):
             raise
         raise ConfigError(
-            f"{dataset}: its data are not there; FLamby's own script gets them: "
-            f"flamby/datasets/{dataset}/dataset_creation_scripts, see its README"
+            f"{dataset}: its data are not there ({error}); FLamby's own script gets them: "
+            f"flamby/datasets/{dataset}/dataset_creation_scripts, see the README of the data set"
         ) from None
     finally:
         sys.argv, module.Baseline = argv, own
@@ -87,6 +98,21 @@ def _read(config: Path) -> Any:
         raise ConfigError(f"configuration {config}: {error.strerror or error}") from None
     except ValueError as error:
         raise ConfigError(f"configuration {config} is no JSON: {error}") from None
+
+
+def _one_model_per_file(results: Path, backbone: str, weights: str | None) -> None:
+    """Its CSV does not say what model it is about: results of another would be taken for these. A note
+    beside it says so; without one, it is about the data set's own baseline."""
+    beside = results.with_name(f"{results.name}.model.json")
+    asked = {"backbone": backbone, "weights": weights}
+    own = {"backbone": "baseline", "weights": None}
+    found = _read(beside) if beside.exists() else own if results.exists() else asked
+    if found != asked:
+        said = " ".join(f"--{key} {value}" for key, value in found.items() if value is not None)
+        raise ConfigError(f"{results} has results with {said}: name another file by --results-file-path")
+    if not beside.exists() and asked != own:
+        results.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(beside, json.dumps(asked).encode())
 
 
 def _checked(config: Path) -> str:

@@ -54,13 +54,21 @@ def made(
     cls: Any = None,
     rounds: int = ROUNDS,
     classes: int = 1,
+    centres: int = len(SIZES),
     **options: Any,
 ) -> Strategy:
     """A strategy, made as FLamby's benchmark makes it."""
     cls = cls or strategy_class(algorithm(name))
     torch.manual_seed(2)
     return cls(
-        loaders(classes), net or model(), loss or nn.BCELoss(), optimizer, 0.05, UPDATES, rounds, **options
+        loaders(classes)[:centres],
+        net or model(),
+        loss or nn.BCELoss(),
+        optimizer,
+        0.05,
+        UPDATES,
+        rounds,
+        **options,
     )
 
 
