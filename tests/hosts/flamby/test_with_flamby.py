@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
+import runpy
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,10 +19,12 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from fedsq_plugin import DualCopy
 from fedsq_plugin.errors import ConfigError
 from fedsq_plugin.hosts.flamby import benchmark
+from fedsq_plugin.hosts.flamby.backbones import factory
 from fedsq_plugin.hosts.flamby.hook import register
 
 from .task import equal, made, model, run
@@ -251,3 +256,49 @@ def test_recipes_are_accepted(strategies: Any, name: str) -> None:
     file = Path("recipes/flamby", name)
     benchmark._checked(file)
     benchmark._check_strategies(file, strategies)
+
+
+def test_the_solver_for_benchopt_drives_rounds_by_itself(
+    strategies: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On stand-ins for BenchOpt and its template: it makes the strategy, evaluates client 0, and calls
+    perform_round."""
+
+    class Template:
+        def __init__(self, strategy: Any, **parameters: Any) -> None:
+            self.strategy = strategy
+            vars(self).update(parameters)
+
+    benchopt, utils = ModuleType("benchopt"), ModuleType("benchmark_utils.template_flamby_strategy")
+    benchopt.safe_import_context = contextlib.nullcontext  # type: ignore[attr-defined]
+    utils.FLambySolver = Template  # type: ignore[attr-defined]
+    for module in (benchopt, ModuleType("benchmark_utils"), utils):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    solver = runpy.run_path("recipes/flamby/benchopt/solvers/flamby_fedsq.py")["Solver"](
+        structural_copy="ema"
+    )
+    solver.set_strategy_specific_args()
+    strategy = made(cls=solver.strategy, rounds=-100, **solver.strategy_specific_args)
+    before = [p.detach().clone() for p in strategy.models_list[0].model.parameters()]
+    strategy.perform_round()
+    after = strategy.models_list[0].model
+    assert isinstance(after, DualCopy)
+    assert not any(torch.equal(a, b) for a, b in zip(before, after.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "shape", "labels"),
+    [("fed_ixi", (1, 16, 16, 16), (2, 16, 16, 16)), ("fed_isic2019", (3, 64, 64), None)],
+)
+def test_fedsq_on_networks_for_images(
+    strategies: Any, dataset: str, shape: tuple[int, ...], labels: tuple[int, ...] | None
+) -> None:
+    package = importlib.import_module(f"flamby.datasets.{dataset}")
+    x = torch.randn(4, *shape)
+    y = torch.randint(8, (4,)) if labels is None else torch.randint(2, (4, *labels)).float()
+    loader = DataLoader(TensorDataset(x, y), batch_size=2)
+    name = "resnet18" if dataset == "fed_isic2019" else "baseline"
+    net = factory(dataset, name, None, package.Baseline)()
+    strategy = strategies.FedSQ([loader], net, package.BaselineLoss(), torch.optim.SGD, 0.01, 2, 1)
+    trained = strategy.run()[0]
+    assert equal(trained.structural, net) and not equal(trained.quantitative, net)
