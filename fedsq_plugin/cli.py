@@ -152,10 +152,7 @@ def compare(
             raise ConfigError(f"--resume {resume}: it is no comparison; use fedsq run --resume {resume}")
         runs.compare(families, summary["algorithms_compared"], summary["seeds"], out, _console(), resume=True)
         return
-    try:
-        numbers = [int(seed) for seed in seeds.split(",")]
-    except ValueError:
-        raise ConfigError(f"--seeds {seeds}: write whole numbers separated by commas, as 0,1,2") from None
+    numbers = _numbers(seeds)
     names = [name.strip() for name in algorithms.split(",") if name.strip()]
     if not names:
         raise ConfigError("--algorithms is empty; name at least one, as FedAvg,FedSQ")
@@ -230,6 +227,50 @@ def algorithms() -> None:
     console = _console()
     console.print(*tables, sep="\n\n")
     console.print("\nNames joined by + are combined, as FedSQ+FedMR; options are described in the README.")
+
+
+@cli.group()
+def flamby() -> None:
+    """FedSQ, and the other rows, in FLamby's own benchmark."""
+
+
+@flamby.command("fed_benchmark", context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+@click.option(
+    *("--config", "--config-file-path", "-cfp"),
+    type=click.Path(path_type=Path),
+    required=True,
+    help="FLamby's configuration, a JSON file as those in recipes/flamby.",
+)
+@click.option("--backbone", default="baseline", show_default=True, help="mlp, resnet18, alexnet, …")
+@click.option("--weights", metavar="FILE", help="What the backbone begins with; or imagenet.")
+@click.option(
+    *("--results", "--results-file-path", "-rfp"),
+    type=click.Path(path_type=Path),
+    help="CSV of the results; default: what the configuration says.",
+)
+@click.option(
+    *("--seeds", "--seed"), default="0", show_default=True, metavar="0,1,…", help="A run for each of them."
+)
+@click.pass_context
+def fed_benchmark(
+    context: click.Context,
+    config: Path,
+    backbone: str,
+    weights: str | None,
+    results: Path | None,
+    seeds: str,
+) -> None:
+    """Run FLamby's fed_benchmark.py with our strategies in it. All other options are its own."""
+    from .hosts.flamby import benchmark
+
+    benchmark.fed_benchmark(config, context.args, backbone, weights, _numbers(seeds), results)
+
+
+def _numbers(seeds: str) -> list[int]:
+    try:
+        return [int(seed) for seed in seeds.split(",")]
+    except ValueError:
+        raise ConfigError(f"--seeds {seeds}: write whole numbers separated by commas, as 0,1,2") from None
 
 
 def _console(plain: bool = False) -> Any:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..dualcopy import Compiled, DualCopy, GateCache
-from ..errors import UpdateError
+from ..errors import ConfigError, UpdateError
 from ..federation.client_states import ClientStates
-from ..federation.local import LocalResult, LocalTraining, Objective, Part, Phase, local_update
+from ..federation.local import LocalResult, LocalTraining, Optimizers, Part, Phase, local_update
 from ..federation.messages import Announcement
 from ..federation.roles import roles
 from ..federation.seeding import derive
@@ -30,10 +30,12 @@ class Worker:
 
     Args:
         model: the warm-started model as the row's view has it; what is sent to a client is loaded into it.
-        seed: the run's.
+        seed: the run's; None: training draws from the process's generators, as the host has them.
         keep_gates: keep the gates of inputs, which then pass the structural copy once.
         compile: train through torch.compile.
         loss: of the data set's task.
+        keep_optimizers: a client's optimizers go on from round to round, with their moments; the learning
+            rate must be constant then.
     """
 
     def __init__(
@@ -42,12 +44,18 @@ class Worker:
         row: Algorithm,
         options: Options,
         training: LocalTraining,
-        seed: int,
+        seed: int | None,
         keep_gates: bool = False,
         compile: bool = False,
         loss: Loss = CLASSIFICATION.loss,
+        keep_optimizers: bool = False,
     ) -> None:
-        self._loss = loss
+        if keep_optimizers and training.lr_schedule != "constant":
+            raise ConfigError(
+                f"optimizers that are kept need lr_schedule constant, not {training.lr_schedule}"
+            )
+        self.loss, self._keep_optimizers = loss, keep_optimizers
+        self._optimizers: dict[int, Optimizers] = {}
         self.model, self.row, self.options, self.training, self.seed = model, row, options, training, seed
         self.roles = roles(model, options.head)
         self.states = ClientStates(model, self.roles, EXCHANGES[row.exchange])
@@ -89,12 +97,31 @@ class Worker:
         batches: Batches,
         round: int,
         device: torch.device | str = "cpu",
+        data: Batches | None = None,
+        on_step: Callable[[Tensor], None] | None = None,
     ) -> LocalResult:
-        """One round of one client, from the weights in the model and the part that stayed with it."""
+        """One round of one client, from the weights in the model and the part that stayed with it.
+
+        `data` and `on_step` are those of `local_update`.
+        """
         self.states.load(client, self.model)
-        seed = derive("local", self.seed, round, client)
         objective = OBJECTIVES[self.row.objective](self.options)
-        result = self._update(self.parts(round), batches, round, seed, device, objective)
+        result = local_update(
+            self.model,
+            batches,
+            self.training,
+            self.parts(round),
+            self.roles,
+            round=round,
+            seed=self._derived("local", round, client),
+            objective=objective,
+            loss=self.loss,
+            device=device,
+            forward=self._forward,
+            data=data,
+            optimizers=self._optimizers.setdefault(client, {}) if self._keep_optimizers else None,
+            on_step=on_step,
+        )
         self.states.keep(client, self.model)
         return result
 
@@ -111,28 +138,18 @@ class Worker:
         self.states.load(client, self.model)
         if epochs:
             phase = Phase(epochs, HEAD if head_only else EVERYTHING)
-            seed = derive("finetune", self.seed, client)
-            self._update([phase], batches, 0, seed, device, objective=None)
+            local_update(
+                self.model,
+                batches,
+                self.training,
+                [phase],
+                self.roles,
+                round=0,
+                seed=self._derived("finetune", client),
+                loss=self.loss,
+                device=device,
+                forward=self._forward,
+            )
 
-    def _update(
-        self,
-        parts: Sequence[Part],
-        batches: Batches,
-        round: int,
-        seed: int,
-        device: torch.device | str,
-        objective: Objective | None,
-    ) -> LocalResult:
-        return local_update(
-            self.model,
-            batches,
-            self.training,
-            parts,
-            self.roles,
-            round=round,
-            seed=seed,
-            objective=objective,
-            loss=self._loss,
-            device=device,
-            forward=self._forward,
-        )
+    def _derived(self, *keys: int | str) -> int | None:
+        return None if self.seed is None else derive(keys[0], self.seed, *keys[1:])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import UpdateError
 from ..federation.local import Part, Statistics, trains
-from ..federation.mean import WeightedMean
+from ..federation.mean import Mean, WeightedMean
 from ..federation.messages import Announcement, Assignment, Update
 from ..federation.roles import Role, with_roles
 from ..federation.server_state import ServerState
@@ -34,6 +34,7 @@ class Coordinator:
         model: the state of the warm-started model, whole.
         structural: whether it is also a structural copy.
         seed: the run's.
+        mean: makes the mean of a round's updates, from the server's model.
     """
 
     def __init__(
@@ -44,7 +45,9 @@ class Coordinator:
         roles: Mapping[str, Role],
         seed: int,
         structural: bool,
+        mean: Callable[[State], Mean] = lambda model: WeightedMean(),
     ) -> None:
+        self.mean = mean
         self.row, self.options, self.roles, self.seed = row, options, roles, seed
         self.state = ServerState(model, structural=model if structural else None)
         self._gated, self._rule = structural, SERVERS[row.server]
@@ -170,7 +173,7 @@ class Gathering:
     def __init__(self, coordinator: Coordinator, clients: Sequence[int]) -> None:
         self._coordinator = coordinator
         self._slot = {client: position for position, client in enumerate(clients)}
-        self._mean = WeightedMean()
+        self._mean = coordinator.mean(coordinator.state.model)
         self._slots: dict[int, Mapping[str, Tensor]] = {}
         self._sums: Mapping[str, Tensor] = {}
 

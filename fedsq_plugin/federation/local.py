@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -20,6 +20,12 @@ from .roles import NORMALISATION, Role
 from .seeding import isolated
 from .state import State
 from .task import CLASSIFICATION, Loss
+
+OptimizerClass = Callable[..., torch.optim.Optimizer]
+"""A class of torch.optim, or what is called like one: (parameters or groups, lr=learning rate)."""
+
+Optimizers = MutableMapping[tuple[str, ...], torch.optim.Optimizer]
+"""Optimizers that go on from round to round, by the names of the parameters that they train."""
 
 Objective = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 """(trained parameters, their values at the start of the round) -> what is added to the loss."""
@@ -66,7 +72,8 @@ class LocalTraining:
     lr·lr_decay^⌊r/lr_decay_rounds⌋.
     """
 
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adam", "adamw"] | OptimizerClass = "sgd"
+    """A class is called with the learning rate alone: everything else is its own default."""
     learning_rate: float = 0.01
     momentum: float = 0.0
     nesterov: bool = False
@@ -106,6 +113,8 @@ class LocalTraining:
             ]
         # On a GPU: one kernel for all parameters, and fp16's test for overflow without a wait.
         fused = True if all(p.is_cuda for p in parameters) else None
+        if callable(self.optimizer):
+            return self.optimizer(groups, lr=rate)
         if self.optimizer == "sgd":
             return torch.optim.SGD(
                 groups, rate, self.momentum, 0.0, decay, nesterov=self.nesterov, fused=fused
@@ -150,12 +159,15 @@ def local_update(
     roles: Mapping[str, Role],
     *,
     round: int,
-    seed: int,
+    seed: int | None,
     objective: Objective | None = None,
     loss: Loss = CLASSIFICATION.loss,
     device: torch.device | str = "cpu",
     forward: Callable[[Tensor], object] | None = None,
     factors: Mapping[str, float] | None = None,
+    data: Iterable[tuple[Tensor, Tensor]] | None = None,
+    optimizers: Optimizers | None = None,
+    on_step: Callable[[Tensor], None] | None = None,
 ) -> LocalResult:
     """Train `model` in place, in training mode.
 
@@ -163,9 +175,13 @@ def local_update(
         batches: iterated once per epoch; (inputs, labels).
         round: 0-based, for the learning rate.
         seed: all randomness of the update (order of the data, augmentation, dropout) comes from it,
-            so that neither other clients nor their order matter.
+            so that neither other clients nor their order matter. None: from the process's generators, as
+            the host has them.
         forward: the model's forward, where it is another than calling it (gates kept).
         factors: of the learning rate, by parameter name; 1 where absent.
+        data: all of the client's data once, for statistics, where `batches` is something else.
+        optimizers: where this client's optimizers are kept between rounds; None: every phase has a new one.
+        on_step: called with the loss after every step.
 
     Raises:
         ConfigError: a phase has no parameter to train.
@@ -178,17 +194,22 @@ def local_update(
     scaler = training.scaler(device)
     sums: dict[str, Tensor] = {}
     try:
-        with isolated(seed):
+        with nullcontext() if seed is None else isolated(seed):
             for phase in phases:
                 if isinstance(phase, Statistics):
-                    sums.update(phase.collect(model, batches, device))
+                    sums.update(phase.collect(model, batches if data is None else data, device))
                     continue
                 _freeze(model, named, required, roles, phase)
                 trained = {name: p for name, p in named.items() if p.requires_grad}
                 if not trained:
                     raise ConfigError(f"a phase that trains {_said(phase.trains)} finds no such parameter")
                 values = list(trained.values())
-                optimizer = training.build(values, round, [(factors or {}).get(name, 1) for name in trained])
+                optimizer = None if optimizers is None else optimizers.get(tuple(trained))
+                if optimizer is None:
+                    scales = [(factors or {}).get(name, 1) for name in trained]
+                    optimizer = training.build(values, round, scales)
+                if optimizers is not None:
+                    optimizers[tuple(trained)] = optimizer
                 start = [first[name] for name in trained] if objective else []
                 for _ in range(phase.epochs):
                     for x, labels in batches:
@@ -206,6 +227,8 @@ def local_update(
                             nn.utils.clip_grad_norm_(values, training.clip_norm)
                         scaler.step(optimizer)
                         scaler.update()
+                        if on_step is not None:
+                            on_step(losses[-1])
     finally:
         for name, p in named.items():
             p.requires_grad_(required[name])

@@ -1,35 +1,43 @@
-"""A small network for tabular data, with gates where a linear baseline has none."""
+"""A multilayer perceptron with ReLU, for tabular data: gates where a linear baseline has none."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-HIDDEN = (64, 64)
 
+class MLP(nn.Module):
+    """Hidden layers `features` of the given widths, each a linear layer and a ReLU, and a linear head `fc`.
 
-class Mlp(nn.Module):
-    """Linear layers with ReLUs between them; `head` is the last one.
+    With `norm`, BatchNorm stands between a hidden linear layer and its ReLU.
+    Batch x `inputs` to batch x `outputs`, initialised as torch does. With `sigmoid`, the scores become
+    probabilities, for losses that take them (BCELoss).
 
-    Args:
-        features: of a sample; inputs are (N, features).
-        outputs: of the head.
-        hidden: widths of the hidden layers.
-        probability: end in a sigmoid, for a loss on probabilities.
+    >>> import torch
+    >>> MLP(inputs=13, outputs=1)(torch.zeros(2, 13)).shape
+    torch.Size([2, 1])
     """
 
     def __init__(
-        self, features: int, outputs: int, hidden: tuple[int, ...] = HIDDEN, probability: bool = False
+        self,
+        inputs: int,
+        outputs: int,
+        hidden: Sequence[int] = (64, 64),
+        sigmoid: bool = False,
+        norm: bool = False,
     ) -> None:
         super().__init__()
+        widths = (inputs, *hidden)
         layers: list[nn.Module] = []
-        for width in hidden:
-            layers += [nn.Linear(features, width), nn.ReLU()]
-            features = width
-        self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(features, outputs)
-        self._probability = probability
+        for a, b in pairwise(widths):
+            layers += [nn.Linear(a, b), *([nn.BatchNorm1d(b)] if norm else []), nn.ReLU()]
+        self.features = nn.Sequential(*layers)
+        self.fc = nn.Linear(widths[-1], outputs)
+        self._sigmoid = sigmoid
 
     def forward(self, x: Tensor) -> Tensor:
-        outputs: Tensor = self.head(self.body(x))
-        return torch.sigmoid(outputs) if self._probability else outputs
+        scores: Tensor = self.fc(self.features(x))
+        return torch.sigmoid(scores) if self._sigmoid else scores

@@ -8,6 +8,7 @@ import torch
 from fedsq_plugin.algorithms import algorithm
 from fedsq_plugin.algorithms.client import Worker
 from fedsq_plugin.algorithms.options import Options
+from fedsq_plugin.errors import ConfigError
 from fedsq_plugin.federation.local import LocalTraining, Phase, local_update
 from fedsq_plugin.federation.roles import Role
 from fedsq_plugin.federation.seeding import derive
@@ -157,3 +158,23 @@ def test_without_epochs_nothing_is_trained() -> None:
     found = worker("FedAvg")
     found.personalise(0, [], 0, head_only=True)
     assert fingerprint(state_of(found.model)) == fingerprint(state_of(mlp()))
+
+
+def test_kept_optimizers_are_each_clients_own_and_need_a_constant_rate() -> None:
+    training = LocalTraining(torch.optim.Adam, learning_rate=0.01)
+    one = Worker(mlp(), algorithm("FedAvg"), OPTIONS, training, seed=0, keep_optimizers=True)
+    begun, batches = state_of(one.model), silos()[0]
+    results = []
+    for client, round in ((0, 0), (1, 0), (0, 1)):
+        one.model.load_state_dict(begun)
+        one.train(client, batches, round)
+        results.append(state_of(one.model))
+    anew = Worker(mlp(), algorithm("FedAvg"), OPTIONS, training, seed=0)
+    anew.train(1, batches, 0)
+    assert fingerprint(results[1]) == fingerprint(state_of(anew.model))
+    anew.model.load_state_dict(begun)
+    anew.train(0, batches, 1)
+    assert fingerprint(results[2]) != fingerprint(state_of(anew.model))
+    with pytest.raises(ConfigError, match="constant"):
+        schedule = LocalTraining(lr_schedule="cosine")
+        Worker(mlp(), algorithm("FedAvg"), OPTIONS, schedule, seed=0, keep_optimizers=True)

@@ -711,3 +711,77 @@ def test_the_scale_of_one_update_is_not_the_next_ones() -> None:
     _trained(_network(), precision="fp16")
     _trained(second, precision="fp16")
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def two_rounds(training: LocalTraining, keep: bool) -> float:
+    model, kept = Weight(), {}
+    for round in range(2):
+        local_update(
+            model, ONE, training, [Phase(1, ALL)], roles(model), round=round, seed=0, loss=half_square,
+            optimizers=kept if keep else None,
+        )  # fmt: skip
+    return model.w.item()
+
+
+def test_an_optimizer_that_is_kept_goes_on_with_its_momentum() -> None:
+    # Step 1: v = -2, w = 1 + 0.5·2 = 2. Step 2: g = -1; v = 0.5·(-2) - 1 = -2, w = 3; anew: w = 2.5.
+    training = LocalTraining(learning_rate=0.5, momentum=0.5)
+    assert two_rounds(training, keep=True) == 3.0
+    assert two_rounds(training, keep=False) == 2.5
+
+
+def test_optimizers_are_kept_apart_by_what_they_train() -> None:
+    model, kept = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)), {}
+    phases = [Phase(1, frozenset({Role.HEAD})), Phase(1, frozenset({Role.BODY}))]
+    batches = [(torch.ones(2, 1), torch.ones(2, 1))]
+    for round in range(2):
+        local_update(
+            model, batches, LocalTraining(), phases, roles(model, "1"), round=round, seed=0,
+            loss=half_square, optimizers=kept,
+        )  # fmt: skip
+    assert list(kept) == [("1.weight", "1.bias"), ("0.weight", "0.bias")]
+
+
+def test_an_optimizer_class_is_called_with_the_rate_and_its_own_defaults() -> None:
+    # Adagrad's first step is the rate times the sign of the gradient, whatever its size.
+    assert weight_after(LocalTraining(torch.optim.Adagrad, learning_rate=0.25), 1) == pytest.approx(1.25)
+    decayed = weight_after(LocalTraining(torch.optim.AdamW, learning_rate=0.1, weight_decay=0.5), 1)
+    assert decayed == pytest.approx(1 - 0.1 * 0.01 + 0.1)  # AdamW's own decay, 0.01
+
+
+def test_without_a_seed_the_draws_are_the_process_s() -> None:
+    class Noisy(Weight):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.w * x + torch.rand(1).double()
+
+    def after(seed: int) -> float:
+        model = Noisy()
+        torch.manual_seed(seed)
+        local_update(
+            model, ONE, LocalTraining(), [Phase(1, ALL)], roles(model), round=0, seed=None, loss=half_square
+        )
+        return model.w.item()
+
+    assert after(1) == after(1) != after(2)
+
+
+def test_statistics_are_taken_from_the_data_where_batches_are_something_else() -> None:
+    seen: list[Any] = []
+
+    def collect(model: nn.Module, batches: Any, device: Any) -> dict[str, Tensor]:
+        seen.append(batches)
+        return {}
+
+    model, part = Weight(), Statistics(collect, lambda state, sums: state, lambda state: {})
+    for data in (None, ["all"]):
+        local_update(model, ONE, LocalTraining(), [part], roles(model), round=0, seed=0, data=data)
+    assert seen == [ONE, ["all"]]
+
+
+def test_every_step_is_reported_with_its_loss() -> None:
+    model, losses = Weight(), []
+    local_update(
+        model, ONE, LocalTraining(learning_rate=0.5), [Phase(2, ALL)], roles(model), round=0, seed=0,
+        loss=half_square, on_step=lambda loss: losses.append(loss.item()),
+    )  # fmt: skip
+    assert losses == [2.0, 0.5]  # (1 - 3)²/2, then (2 - 3)²/2

@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedsq_plugin.errors import UpdateError
-from fedsq_plugin.federation.mean import WeightedMean
+from fedsq_plugin.federation.mean import MeanOfDifferences, WeightedMean
 
 
 def mean_of(*weighted: tuple[Tensor, float]) -> Tensor:
@@ -208,3 +209,33 @@ def test_mean_of_equal_states_is_that_state_exactly(values: list[float], amounts
 def test_mean_lies_between_the_least_and_the_greatest(pairs: list[tuple[list[float], float]]) -> None:
     mean, stacked = mean_of_lists(pairs), torch.tensor([values for values, _ in pairs])
     assert bool(((stacked.amin(0) <= mean) & (mean <= stacked.amax(0))).all())
+
+
+def test_mean_of_differences_is_the_start_moved_by_their_mean() -> None:
+    # 1 + (1·(3 - 1) + 3·(7 - 1)) / 4 = 1 + 20 / 4
+    mean = MeanOfDifferences({"x": torch.tensor(1.0), "n": torch.tensor(5)})
+    mean.add(OrderedDict(n=torch.tensor(10), x=torch.tensor(3.0)), 1)
+    mean.add(OrderedDict(n=torch.tensor(13), x=torch.tensor(7.0)), 3)
+    found = mean.result()
+    assert list(found) == ["n", "x"]
+    assert found["x"].item() == 6.0
+    assert found["n"].item() == 12  # (10 + 3·13) / 4 = 12.25, as WeightedMean has it
+
+
+def test_mean_of_differences_rounds_as_float32_does() -> None:
+    start = {"x": torch.tensor([0.1, 2.0])}
+    states = [torch.tensor([0.7, 2.1]), torch.tensor([0.3, -5.3])]
+    mean = MeanOfDifferences(start)
+    for state, weight in zip(states, (199, 30), strict=True):
+        mean.add({"x": state}, weight)
+    array = [state.numpy() - start["x"].numpy() for state in states]
+    total = (array[0] * np.float32(199) + array[1] * np.float32(30)) / np.float32(229)
+    assert torch.equal(mean.result()["x"], torch.from_numpy(start["x"].numpy() + total))
+
+
+def test_mean_of_differences_of_counters_alone_and_of_nothing() -> None:
+    mean = MeanOfDifferences({"n": torch.tensor(0)})
+    with pytest.raises(UpdateError, match="no update"):
+        mean.result()
+    mean.add({"n": torch.tensor(4)}, 2)
+    assert mean.result()["n"].item() == 4

@@ -1,1 +1,1 @@
-"""FLamby. Nothing here is mathematics, and FLamby is imported only when asked for."""
+"""FLamby as a host. Nothing here is mathematics, and FLamby is imported only when asked for."""

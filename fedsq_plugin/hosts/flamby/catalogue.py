@@ -38,6 +38,8 @@ class FlambyData:
     """What FLamby's metric is applied to: all predictions; a batch's labels; a batch taken for one scan."""
     features: int | None = None
     """Of a sample, where samples are vectors."""
+    colour_images: bool = False
+    """Whether samples are images with three channels, as our own backbones take them."""
     probability: bool = False
     """Whether its loss takes probabilities."""
     ungated: tuple[str, ...] = ()
@@ -100,6 +102,7 @@ CATALOGUE: dict[str, FlambyData] = {
             get=("python download_isic.py --output-folder FOLDER", "python resize_images.py"),
             baseline="EfficientNet-B0",
             head="base_model._fc",
+            colour_images=True,
             instead="model: resnet18 or alexnet",
         ),
         FlambyData(

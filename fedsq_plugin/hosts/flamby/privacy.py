@@ -1,0 +1,90 @@
+"""Differential privacy as FLamby's strategies have it: opacus clips and noises every client's gradients."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...algorithms import Algorithm
+from ...errors import ConfigError
+from ...federation.local import OptimizerClass
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """The target (epsilon, delta) and the largest L2 norm of a sample's gradient."""
+
+    epsilon: float
+    delta: float
+    max_grad_norm: float
+
+    @classmethod
+    def of(cls, epsilon: float | None, delta: float | None, max_grad_norm: float | None) -> Privacy | None:
+        """None where none of the three is given. Raises ConfigError where one is missing: FLamby's own
+        strategies then train without privacy."""
+        if epsilon is None and delta is None and max_grad_norm is None:
+            return None
+        if epsilon is None or delta is None or max_grad_norm is None:
+            raise ConfigError(
+                "differential privacy needs dp_target_epsilon, dp_target_delta and dp_max_grad_norm together"
+            )
+        return cls(epsilon, delta, max_grad_norm)
+
+    def refuse(self, row: Algorithm, fine_tuning_steps: int) -> None:
+        """Raise ConfigError for what opacus would leave without noise, or noise without counting."""
+        why = None
+        if row.objective != "none":
+            why = "opacus puts its own gradients in place of those of the term that is added to the loss"
+        elif row.phases != "all":
+            why = "it trains the model in parts, and opacus has one optimizer for all of it"
+        elif fine_tuning_steps:
+            why = "opacus does not count the fine-tuning at the end: set num_fine_tuning_steps to 0"
+        if why:
+            raise ConfigError(f"{row.name} cannot train with differential privacy (dp_…): {why}")
+
+    def warn(self, loaders: Sequence[Any], updates: int) -> None:
+        """Say where FLamby's way of counting, which this follows, promises too much."""
+        if any(updates > len(loader) for loader in loaders):
+            log.warning(
+                "differential privacy: FLamby counts a round as one pass over a client's data; %d updates "
+                "are more than that at some client, so that it spends more than dp_target_epsilon",
+                updates,
+            )
+
+    def optimizer(
+        self,
+        model: nn.Module,
+        optimizer_class: OptimizerClass,
+        learning_rate: float,
+        loader: Any,
+        rounds: int,
+        seed: int,
+        device: torch.device,
+    ) -> torch.optim.Optimizer:
+        """The optimizer of a client that noises its gradients; the model's modules get opacus' hooks."""
+        from opacus import PrivacyEngine
+        from opacus.validators.errors import UnsupportedModuleError
+
+        model.to(device).train()
+        try:
+            _, optimizer, _ = PrivacyEngine().make_private_with_epsilon(
+                module=model,
+                optimizer=optimizer_class(model.parameters(), lr=learning_rate),
+                data_loader=loader,
+                epochs=rounds,
+                target_epsilon=self.epsilon,
+                target_delta=self.delta,
+                max_grad_norm=self.max_grad_norm,
+                noise_generator=torch.Generator(device).manual_seed(seed),
+            )
+        except UnsupportedModuleError as error:
+            raise ConfigError(f"differential privacy: {' '.join(str(error).split())}") from None
+        made: torch.optim.Optimizer = optimizer
+        return made

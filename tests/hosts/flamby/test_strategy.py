@@ -1,0 +1,270 @@
+"""Our rows as FLamby's strategies, without FLamby."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from fedsq_plugin import DualCopy
+from fedsq_plugin.algorithms import algorithm, rows
+from fedsq_plugin.errors import ConfigError, GateError
+from fedsq_plugin.hosts.flamby.batches import EndlessBatches, Updates
+from fedsq_plugin.hosts.flamby.strategy import strategy_class
+from fedsq_plugin.models.mlp import MLP
+
+from .task import (
+    ROUNDS,
+    SIZES,
+    UPDATES,
+    equal,
+    loaders,
+    made,
+    model,
+    naive_fedavg,
+    normalised,
+    on_classes,
+    run,
+)
+
+OPTIONS = {"FrozenEarly": {"frozen_modules": ["conv"]}}
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+def test_fedavg_is_flambys_bit_for_bit(optimizer: type) -> None:
+    found = list(run("FedAvg", optimizer=optimizer)[0].parameters())
+    expected = naive_fedavg(optimizer, model())
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", list(rows()))
+def test_every_row_trains_and_gives_one_model_per_client(name: str) -> None:
+    head = {"head": "fc"} if algorithm(name).needs_head else {}
+    strategy = on_classes(name, **head, **OPTIONS.get(name, {}))
+    found = strategy.run()
+    assert len(found) == len(SIZES)
+    assert all(module is client.model for module, client in zip(found, strategy.models_list, strict=True))
+    assert not equal(found[0], normalised())
+    assert isinstance(found[0], DualCopy) == (name == "FedSQ")
+
+
+@pytest.mark.parametrize("name", ["FedAvg", "FedSQ", "FedMR", "FedAdam", "FedSQ+FedMR"])
+def test_clients_of_a_global_row_end_with_the_servers_model_buffers_included(name: str) -> None:
+    strategy = on_classes(name)
+    found = strategy.run()
+    assert all(equal(found[0], other) for other in found[1:])
+    state = strategy.coordinator.state.model
+    assert all(torch.equal(value, state[key]) for key, value in found[0].state_dict().items())
+    assert not torch.equal(found[0].state_dict()["bn.running_mean"], torch.zeros(8))
+
+
+def test_running_statistics_are_the_sample_weighted_mean() -> None:
+    strategy = on_classes("FedAvg", rounds=1)
+    sent: list[torch.Tensor] = []
+    for client in strategy.models_list:
+        train = client.train
+
+        def kept(*arguments: object, train: object = train) -> object:
+            update = train(*arguments)  # type: ignore[operator]
+            sent.append(update.state["bn.running_var"].clone())
+            return update
+
+        client.train = kept  # type: ignore[assignment]
+    found = strategy.run()[0].state_dict()
+    expected = sum(value * size for value, size in zip(sent, SIZES, strict=True)) / sum(SIZES)
+    assert torch.allclose(found["bn.running_var"], expected, atol=1e-6)  # type: ignore[arg-type]
+    assert found["bn.num_batches_tracked"].item() == UPDATES
+
+
+def test_buffers_keep_leaves_them_as_the_server_has_them() -> None:
+    found = on_classes("FedAvg", buffers="keep").run()[0].state_dict()
+    assert torch.equal(found["bn.running_mean"], torch.zeros(8))
+    assert not torch.equal(found["fc.weight"], normalised().state_dict()["fc.weight"])
+
+
+def test_fedbn_leaves_every_client_its_normalisation() -> None:
+    one, other, _ = on_classes("FedBN").run()
+    assert not torch.equal(one.state_dict()["bn.weight"], other.state_dict()["bn.weight"])
+    assert torch.equal(one.state_dict()["fc.weight"], other.state_dict()["fc.weight"])
+
+
+def test_fedmr_gives_clients_models_of_their_own_within_a_round() -> None:
+    strategy = made("FedMR")
+    strategy.perform_round()
+    slots = strategy.coordinator.state.slots
+    assert len(slots) == len(SIZES)
+    begun = [a.state["fc.weight"] for a in strategy.coordinator.assign(range(len(SIZES)))]
+    assert not torch.equal(begun[0], begun[1]) or not torch.equal(begun[0], begun[2])
+
+
+def test_fedmr_repeats_under_the_seed_of_the_process() -> None:
+    assert equal(run("FedMR")[0], run("FedMR")[0])
+    assert not equal(run("FedMR", seed=5)[0], run("FedMR", seed=6)[0])
+
+
+def test_fedsq_trains_under_the_gates_of_the_model_it_was_given() -> None:
+    begun = model()
+    strategy = made("FedSQ", begun)
+    found = strategy.run()
+    assert equal(begun, model())
+    for module in found:
+        assert isinstance(module, DualCopy)
+        assert equal(module.structural, begun)
+        assert not equal(module.quantitative, begun)
+
+
+def test_fedsq_on_its_first_step_is_fedavg() -> None:
+    """Both copies are equal then, so the gradient is too."""
+    torch.manual_seed(0)
+    results = []
+    for name in ("FedAvg", "FedSQ"):
+        strategy = made(name, rounds=1)
+        strategy.models_list[0]._updates = 1
+        strategy.models_list[1]._updates = strategy.models_list[2]._updates = 1
+        torch.manual_seed(3)
+        results.append(strategy.run()[0])
+    assert equal(*results)
+
+
+def test_a_structural_copy_that_follows_is_taken_over_by_every_client() -> None:
+    strategy = made("FedSQ", structural_copy="refresh", structural_rounds=1)
+    for _ in range(2):
+        strategy.perform_round()
+    for client in strategy.models_list:
+        assert isinstance(client.model, DualCopy)
+        assert not equal(client.model.structural, model())
+
+
+def test_kept_gates_change_nothing() -> None:
+    kept, anew = run("FedSQ", keep_gates=True)[0], run("FedSQ")[0]
+    assert all(torch.allclose(a, b) for a, b in zip(kept.parameters(), anew.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["FedAvg", "FedSQ"])
+def test_the_bits_counter_is_given_the_plain_models_state(name: str) -> None:
+    sizes: list[int] = []
+    on_classes(name, bits_counting_function=lambda sent: sizes.append(sum(v.nbytes for v in sent))).run()
+    plain = sum(v.numel() * v.element_size() for v in normalised().state_dict().values())
+    assert sizes == [plain] * len(SIZES) * ROUNDS
+
+
+def test_the_counter_may_stop_a_run() -> None:
+    def refuse(sent: list[object]) -> None:
+        raise ValueError("too much")
+
+    with pytest.raises(ValueError, match="too much"):
+        made("FedSQ", bits_counting_function=refuse).run()
+
+
+def test_without_a_round_every_client_has_the_model_as_given() -> None:
+    assert equal(run("FedAvg", rounds=0)[2], model())
+
+
+def test_fine_tuning_makes_the_models_the_clients_own() -> None:
+    one, other, _ = run("FedAvg", num_fine_tuning_steps=2)
+    assert not equal(one, other)
+    assert equal(*run("FedAvg", num_fine_tuning_steps=0)[:2])
+
+
+def test_fedncm_takes_its_head_from_all_data_once() -> None:
+    strategy = on_classes("FedNCM", head="fc", rounds=1)
+    seen: list[int] = []
+    handle = None
+    for client in strategy.models_list:
+        handle = client.model.register_forward_pre_hook(lambda m, args: seen.append(len(args[0])))
+    strategy.run()
+    assert handle is not None
+    assert sum(seen) == sum(SIZES)
+
+
+def test_options_are_named_parameters_with_the_recipes_defaults() -> None:
+    prox = inspect.signature(strategy_class(algorithm("FedProx"))).parameters
+    assert prox["fedprox_mu"].default == 0.01
+    assert (
+        "options" not in prox
+        and "fedprox_mu" not in inspect.signature(strategy_class(algorithm("FedAvg"))).parameters
+    )
+    assert list(prox)[:7] == [
+        *("training_dataloaders", "model", "loss", "optimizer_class", "learning_rate"),
+        *("num_updates", "nrounds"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("FedProx", {"fedprox_nu": 1}, "FedProx has no option 'fedprox_nu'; did you mean 'fedprox_mu'?"),
+        ("FedProx", {"fedprox_mu": -1}, "fedprox_mu is -1"),
+        ("FedSQ", {"structural_copy": "thawed"}, "structural_copy is 'thawed'"),
+        (
+            "FedRep",
+            {},
+            "set head to the module path of the model's last layer (linear layers: features.0",
+        ),
+        ("FedRep", {"head": "fx"}, "head 'fx' is no module of the model"),
+        ("FedBN", {}, "the model has none: use another row"),
+        ("FrozenEarly", {}, "set frozen_modules"),
+        ("FrozenEarly", {"frozen_modules": ["conv9"]}, "the model has no 'conv9'"),
+        (
+            "FedAvg",
+            {"dp_target_epsilon": 1.0},
+            "needs dp_target_epsilon, dp_target_delta and",
+        ),
+        (
+            "FedProx",
+            {"dp_target_epsilon": 1.0, "dp_target_delta": 0.1, "dp_max_grad_norm": 1.0},
+            "FedProx cannot train with differential privacy",
+        ),
+        (
+            "FedAvg",
+            {
+                **{"dp_target_epsilon": 1.0, "dp_target_delta": 0.1, "dp_max_grad_norm": 1.0},
+                "num_fine_tuning_steps": 3,
+            },
+            "set num_fine_tuning_steps to 0",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(name: str, options: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)) as error:
+        made(name, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_without_gates_is_an_error_and_no_silent_fedavg() -> None:
+    linear = nn.Sequential(nn.Linear(6, 1), nn.Sigmoid())
+    with pytest.raises(GateError):
+        made("FedSQ", linear).run()
+
+
+def test_a_dualcopy_is_refused_by_a_plain_row() -> None:
+    net = MLP(6, 1)
+    with pytest.raises(ConfigError, match="the model is a DualCopy"):
+        made("FedAvg", DualCopy(net))
+
+
+def test_a_centre_without_data_is_named() -> None:
+    data = [*loaders(), None]
+    with pytest.raises(ConfigError, match=re.escape("training_dataloaders[3] has no samples")):
+        strategy_class(algorithm("FedAvg"))(data, model(), nn.BCELoss(), torch.optim.SGD, 0.1, 1, 1)
+
+
+def test_batches_go_on_where_they_stopped_and_begin_anew_at_the_end() -> None:
+    class Loader(list[tuple[int, int]]):
+        dataset = range(3)
+
+    batches = EndlessBatches(Loader([(0, 0), (1, 1), (2, 2)]))
+    two = Updates(batches, 2)
+    assert [list(two), list(two)] == [[(0, 0), (1, 1)], [(2, 2), (0, 0)]]
+    assert len(batches) == 3
+
+
+def test_two_strategies_of_one_model_do_not_share_it() -> None:
+    net = model()
+    before = copy.deepcopy(net)
+    made("FedAvg", net).run()
+    assert equal(net, before)
