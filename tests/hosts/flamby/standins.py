@@ -6,6 +6,7 @@ They go with a copy of FLamby, whose lists of samples are cut down to those that
 from __future__ import annotations
 
 import pickle
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -119,3 +120,9 @@ def tcga(datasets: Path, folder: Path) -> None:
 def _pickled(path: Path, content: Any) -> None:
     with path.open("wb") as file:
         pickle.dump(content, file)
+
+
+def forget_flamby() -> None:
+    """Let the next import of FLamby be of what is on the path by then."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flamby"]:
+        del sys.modules[name]

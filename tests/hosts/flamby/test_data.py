@@ -48,13 +48,13 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """`flamby.datasets` of a copy, which the stand-ins change; the checkout stays as it is."""
     root = tmp_path_factory.mktemp("FLamby")
     shutil.copytree(Path(CHECKOUT) / "flamby", root / "flamby")
-    for old in [name for name in sys.modules if name.split(".")[0] == "flamby"]:
-        del sys.modules[old]
+    standins.forget_flamby()
     sys.path.insert(0, str(root))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
         yield root / "flamby" / "datasets"
     sys.path.remove(str(root))
+    standins.forget_flamby()
 
 
 def package(name: str) -> Any:

@@ -27,6 +27,7 @@ from fedsq_plugin.hosts.flamby import benchmark
 from fedsq_plugin.hosts.flamby.backbones import factory
 from fedsq_plugin.hosts.flamby.hook import register
 
+from .standins import forget_flamby
 from .task import equal, made, model, run
 
 CHECKOUT = os.environ.get("FLAMBY_CHECKOUT", "")
@@ -67,12 +68,13 @@ def strategies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     (scripts / "dataset_location.yaml").write_text(
         f"dataset_path: {folder / 'heart'}\ndownload_complete: true\npreprocessing_complete: true\n"
     )
-    assert "flamby" not in sys.modules
+    forget_flamby()
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
         patch.setenv("MPLBACKEND", "agg")
         register()
         yield importlib.import_module("flamby.strategies")
+    forget_flamby()
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,7 @@ def test_fedprox_is_flambys_bit_for_bit(strategies: Any) -> None:
 
 
 def test_fedsq_is_flambys_fedavg_on_a_dualcopy(strategies: Any) -> None:
-    begun = DualCopy(model(), accept=["output"])
+    begun = DualCopy(model())
     theirs = run(cls=strategies.FedAvg, net=begun)[0]
     assert equal(theirs, run(cls=strategies.FedSQ)[0])
 
@@ -105,7 +107,7 @@ def test_fedsq_trains_with_differential_privacy(strategies: Any) -> None:
 
 def test_gradients_of_samples_under_gates_are_those_of_autograd(strategies: Any) -> None:
     opacus = importlib.import_module("opacus")
-    dual, x, y = DualCopy(model(), accept=["output"]), torch.randn(5, 6), torch.ones(5, 1)
+    dual, x, y = DualCopy(model()), torch.randn(5, 6), torch.ones(5, 1)
     with torch.no_grad():
         for p in dual.parameters():
             p.add_(torch.randn_like(p))
@@ -142,7 +144,7 @@ def test_flambys_own_strategies_train_a_dualcopy_and_leave_its_gates(
 ) -> None:
     cls: Callable[..., Any] = getattr(strategies, name)
     assert cls.__module__.startswith("flamby.")
-    begun = DualCopy(model(), accept=["output"])
+    begun = DualCopy(model())
     for found in run(cls=cls, net=begun, rounds=3, **options):
         assert equal(found.structural, model())
         assert not equal(found.quantitative, model())
@@ -155,7 +157,7 @@ def test_what_flamby_exchanges_of_a_dualcopy_is_the_plain_model(strategies: Any)
     def count(sent: list[Any]) -> None:
         sizes.append(sum(value.nbytes for value in sent))
 
-    for cls, net in ((strategies.FedAvg, DualCopy(model(), accept=["output"])), (strategies.FedSQ, model())):
+    for cls, net in ((strategies.FedAvg, DualCopy(model())), (strategies.FedSQ, model())):
         run(cls=cls, net=net, rounds=1, bits_counting_function=count)
     assert set(sizes) == {sum(p.numel() * 4 for p in model().parameters())}
 
@@ -188,7 +190,7 @@ def config(strategies: Any, tmp_path: Path) -> Path:
         "FedAvg": SGD,
         "PluginFedAvg": SGD,
         "FedSQ": SGD,
-        "FedSQ+FedMR": {**SGD, "structural_copy": "ema", "gate_accept": ["output"]},
+        "FedSQ+FedMR": {**SGD, "structural_copy": "ema"},
     }
     file = tmp_path / "config.json"
     content = {
