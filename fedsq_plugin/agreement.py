@@ -21,7 +21,7 @@ MUST_AGREE = (
 
 MAY_CHANGE = frozenset(
     (
-        *("checkpoint_dir", "checkpoint_every", "resume", "threads", "keep_gates", "using_gpu"),
+        *("checkpoint_dir", "checkpoint_every", "resume", "threads", "using_gpu"),
         *("data_cache_dir", "warm_start_file", "warm_start_cache_dir"),
         *("min_clients", "round_timeout_s", "server_return_s", "nonfinite"),
         *("tls_cert", "tls_key", "tls_ca"),

@@ -124,8 +124,9 @@ def _single(families: Families) -> _Variant:
 
 
 def _checkpointed(variant: _Variant, out: Path, resume: bool) -> list[str]:
-    folder = flat(variant.families).get("checkpoint_dir") or out.absolute() / "checkpoints" / variant.stem
-    return [f"checkpoint_dir={json.dumps(str(folder))}", f"resume={str(resume).lower()}"]
+    given = flat(variant.families).get("checkpoint_dir")
+    folder = (Path(given) if given else out.absolute() / "checkpoints") / variant.stem
+    return [f"checkpoint_dir={json.dumps(str(folder))}", *(["resume=true"] if resume else [])]
 
 
 def _refuse_many_processes(families: Families) -> None:

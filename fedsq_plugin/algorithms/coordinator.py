@@ -93,14 +93,20 @@ class Coordinator:
 
     def assign(self, clients: Sequence[int]) -> list[Assignment]:
         """What each of the round's clients begins with, in their order."""
+        return self._assigned({client: self.state.begins(n) for n, client in enumerate(clients)})
+
+    def show(self, clients: Sequence[int]) -> list[Assignment]:
+        """The global model for each of the clients, to have its own from, in their order."""
+        return self._assigned(dict.fromkeys(clients, self.state.model))
+
+    def _assigned(self, models: Mapping[int, State]) -> list[Assignment]:
         version = self.state.structural_version
-        behind = [client for client in clients if self.state.told.get(client, 0) < version]
-        new = [client for client in clients if self.state.told.get(client, 0) < 0]
+        behind = [client for client in models if self.state.told.get(client, 0) < version]
+        new = [client for client in models if self.state.told.get(client, 0) < 0]
         print_of = self.structural_fingerprint if behind else None
         assignments = []
-        for position, client in enumerate(clients):
-            begins = self.state.begins(position)
-            sent = begins if client in new else self.travelling(begins)
+        for client, model in models.items():
+            sent = model if client in new else self.travelling(model)
             announced = self._announcement(sent, print_of) if self._gated and client in behind else None
             assignments.append(Assignment(sent, announced))
         return assignments
@@ -178,7 +184,6 @@ class Gathering:
         self._sums: Mapping[str, Tensor] = {}
 
     def add(self, update: Update) -> None:
-        self._coordinator.confirm(update.client)
         self._sums = added((self._sums, update.sums))
         state = self._coordinator.counted(update.state)
         if not state:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -86,10 +87,11 @@ def refuse_unsupported(precision: Precision, device: torch.device | str, option:
         reason = "it has no bf16 arithmetic"
     else:
         try:
-            layer, x = nn.Conv2d(1, 1, 3).to(device), torch.ones(1, 1, 4, 4, device=device)
+            # Not a layer: its initial weights would be drawn from the process's generator.
+            weight = torch.ones(1, 1, 3, 3, device=device, requires_grad=True)
             with torch.autocast(device.type, HALF[precision]):
-                y = layer(x)
-            y.float().sum().backward()
+                y = F.conv2d(torch.ones(1, 1, 4, 4, device=device), weight)
+            torch.autograd.backward(y.float().sum())
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
     if reason is not None:

@@ -167,13 +167,10 @@ class DualCopy(nn.Module):
         return detached_copy(self._quantitative)
 
     def refresh(self, state: Mapping[str, Tensor] | None = None) -> None:
-        """Replace the structural copy's weights by `state` (default: the quantitative copy's).
-
-        Raises:
-            GateError: there is no structural copy any more.
-        """
+        """Replace the structural copy's weights by `state` (default: the quantitative copy's). Where it was
+        given up, there is one again."""
         if self.unfrozen:
-            raise GateError("the gates are unfrozen: there is no structural copy to refresh")
+            self.__dict__["_structural"] = detached_copy(self._quantitative).eval().requires_grad_(False)
         self._structural.load_state_dict(self._quantitative.state_dict() if state is None else state)
         self.structural_version += 1
 

@@ -61,10 +61,10 @@ class Versions:
         """What `load` says of it beside the tensors, without them."""
         return checkpoint.described(self._path(round))
 
-    def drop(self, before: int) -> None:
-        """Remove what is older than `before`."""
+    def drop(self, before: int = 0, after: int | None = None) -> None:
+        """Remove what is older than `before`, and what is newer than `after`."""
         for round in self.rounds():
-            if round < before:
+            if round < before or (after is not None and round > after):
                 # Without its JSON file it counts no more, so that goes first.
                 self._path(round).with_suffix(".json").unlink(missing_ok=True)
                 self._path(round).unlink(missing_ok=True)
@@ -168,9 +168,10 @@ class SiloSnapshots:
         versions.drop(before=max((r for r in versions.rounds() if r <= server_at), default=0))
 
     def load(self, silo: int, round: int) -> dict[str, Tensor]:
-        """What stayed with a silo after so many rounds; empty where it had not trained by then."""
+        """Go on from so many rounds: what stayed with a silo by then; empty where it had not trained."""
         versions = self._of(f"silo-{silo}")
         until = [one for one in versions.rounds() if one <= round]
+        versions.drop(after=round)  # of a history that is not gone on with
         return versions.load(until[-1])[0] if until else {}
 
     def _of(self, name: str) -> Versions:

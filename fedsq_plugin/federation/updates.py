@@ -62,9 +62,10 @@ def metrics_problem(metrics: Any) -> str | None:
     loss, accuracy, samples = metrics
     if not _is_count(samples):
         return f"its sample count is {brief(samples)}"
-    if not isinstance(loss, float) or loss < 0:
+    if not isinstance(loss, float):
         return f"its loss is {brief(loss)}"
-    if not isinstance(accuracy, float) or not (0 <= accuracy <= 1 or (math.isnan(accuracy) and not samples)):
+    # A metric may have no value at a silo, as one that needs two classes.
+    if not isinstance(accuracy, float) or not (0 <= accuracy <= 1 or math.isnan(accuracy)):
         return f"its accuracy is {brief(accuracy)}"
     return None
 
@@ -82,7 +83,8 @@ def _is_count(value: Any) -> bool:
 def brief(value: Any, most: int = 80) -> str:
     """What a stranger sent, for a line."""
     if isinstance(value, (int, float, str)) or value is None:
-        return " ".join(str(value)[: 2 * most].split())[:most]
+        words = " ".join(str(value)[: 2 * most].split())
+        return "".join(letter if letter.isprintable() else "?" for letter in words)[:most]
     return f"a {type(value).__name__}"
 
 
@@ -90,7 +92,7 @@ def _misfit(state: Mapping[str, Tensor], template: Mapping[str, Tensor]) -> str 
     missing, unknown = template.keys() - state.keys(), state.keys() - template.keys()
     if missing or unknown:
         which = "lacks" if missing else "has the unknown key"
-        return f"it {which} {sorted(missing or unknown)[0][:200]}"
+        return f"it {which} {brief(sorted(missing or unknown)[0], 200)}"
     for key, expected in template.items():
         value = state[key]
         if value.shape != expected.shape:

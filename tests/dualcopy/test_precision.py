@@ -168,7 +168,7 @@ def test_precision_that_a_device_lacks_is_refused_in_one_line(monkeypatch: pytes
     def lacking(*_: Any, **__: Any) -> Any:
         raise RuntimeError("\"slow_conv2d_cpu\" not implemented for 'Half'\nand a trace")
 
-    monkeypatch.setattr(nn.Conv2d, "forward", lacking)
+    monkeypatch.setattr(torch.nn.functional, "conv2d", lacking)
     with pytest.raises(ConfigError) as refused:
         refuse_unsupported("fp16", "cpu", "fedsq_args.precision")
     assert str(refused.value) == (

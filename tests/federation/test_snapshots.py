@@ -140,9 +140,17 @@ def test_a_silo_goes_back_as_far_as_the_server(tmp_path: Path) -> None:
     for round, server_at in ((1, 0), (2, 0), (3, 2), (5, 2)):
         silos.save(4, round, state(round), server_at)
     assert silos.rounds() == [2, 3, 5]
-    found = {round: silos.load(4, round).get("weight") for round in (1, 2, 3, 4, 5, 9)}
+    found = {round: silos.load(4, round).get("weight") for round in (9, 5, 4, 3, 2, 1)}
     values = {round: None if part is None else part[0, 0].item() for round, part in found.items()}
-    assert values == {1: None, 2: 2.0, 3: 3.0, 4: 3.0, 5: 5.0, 9: 5.0}
+    assert values == {9: 5.0, 5: 5.0, 4: 3.0, 3: 3.0, 2: 2.0, 1: None}
+
+
+def test_what_came_after_the_round_that_is_gone_on_from_is_forgotten(tmp_path: Path) -> None:
+    silos = SiloSnapshots(tmp_path, RUN)
+    for round in (1, 2, 3):
+        silos.save(4, round, state(round), 0)
+    silos.load(4, 2)
+    assert silos.rounds() == [1, 2]
 
 
 def test_silos_and_server_share_a_folder(tmp_path: Path) -> None:

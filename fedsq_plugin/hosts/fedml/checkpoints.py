@@ -33,12 +33,17 @@ class ServerCheckpoints:
         self.round = 0
         if config.checkpoint_dir is None:
             return
-        folder = Path(config.checkpoint_dir)
+        folder = Path(config.checkpoint_dir).expanduser()
         self._store = ServerSnapshots(folder, kept_options(config))
         refuse_started(folder, self._store.rounds(), config.resume)
         self._begun = self._store.newest()
         if self._begun is None and config.resume:
             log.warning("there is no checkpoint in %s yet: the run begins with round 1", folder)
+
+    @property
+    def oldest(self) -> int:
+        """The round that the run can go back to at most."""
+        return min(self._store.rounds(), default=0) if self._store is not None else self.round
 
     @property
     def resumes(self) -> bool:
@@ -85,7 +90,7 @@ class SiloCheckpoints:
         self._trainer, self._silos, self._resume = trainer, silos, config.resume
         self._store: SiloSnapshots | None = None
         if config.checkpoint_dir is not None and trainer.worker.states.kept:
-            folder = Path(config.checkpoint_dir)
+            folder = Path(config.checkpoint_dir).expanduser()
             self._store = SiloSnapshots(folder, kept_options(config))
             refuse_started(folder, self._store.rounds(), config.resume)
 
@@ -104,6 +109,8 @@ class SiloCheckpoints:
             return
         self._resume = False
         parts = {silo: self._store.load(silo, finished) for silo in self._silos}
+        if finished and not any(parts.values()):
+            log.warning("what stays with silos %s is not here: they begin with the server's", self._silos)
         self._trainer.worker.states.restore(
             {f"{silo}/{key}": value for silo, part in parts.items() for key, value in part.items()}
         )

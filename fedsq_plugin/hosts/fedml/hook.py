@@ -199,19 +199,20 @@ def _init(original: Any) -> Any:
         from .checkpoints import ServerCheckpoints
         from .distributed.node import is_client, node, refuse_road, relu_like_the_servers
         from .security import check_options
-        from .simulation import Simulation
+        from .simulation import Simulation, refuse_foreign
 
         check_options(args)
-        one_process = (args.training_type, args.backend) == ("simulation", "sp")
+        one_process, own = _is_sp(args), (client_trainer, server_aggregator)
+        refuse_foreign(plan, args, *own)  # before a warm start that takes long
         if not one_process:
-            refuse_road(args, config)  # before a warm start that takes long
+            refuse_road(args, config)
+        prepare_host(args)
         checkpoints = ServerCheckpoints(plan) if one_process or not is_client(args) else None
         if checkpoints is not None and not checkpoints.resumes:
             self.reluised = warm_start(model, config, dataset, device)
         elif config.relu_ise:
             relu_like_the_servers(model)
-        prepare_host(args)
-        view, own = viewed(model, plan), (client_trainer, server_aggregator)
+        view = viewed(model, plan)
         if own == (None, None):
             for line in tried(view, plan, dataset):
                 log.warning(line)

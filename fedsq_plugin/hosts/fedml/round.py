@@ -101,6 +101,8 @@ class Round:
             return
         self.missing.remove(silo)
         self.record.bytes_up += nbytes(answer)
+        if objection is None and isinstance(self._aggregator, FedSQAggregator):
+            self._aggregator.coordinator.confirm(silo)  # now: when its turn comes, it may be a new process
         self._early[self.silos.index(silo)] = answer, objection
         while self._turn in self._early:
             self._gather(self._turn)
@@ -125,7 +127,9 @@ class Round:
     def pass_over(self) -> None:
         """Leave the model as it was before the round."""
         if isinstance(self._aggregator, FedSQAggregator):
-            self._aggregator.hold(replace(self._before, round=self._before.round + 1))
+            # A client that was started anew meanwhile has nothing of what it was told.
+            told = self._aggregator.coordinator.state.told
+            self._aggregator.hold(replace(self._before, round=self._before.round + 1, told=told))
 
     def _gather(self, position: int) -> None:
         silo, (answer, reason) = self.silos[position], self._early.pop(position)
@@ -140,8 +144,6 @@ class Round:
         self._accepted.append(position)
         if self._gathering is None:
             self._together.append((update.samples, answer))
-            if isinstance(self._aggregator, FedSQAggregator):
-                self._aggregator.coordinator.confirm(silo)
         else:
             self._gathering.add(update)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from fedml import mlops
 
 from ...dualcopy import DualCopy
 from ...federation.evaluate import Metrics, evaluate
+from ...federation.messages import packed
 from ...federation.record import RoundRecord
 from ...federation.seeding import derive, isolated
 from ...federation.state import State, fingerprint
@@ -67,11 +69,10 @@ class Scoring:
         self._aggregator.test_all(*self._silos, self._device, self._args)
         record.metrics, record.released = self.evaluate()
 
-    def global_message(self) -> State:
-        """What a silo needs of the global model to have its own."""
-        coordinator = self._aggregator.coordinator
-        state: State = coordinator.travelling(coordinator.state.model)
-        return state
+    def global_messages(self, silos: Sequence[int]) -> dict[int, State]:
+        """What each silo needs of the global model to have its own."""
+        shown = self._aggregator.coordinator.show(silos)
+        return {silo: packed(assignment) for silo, assignment in zip(silos, shown, strict=True)}
 
     def report(self, record: RoundRecord) -> None:
         """To FedML's log, its tracking and W&B."""

@@ -143,8 +143,8 @@ class Simulation(FedAvgAPI):  # type: ignore[misc]
 
     def _own_models(self, epochs: int) -> dict[int, Metrics]:
         """Every silo's own model on its own test data, after a fine-tuning of so many epochs."""
-        message = self.scoring.global_message()
-        return {silo: self.silos.test(silo, message, epochs) for silo in self.test_data_local_dict}
+        messages = self.scoring.global_messages(list(self.test_data_local_dict))
+        return {silo: self.silos.test(silo, message, epochs) for silo, message in messages.items()}
 
 
 def refuse_foreign(plan: Plan, args: Any, client_trainer: Any, server_aggregator: Any) -> None:

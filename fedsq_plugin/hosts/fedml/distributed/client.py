@@ -44,6 +44,7 @@ class Client(FedMLCommManager):  # type: ignore[misc]
         super().__init__(args, None, int(args.rank), 0, args.backend)
         self._server: bytes | None = None
         self._server_is_new = False
+        self._process = secrets.token_hex(8)
         transport.on_tick = self._look
 
     def _init_manager(self) -> None:
@@ -91,7 +92,7 @@ class Client(FedMLCommManager):  # type: ignore[misc]
 
     def _last_word(self) -> RunError | None:
         """What the server said at its end, while this process was busy with something else."""
-        for word in self._transport.arrived():
+        while (word := self._transport.arrived()) is not None:
             if word.get_type() == END:
                 reason = word.get("reason")
                 return RunError(
@@ -105,6 +106,7 @@ class Client(FedMLCommManager):  # type: ignore[misc]
     def _announce(self) -> None:
         self._say_hello()
         if self._transport.shows_life:
+            self._server = self._transport.processes[0]
             self._reached = time.monotonic()
             self._watch.start(ALIVE_S, self._show_life)
 
@@ -112,7 +114,7 @@ class Client(FedMLCommManager):  # type: ignore[misc]
         config = self._silos.plan.config
         counts = {silo: self._silos.samples(silo) for silo in self._mine}
         hello = message(
-            ONLINE, self.rank, 0, samples=counts, options=shared_options(config), process=secrets.token_hex(8)
+            ONLINE, self.rank, 0, samples=counts, options=shared_options(config), process=self._process
         )
         # The server may come later, and is busy with the warm start before it listens.
         self._transport.send_message(hello, within=config.round_timeout_s)
@@ -139,6 +141,8 @@ class Client(FedMLCommManager):  # type: ignore[misc]
         self._say(RESULT, task=kind, silo=silo, round=round_idx, payload=answer, **about)
 
     def _end(self, end: Message) -> None:
+        if end.get("process") not in (None, self._process):
+            return
         self._transport.stop_receive_message()
         if end.get("reason"):
             raise RunError(_ended(end.get("reason")))
@@ -156,8 +160,8 @@ class Client(FedMLCommManager):  # type: ignore[misc]
         process = self._transport.show_life(0, within=ALIVE_S)
         if process is not None:
             self._reached = time.monotonic()
-            self._server_is_new |= self._server not in (None, process)
-            self._server = process
+            if process != self._server:
+                self._server, self._server_is_new = process, True
         elif time.monotonic() - self._reached > SILENCE_S + self._return_s:
             return self._server_gone(SILENCE_S + self._return_s)
         return None

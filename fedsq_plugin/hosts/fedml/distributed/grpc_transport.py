@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 RETRY_S = 0.5
 """Seconds until a message is sent anew."""
+SLOWEST = 250_000
+"""Bytes a second that a connection has at least: 2 Mbit/s."""
 
 
 class _Servicer(grpc_comm_manager_pb2_grpc.gRPCCommManagerServicer):  # type: ignore[misc]
@@ -42,7 +44,7 @@ class _Servicer(grpc_comm_manager_pb2_grpc.gRPCCommManagerServicer):  # type: ig
     ) -> None:
         self._seen, self._peers, self._tls, self._refuse = seen, peers, tls, refuse
         self._process = secrets.token_bytes(8)
-        self.arrived: queue.Queue[tuple[int, bytes]] = queue.Queue(maxsize=1024)
+        self.arrived: queue.Queue[tuple[int, bytes]] = queue.Queue(maxsize=4 * len(peers))
 
     def sendMessage(self, request: Any, context: Any) -> Any:
         rank = int(request.client_id)
@@ -56,7 +58,7 @@ class _Servicer(grpc_comm_manager_pb2_grpc.gRPCCommManagerServicer):  # type: ig
             self.arrived.put((rank, request.message), timeout=SEND_S)
         except queue.Full:
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many messages are waiting")
-        return grpc_comm_manager_pb2.CommResponse()
+        return grpc_comm_manager_pb2.CommResponse(message=self._process)
 
     def _no_peer(self, rank: int, context: Any) -> str | None:
         if self._tls:
@@ -92,6 +94,8 @@ class GrpcTransport(Transport):
         tls: Credentials | None = None,
     ) -> None:
         super().__init__(rank, limit_bytes)
+        self.processes: dict[int, bytes] = {}
+        """The token of the process that answered last, by rank."""
         both = addresses(table, (rank, *peers))
         listening, self._addresses = both.listening, both.found
         self._options = [
@@ -104,7 +108,8 @@ class GrpcTransport(Transport):
         ]
         self._tls = tls
         self._servicer = _Servicer(self.seen, peers, tls is not None, self._refuse)
-        self._server = grpc.server(ThreadPoolExecutor(max_workers=4), options=self._options)
+        # Who sends a large message holds a thread, and signs of life must come through beside all of them.
+        self._server = grpc.server(ThreadPoolExecutor(2 * len(peers) + 2), options=self._options)
         grpc_comm_manager_pb2_grpc.add_gRPCCommManagerServicer_to_server(self._servicer, self._server)
         try:
             if tls is None:
@@ -133,17 +138,15 @@ class GrpcTransport(Transport):
 
     def show_life(self, receiver: int, within: float) -> bytes | None:
         """The token of the process that took a sign of life within so many seconds; None: there was none."""
-        answer = self._tried(receiver, b"", within, wait=True)
-        return None if isinstance(answer, grpc.RpcError) else bytes(answer.message)
+        error = self._tried(receiver, b"", within, wait=True)
+        return self.processes[receiver] if error is None else None
 
     def _send(self, receiver: int, data: bytes, within: float, wait: bool) -> None:
         """A broken connection is tried anew: a message that arrives twice is refused, one that is lost ends
         the run."""
         until, told = time.monotonic() + within, ""
         # Not gRPC's own waiting: it says nothing of a connection that TLS refuses.
-        while isinstance(
-            error := self._tried(receiver, data, until - time.monotonic(), wait=False), grpc.RpcError
-        ):
+        while (error := self._reached(receiver, data, until - time.monotonic())) is not None:
             reason = " ".join(str(error.details()).split())[:300]
             if (
                 not wait
@@ -158,13 +161,21 @@ class GrpcTransport(Transport):
             told = reason
             time.sleep(RETRY_S)
 
+    def _reached(self, receiver: int, data: bytes, within: float) -> Any:
+        """The error of one try, or None. A peer must be there within so many seconds; a large message may
+        take longer."""
+        error = self._tried(receiver, b"", within, wait=False)
+        return error or self._tried(receiver, data, SEND_S + len(data) / SLOWEST, wait=False)
+
     def _tried(self, receiver: int, data: bytes, within: float, wait: bool) -> Any:
-        """The answer to one try, or its error."""
+        """The error of one try, or None."""
         request = grpc_comm_manager_pb2.CommRequest(client_id=self.rank, message=data)
         try:
-            return self._stub(receiver).sendMessage(request, timeout=within, wait_for_ready=wait)
+            answer = self._stub(receiver).sendMessage(request, timeout=within, wait_for_ready=wait)
         except grpc.RpcError as error:
             return error
+        self.processes[receiver] = bytes(answer.message)
+        return None
 
     def _stub(self, receiver: int) -> Any:
         if receiver not in self._stubs:

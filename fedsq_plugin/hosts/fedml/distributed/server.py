@@ -150,12 +150,12 @@ class Server(FedMLCommManager):  # type: ignore[misc]
     def _came(self, hello: Message) -> None:
         rank, counts = hello.get_sender_id(), hello.get("samples")
         mine = [silo for silo in range(self.args.client_num_in_total) if rank_of(silo, self._ranks) == rank]
+        process = brief(hello.get("process"))
         reason = disagreement(shared_options(self.plan.config), hello.get("options"))
         reason = reason or counts_problem(counts, mine, self._samples)
         if reason is not None:
-            self._refuse(rank, f"rank {rank} cannot take part: {reason}")
+            self._refuse(rank, f"rank {rank} cannot take part: {reason}", process)
             return
-        process = brief(hello.get("process"))
         if rank in self._online and self._processes[rank] == process:
             return  # sent again, because its arrival was not confirmed in time
         if rank in self._online:  # a process that came back knows nothing of what it was told
@@ -165,11 +165,11 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         self._welcome(rank)
         self._start_or_go_on()
 
-    def _refuse(self, rank: int, line: str) -> None:
+    def _refuse(self, rank: int, line: str, process: str) -> None:
         """Go on without a process that cannot take part, where there can be a quorum yet."""
         log.error(line)
-        if rank in self._online:  # whoever this is, the rank's own process is there
-            self._farewell(rank, line)
+        if rank in self._online:  # whoever this is, the rank's own process is there, and stays
+            self._farewell(rank, line, process)
             return
         self._refused.add(rank)
         if self._stage == "start":
@@ -228,7 +228,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         kind, silo, payload = self._queue[rank].pop(0)
         self._busy[rank] = (kind, silo)
         epochs = self.plan.finetune_epochs if kind == "tune" else 0
-        about = {"round": self._round_idx, "epochs": epochs, "checkpoint": self.checkpoints.round}
+        about = {"round": self._round_idx, "epochs": epochs, "checkpoint": self.checkpoints.oldest}
         task = message(TASK, 0, rank, task=kind, silo=silo, payload=payload, **about)
         self._turned = time.monotonic()
         try:
@@ -250,7 +250,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         del self._busy[rank]
         if kind == "train":
             self._round.take(silo, _state(result.get("payload")), self._objection(result))
-        elif reason := metrics_problem(result.get("payload")):
+        elif reason := self._objection(result) or metrics_problem(result.get("payload")):
             self._note(f"the test of silo {silo} is refused: {reason}")
         else:
             self._tested[silo] = metrics_of(result.get("payload"))
@@ -258,7 +258,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         self._advance()
 
     def _objection(self, result: Message) -> str | None:
-        """Why an update must be refused, whatever its values are."""
+        """Why an answer must be refused, whatever its values are."""
         if reason := changed_count(result.get("samples"), self._samples[result.get("silo")]):
             return reason
         if not isinstance(self.aggregator, FedSQAggregator):
@@ -266,7 +266,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         ours, theirs = self.aggregator.coordinator.structural_fingerprint, brief(result.get("structural"))
         if theirs == brief(ours):
             return None
-        return f"it was trained under the structural copy {theirs[:14]}…, the server has {brief(ours)[:14]}…"
+        return f"it was made under the structural copy {theirs[:14]}…, the server has {brief(ours)[:14]}…"
 
     def _advance(self) -> None:
         """On to the next stage when nobody is waited for."""
@@ -300,9 +300,9 @@ class Server(FedMLCommManager):  # type: ignore[misc]
     def _test(self, stage: Stage) -> None:
         """Let every silo test its own model."""
         self._stage, self._tested, self._since = stage, {}, time.monotonic()
-        payload = self.scoring.global_message()
         there = [silo for silo in sorted(self._samples) if rank_of(silo, self._ranks) in self._online]
-        self._give(dict.fromkeys(there, (stage, payload)))
+        messages = self.scoring.global_messages(there)
+        self._give({silo: (stage, message) for silo, message in messages.items()})
 
     def _pooled(self) -> Metrics:
         """In the order of the silos, whatever the order in which they answered."""
@@ -337,7 +337,9 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         self._queue.pop(rank, None)
         line = f"rank {rank} is lost: {reason}"
         self._note(line)
-        self._need_quorum(line, len(self._online))
+        # At the start, those that did not come yet may come.
+        gone = self._heard.keys() - self._online if self._stage == "start" else ()
+        self._need_quorum(line, self._ranks - len(gone) if self._stage == "start" else len(self._online))
 
     def _note(self, line: str) -> None:
         if self._round is None:
@@ -416,9 +418,11 @@ class Server(FedMLCommManager):  # type: ignore[misc]
             if rank in self._heard:
                 self._farewell(rank, reason)
 
-    def _farewell(self, rank: int, reason: str | None) -> None:
+    def _farewell(self, rank: int, reason: str | None, process: str | None = None) -> None:
+        """The end, for any process of a rank, or for one alone."""
+        end = message(END, 0, rank, reason=reason, process=process)
         try:
-            self._transport.send_message(message(END, 0, rank, reason=reason), within=FAREWELL_S, wait=False)
+            self._transport.send_message(end, within=FAREWELL_S, wait=False)
         except RunError:
             log.warning("rank %d could not be told of the end", rank)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from fedml.core.distributed.communication.base_com_manager import BaseCommunicationManager
@@ -58,18 +58,17 @@ class Transport(BaseCommunicationManager):  # type: ignore[misc]
         """FedML's receive loop, until `stop_receive_message`."""
         self._deliver(Message(CommunicationConstants.MSG_TYPE_CONNECTION_IS_READY, self.rank, self.rank))
         while self._running:
-            for message in self.arrived(TICK_S):
+            if (message := self.arrived(TICK_S)) is not None:
                 self._deliver(message)
             self.on_tick()
 
     def stop_receive_message(self) -> None:
         self._running = False
 
-    def arrived(self, within: float = 0.0) -> Iterator[Message]:
-        """The next message, where one comes within so many seconds."""
+    def arrived(self, within: float = 0.0) -> Message | None:
+        """The next message, where one comes within so many seconds; one that is refused is none."""
         came = self._next(within)
-        if came is not None and (message := self._decoded(*came)) is not None:
-            yield message
+        return None if came is None else self._decoded(*came)
 
     def _decoded(self, source: int, data: bytes | bytearray) -> Message | None:
         try:
