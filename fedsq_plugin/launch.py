@@ -185,7 +185,8 @@ def _mpi(command: Sequence[str], count: int, environment: Mapping[str, str], out
     # MPI says at length that it was aborted; the processes say why.
     reasons = [line for line in lines if line.startswith("fedsq: error:") and TOLD not in line]
     if job.returncode and not reasons:
-        reasons = [f"fedsq: error: {_lost_rank(lines) or f'mpirun ended with status {job.returncode}'}"]
+        reason = _lost_rank(lines) or _logged_reason(out) or f"mpirun ended with status {job.returncode}"
+        reasons = [f"fedsq: error: {reason}"]
     for line in reasons[:1]:  # the others followed from it
         print(line, file=sys.stderr)
     return job.returncode if job.returncode >= 0 else 128 - job.returncode
@@ -193,6 +194,16 @@ def _mpi(command: Sequence[str], count: int, environment: Mapping[str, str], out
 
 def _read(stream: IO[bytes], lines: list[str]) -> None:
     lines.extend(line.decode(errors="replace").strip() for line in stream)
+
+
+def _logged_reason(out: Path) -> str | None:
+    """What a process wrote into its log before it ended all: mpirun may end before it passes on the line."""
+    for log in sorted(out.glob("*.log"), reverse=True):  # the server's first
+        for line in log.read_text(errors="replace").splitlines():
+            _, found, reason = line.partition(" ERROR fedsq_plugin.hosts.fedml.run: ")
+            if found and TOLD not in reason:
+                return reason
+    return None
 
 
 def _lost_rank(said: Sequence[str]) -> str | None:

@@ -276,5 +276,14 @@ def test_run_says_launch(tmp_path: Path) -> None:
     )
 
 
+def test_a_reason_that_mpirun_did_not_pass_on_is_in_the_logs(tmp_path: Path) -> None:
+    line = "2026-01-01 00:00:00,000 ERROR fedsq_plugin.hosts.fedml.run: "
+    (tmp_path / "client-2.log").write_text(f"one\n{line}the server is gone\n")
+    (tmp_path / "fedml.log").write_text(f"{line}the server ended the run: it told others\n")
+    assert launch._logged_reason(tmp_path) == "the server is gone"
+    (tmp_path / "fedml.log").write_text(f"{line}rank 2 is lost\n")
+    assert launch._logged_reason(tmp_path) == "rank 2 is lost"
+
+
 if shutil.which("mpirun") is None and not Path(sys.executable).with_name("mpirun").exists():
     ROADS.pop("MPI")
