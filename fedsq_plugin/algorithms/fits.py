@@ -22,17 +22,7 @@ def refuse_misfit(row: Algorithm, options: Options, model: nn.Module) -> None:
             f"last layer (linear layers: {', '.join(linear) or 'none'})"
         )
     roles(model, options.head)
-    norm = any(isinstance(module, NORMALISATION) for module in model.modules())
-    if "without norm layers" in (row.phases, row.exchange) and not norm:
-        raise ConfigError(
-            f"{row.name} treats normalisation layers apart, and the model has none: use another row"
-        )
-    follows = options.structural_copy in ("refresh", "ema")
-    if row.view == "dualcopy" and follows and row.exchange == "without norm layers":
-        raise ConfigError(
-            f"{row.name} with structural_copy '{options.structural_copy}': it would follow a model whose "
-            "normalisation layers no client has; set structural_copy: fixed or unfreeze"
-        )
+    refuse_norm_layers(row, options.structural_copy, model)
     if row.phases == "without early layers":
         keys = [name for name, _ in model.named_parameters()]
         paths = [path for path, _ in model.named_modules() if path]
@@ -41,3 +31,18 @@ def refuse_misfit(row: Algorithm, options: Options, model: nn.Module) -> None:
         for path in options.frozen_modules:
             if not frozen_keys(keys, (path,)):
                 raise ConfigError(f"frozen_modules: the model has no '{path}'{nearest(path, paths)}")
+
+
+def refuse_norm_layers(row: Algorithm, structural_copy: str, model: nn.Module) -> None:
+    """Raise ConfigError where a row treats normalisation layers in a way that makes no sense here."""
+    norm = any(isinstance(module, NORMALISATION) for module in model.modules())
+    if "without norm layers" in (row.phases, row.exchange) and not norm:
+        raise ConfigError(
+            f"{row.name} treats normalisation layers apart, and the model has none: use another row"
+        )
+    follows = structural_copy in ("refresh", "ema")
+    if row.view == "dualcopy" and follows and row.exchange == "without norm layers":
+        raise ConfigError(
+            f"{row.name} with structural_copy '{structural_copy}': it would follow a model whose "
+            "normalisation layers no silo has; set structural_copy: fixed or unfreeze"
+        )

@@ -14,6 +14,7 @@ from torch import nn
 
 from ... import models
 from ...algorithms import Algorithm, algorithm
+from ...algorithms.fits import refuse_norm_layers
 from ...algorithms.options import Options
 from ...algorithms.view import VIEWS
 from ...config import OPTIONS, Config, Finding, Kind, parse
@@ -21,7 +22,6 @@ from ...dualcopy import DualCopy
 from ...errors import ConfigError, GateError, WeightsError, nearest
 from ...federation.local import LocalTraining, frozen_keys
 from ...federation.reluise import Hardening, Reluised
-from ...federation.roles import NORMALISATION
 from ...federation.seeding import derive, isolated
 from ...federation.task import CLASSIFICATION, Task
 from ...federation.warm_start import public_relu_ise, public_warm_start
@@ -101,16 +101,7 @@ def plan_of(config: Config, model: nn.Module, task: Task = CLASSIFICATION) -> Pl
         raise ConfigError(
             f"fedsq_args.channels_last is for images, and {volumes} convolves volumes; set it to false"
         )
-    if "without norm layers" in (row.phases, row.exchange) and not _has_norm(model):
-        raise ConfigError(
-            f"{row.name} treats normalisation layers apart, and the model has none: use another row"
-        )
-    follows = config.structural_copy in ("refresh", "ema")
-    if row.view == "dualcopy" and follows and row.exchange == "without norm layers":
-        raise ConfigError(
-            f"{row.name} with structural_copy '{config.structural_copy}': it would follow a model whose "
-            "normalisation layers no silo has; set structural_copy: fixed or unfreeze"
-        )
+    refuse_norm_layers(row, config.structural_copy, model)
     frozen = _frozen_modules(config, model) if "frozen_modules" in row.options else config.frozen_modules
     special = {"head": head, "frozen_modules": frozen, "gate_accept": accepted(config)}
     options = Options(**{**shared, **special})
@@ -139,10 +130,6 @@ def task_of(config: Config, dataset: Any) -> Task:
             "fedml.data.load gave it"
         )
     return task or CLASSIFICATION
-
-
-def _has_norm(model: nn.Module) -> bool:
-    return any(isinstance(module, NORMALISATION) for module in model.modules())
 
 
 def _frozen_modules(config: Config, model: nn.Module) -> tuple[str, ...]:

@@ -75,6 +75,11 @@ def unused(valid: Mapping[str, Any], ours: bool = True) -> list[str]:
     tuning = get("finetune_epochs", 1)
     if not (own if tuning is None else tuning):
         mark(("finetune_part",), "there is no final fine-tuning")
+    road = get("training_type", "simulation"), get("backend", "")
+    if road == ("simulation", "sp"):
+        mark(("min_clients", "round_timeout_s", "server_return_s"), "sp is one process")
+    if road[1] == "MPI":
+        mark(("server_return_s",), "over MPI all processes end with the server")
     if row is not None and "extra" not in row.options:
         mark(("extra",), f"{name} does not read it")
     relu_ise = get("relu_ise", True)
