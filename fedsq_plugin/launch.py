@@ -68,6 +68,7 @@ def launch(
     for rank in range(count + 1):
         device_name(flat(with_host_defaults(families)), rank, count + 1)
     settings = [] if config.threads else [f"threads={max(1, _cores() // count)}"]
+    signal.signal(signal.SIGTERM, _terminated)
     with tempfile.TemporaryDirectory() as folder:
         recipe, table = Path(folder) / "recipe.yaml", Path(folder) / "grpc_ipconfig.csv"
         families = _with(overridden(families, settings), "train_args", "worker_num", count)
@@ -87,6 +88,11 @@ def launch(
         if config.backend == "MPI":
             return _mpi(command, count, environment, out)
         return _grpc(command, count, environment, config.min_clients or count, Path(folder))
+
+
+def _terminated(number: int, frame: object) -> None:
+    """As for an interrupt: the processes that were started end, too."""
+    raise SystemExit(128 + number)
 
 
 def node(families: Families, rank: int | None, out: Path, console: Console, resume: bool) -> None:

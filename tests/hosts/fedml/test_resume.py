@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fedsq_plugin import cli, launch, runs
 from fedsq_plugin.dualcopy import DualCopy
-from fedsq_plugin.errors import ConfigError, FedSQError, WeightsError
+from fedsq_plugin.errors import ConfigError, RunError, WeightsError
 from fedsq_plugin.federation.record import RoundRecord
 from fedsq_plugin.federation.state import fingerprint
 from fedsq_plugin.hosts.fedml.run import Outcome, execute
@@ -90,7 +90,7 @@ def run(
 
     try:
         return records, execute(families, folder.with_suffix(".log"), lambda start: None, on_round)
-    except FedSQError as error:
+    except RunError as error:
         assert isinstance(error.__cause__, Cut), error
         return records, None
 
