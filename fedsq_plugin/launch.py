@@ -204,12 +204,15 @@ def _read(stream: IO[bytes], lines: list[str]) -> None:
 
 def _logged_reason(out: Path) -> str | None:
     """What a process wrote into its log before it ended all: mpirun may end before it passes on the line."""
+    told = None
     for log in sorted(out.glob("*.log"), reverse=True):  # the server's first
         for line in log.read_text(errors="replace").splitlines():
             _, found, reason = line.partition(" ERROR fedsq_plugin.hosts.fedml.run: ")
             if found and TOLD not in reason:
                 return reason
-    return None
+            # A client that was told of the end may end all before the server has said why.
+            told = told or (reason.partition(f"{TOLD}: ")[2] or None)
+    return told
 
 
 def _lost_rank(said: Sequence[str]) -> str | None:

@@ -281,6 +281,8 @@ def test_a_reason_that_mpirun_did_not_pass_on_is_in_the_logs(tmp_path: Path) -> 
     (tmp_path / "client-2.log").write_text(f"one\n{line}the server is gone\n")
     (tmp_path / "fedml.log").write_text(f"{line}the server ended the run: it told others\n")
     assert launch._logged_reason(tmp_path) == "the server is gone"
+    (tmp_path / "client-2.log").write_text("")
+    assert launch._logged_reason(tmp_path) == "it told others"
     (tmp_path / "fedml.log").write_text(f"{line}rank 2 is lost\n")
     assert launch._logged_reason(tmp_path) == "rank 2 is lost"
 

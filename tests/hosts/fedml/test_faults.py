@@ -30,7 +30,7 @@ from .test_distributed import ROADS, environment, recipe
 
 LIMIT_S = 300
 """For any one step of a row; nothing may hang."""
-AT_ONCE = 4
+AT_ONCE = 6
 """Rows."""
 SILENCE = 5
 CONSTANTS = {

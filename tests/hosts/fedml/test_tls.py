@@ -130,7 +130,11 @@ def test_tls_asks_for_our_rows_where_fedml_has_its_own(fedml: Any) -> None:
 
     def args(name: str, **options: str) -> Any:
         return SimpleNamespace(
-            federated_optimizer=name, training_type="cross_silo", backend="GRPC", **options
+            federated_optimizer=name,
+            training_type="cross_silo",
+            backend="GRPC",
+            dataset="digits",
+            **options,
         )
 
     assert not is_ours(args("FedAvg"), custom=False)
