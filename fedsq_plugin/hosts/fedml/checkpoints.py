@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 
 
 class ServerCheckpoints:
-    """Of the server process, where `checkpoint_dir` names a folder. `round` is the round of the newest.
+    """Of the server process, where `checkpoint_dir` names a folder. `round` is the round of the
+    newest, `oldest` that of the one that the run can go back to at most.
 
     Raises:
         ConfigError: the folder holds another run, or the same one that is not to be resumed.
@@ -30,20 +31,16 @@ class ServerCheckpoints:
     def __init__(self, plan: Plan) -> None:
         config, self._begun, self._plan = plan.config, None, plan
         self._store: ServerSnapshots | None = None
-        self.round = 0
+        self.round = self.oldest = 0
         if config.checkpoint_dir is None:
             return
         folder = Path(config.checkpoint_dir).expanduser()
         self._store = ServerSnapshots(folder, kept_options(config))
         refuse_started(folder, self._store.rounds(), config.resume)
         self._begun = self._store.newest()
+        self.oldest = min(self._store.rounds(), default=0)
         if self._begun is None and config.resume:
             log.warning("there is no checkpoint in %s yet: the run begins with round 1", folder)
-
-    @property
-    def oldest(self) -> int:
-        """The round that the run can go back to at most."""
-        return min(self._store.rounds(), default=0) if self._store is not None else self.round
 
     @property
     def resumes(self) -> bool:
@@ -76,6 +73,7 @@ class ServerCheckpoints:
             return
         self._store.save(state, {} if trainer is None else trainer.worker.states.tensors())
         self.round = state.round
+        self.oldest = min(self._store.rounds())
 
 
 class SiloCheckpoints:

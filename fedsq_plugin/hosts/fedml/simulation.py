@@ -49,7 +49,6 @@ class Simulation(FedAvgAPI):  # type: ignore[misc]
     ) -> None:
         self.plan, self.checkpoints = plan, checkpoints or ServerCheckpoints(plan)
         self.on_round: Callable[[RoundRecord], None] = lambda record: None
-        refuse_foreign(plan, args, client_trainer, server_aggregator)
         super().__init__(args, device, dataset, model)
         # The aggregator holds the global model, which the trainer's training must not touch.
         self.model_trainer = client_trainer or FedSQTrainer(model, args, plan)

@@ -15,7 +15,6 @@ from ..checkpoints import ServerCheckpoints, SiloCheckpoints
 from ..plan import Plan
 from ..scoring import Scoring
 from ..silo import Silos
-from ..simulation import refuse_foreign
 from .addresses import addresses
 from .client import Client
 from .protocol import MARGIN_S
@@ -67,7 +66,6 @@ def node(
     Raises:
         ConfigError: the parts do not go together, or the road cannot be had.
     """
-    refuse_foreign(plan, args, client_trainer, server_aggregator)
     ours = all(
         part is None or isinstance(part, kind)
         for part, kind in ((client_trainer, FedSQTrainer), (server_aggregator, FedSQAggregator))

@@ -337,9 +337,10 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         self._queue.pop(rank, None)
         line = f"rank {rank} is lost: {reason}"
         self._note(line)
-        # At the start, those that did not come yet may come.
-        gone = self._heard.keys() - self._online if self._stage == "start" else ()
-        self._need_quorum(line, self._ranks - len(gone) if self._stage == "start" else len(self._online))
+        there = len(self._online)
+        if self._stage == "start":  # those that did not come yet may come
+            there += self._ranks - len(self._heard.keys() | self._online)
+        self._need_quorum(line, there)
 
     def _note(self, line: str) -> None:
         if self._round is None:
