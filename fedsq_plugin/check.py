@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import OPTIONS, Config, family_of, validated
-from .errors import ConfigError, FedSQError, nearest
+from .errors import ConfigError, FedSQError, first_line, nearest
 from .recipe import Families, flat, problems
 
 if TYPE_CHECKING:
@@ -303,7 +303,7 @@ def _batches(config: Config, model: nn.Module, data: Any) -> Iterator[str]:
     except (RuntimeError, ValueError) as error:
         yield (
             f"model_args.model {config.model} does not run on {size} images of {config.dataset}: "
-            f"{_first_line(error)}; set fedsq_args.small_images: true, or a larger fedsq_args.image_size"
+            f"{first_line(error)}; set fedsq_args.small_images: true, or a larger fedsq_args.image_size"
         )
         return
     try:
@@ -317,9 +317,5 @@ def _batches(config: Config, model: nn.Module, data: Any) -> Iterator[str]:
             remedy = f"silo {silo} has one sample: raise fedsq_args.min_client_samples to 2"
         yield (
             f"model_args.model {config.model} does not train on a batch of {smallest} {size} images: "
-            f"{_first_line(error)}; {remedy if smallest == 1 else 'set fedsq_args.image_size'}"
+            f"{first_line(error)}; {remedy if smallest == 1 else 'set fedsq_args.image_size'}"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

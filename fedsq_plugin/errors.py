@@ -30,6 +30,16 @@ class RunError(FedSQError, RuntimeError):
     """A run ended by an error that no check foresaw; the trace is in its log file."""
 
 
+def first_line(error: BaseException) -> str:
+    """What somebody else's error says, where there is one line for it."""
+    return str(error).strip().partition("\n")[0]
+
+
+def in_one_line(error: BaseException) -> str:
+    """Somebody else's error in one line: its class and what it says."""
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
 LISTED = 40
 """More names than these are no help in one line."""
 

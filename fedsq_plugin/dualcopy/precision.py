@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -93,7 +93,7 @@ def refuse_unsupported(precision: Precision, device: torch.device | str, option:
                 y = F.conv2d(torch.ones(1, 1, 4, 4, device=device), weight)
             torch.autograd.backward(y.float().sum())
         except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0]
+            reason = first_line(error)
     if reason is not None:
         other = "fp16 or fp32" if precision == "bf16" else "bf16 or fp32"
         raise ConfigError(f"{option} is {precision}, which {device} does not do: {reason}; use {other}")

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from torch import Tensor, nn
 
-from ...errors import ConfigError, FedSQError, RunError
+from ...errors import ConfigError, FedSQError, RunError, in_one_line
 from ...federation.evaluate import Metrics
 from ...federation.record import RoundRecord
 from ...federation.reluise import Reluised
@@ -96,11 +96,11 @@ def _recipe(families: Families, log_file: Path) -> Iterator[Path]:
             log.error("%s", error)
             raise
         except SystemExit as error:
+            log.exception("the run called sys.exit(%r) before its end", error.code)
             raise RunError(f"the run called sys.exit({error.code!r}) before its end") from error
         except Exception as error:
-            log.exception("the run ended")
-            reason = str(error).strip().partition("\n")[0]
-            raise RunError(f"{type(error).__name__}: {reason} (full trace in {log_file})") from error
+            log.exception("%s", in_one_line(error))  # the line is looked for here, see launch
+            raise RunError(f"{in_one_line(error)} (full trace in {log_file})") from error
 
 
 @dataclass

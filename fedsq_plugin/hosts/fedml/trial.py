@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ... import models
 from ...dualcopy import DualCopy
 from ...dualcopy.validation import detached_copy, refuse, validate
-from ...errors import ConfigError, FedSQError
+from ...errors import ConfigError, FedSQError, first_line
 from ...federation.evaluate import main_output
 from ...federation.seeding import isolated
 from .data import DATASETS
@@ -51,12 +51,11 @@ def tried(model: nn.Module, plan: Plan, dataset: Any) -> list[str]:
     except FedSQError:
         raise
     except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
         ours = config.model in models.names() or config.dataset in DATASETS
         remedy = "; try fedsq_args.small_images or image_size" if ours else ""
         raise ConfigError(
             f"model {config.model} does not run on samples of {config.dataset}, of shape "
-            f"{'x'.join(map(str, samples.shape[1:]))}: {reason}{remedy}"
+            f"{'x'.join(map(str, samples.shape[1:]))}: {first_line(error)}{remedy}"
         ) from error
     return notes + list(_other_outputs(config.model, outputs, classes))
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from ...errors import ConfigError, nearest
+from ...errors import ConfigError, in_one_line, nearest
 from ...federation.seeding import derive, isolated
 from ...federation.task import MeanOverBatches, Metric, OfPredictions, Task
 from .catalogue import CATALOGUE, PREFIX, FlambyData
@@ -187,15 +187,14 @@ class FlambyPackage:
         except (AttributeError, TypeError, ImportError) as error:
             raise self._unfit(f"{what} cannot be had", error) from None
         except Exception as error:
-            line = f"{type(error).__name__}: {_first_line(error)}"
             remedy = f" {self._how()}" if what == "the data" else ""
             raise ConfigError(
-                f"{self.about.key}: {what} cannot be had ({line});{remedy}".rstrip(";")
+                f"{self.about.key}: {what} cannot be had ({in_one_line(error)});{remedy}".rstrip(";")
             ) from None
 
     def _unfit(self, what: str, error: Exception) -> ConfigError:
         """Names that FLamby uses and later versions of its dependencies lack."""
-        return ConfigError(f"{self.about.key}: {what} ({type(error).__name__}: {_first_line(error)}); {PINS}")
+        return ConfigError(f"{self.about.key}: {what} ({in_one_line(error)}); {PINS}")
 
 
 _PACKAGES = {
@@ -217,10 +216,6 @@ def _quietly() -> Iterator[None]:
             yield
         finally:
             sys.stdout = out
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def is_flamby(dataset: str) -> bool:

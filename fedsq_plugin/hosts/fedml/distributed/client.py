@@ -12,7 +12,7 @@ from fedml.core.distributed.communication.message import Message
 from fedml.core.distributed.fedml_comm_manager import FedMLCommManager
 
 from ....agreement import shared_options
-from ....errors import RunError
+from ....errors import RunError, in_one_line
 from ....federation.updates import brief
 from ..plan import in_recipe_terms
 from ..silo import Silos
@@ -133,8 +133,7 @@ class Client(FedMLCommManager):  # type: ignore[misc]
         except (Exception, SystemExit) as error:  # sys.exit() of a user's code, too
             # The server decides whether the run goes on; a process that ended by itself would end all of MPI.
             log.exception("silo %s failed", silo)
-            line = str(error).strip().partition("\n")[0]
-            self._failure = f"silo {silo} failed in {kind}: {type(error).__name__}: {line}"[:500]
+            self._failure = f"silo {silo} failed in {kind}: {in_one_line(error)}"[:500]
             self._say(FAILED, reason=self._failure)
             return
         about = {"samples": self._silos.samples(silo), "structural": self._silos.structural_fingerprint}
