@@ -42,15 +42,28 @@ def collect(
             model.eval()
             with torch.no_grad():
                 for x, labels in batches:
-                    labels = to_device(labels, device).long()
+                    _refuse_other_targets(labels, layer.out_features)
                     model(to_device(x, device))
-                    total.index_add_(0, labels, features[0])
+                    total.index_add_(0, to_device(labels, device).long(), features[0])
         finally:
             handle.remove()
             model.train(mode)
         return {_SUMS: total.cpu()}
 
     return sums
+
+
+def _refuse_other_targets(targets: Tensor, classes: int) -> None:
+    if targets.dim() != 1 or targets.is_floating_point():
+        shape = "x".join(map(str, targets.shape))
+        raise ConfigError(
+            f"class means need one class label a sample, and the targets of a batch are {shape} "
+            f"{targets.dtype}: use another row"
+        )
+    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < classes:
+        raise ConfigError(
+            f"class means: labels from {targets.min()} to {targets.max()} for a head of {classes} outputs"
+        )
 
 
 def expected(head: str) -> Callable[[State], dict[str, Tensor]]:

@@ -230,3 +230,17 @@ def test_sums_are_expected_in_the_first_round_alone() -> None:
     found.rounds(1)
     assert first == (["class sums"], [])
     assert (found.coordinator.expected_sums, list(found.coordinator.expected)) == ({}, list(state_of(mlp())))
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        (torch.zeros(4, 1), "the targets of a batch are 4x1 torch.float32"),
+        (torch.zeros(4), "the targets of a batch are 4 torch.float32"),
+        (torch.tensor([0, 1, 3, 2]), "labels from 0 to 3 for a head of 3 outputs"),
+        (torch.tensor([0, -1, 1, 2]), "labels from -1 to 2 for a head of 3 outputs"),
+    ],
+)
+def test_targets_that_are_no_labels_are_refused(targets: Tensor, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        collect("1")(model(), [(torch.ones(4, FEATURES), targets)], "cpu")

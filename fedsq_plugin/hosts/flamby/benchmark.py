@@ -14,16 +14,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ...errors import ConfigError, nearest
+from torch import nn
+
+from ...errors import ConfigError, FedSQError, nearest
 from ...federation.files import atomic_write
+from ...federation.seeding import isolated
 from .backbones import factory
+from .catalogue import CATALOGUE, PREFIX
 from .hook import register
+from .package import NO_FLAMBY, PINS, FlambyPackage
+from .strategy import Strategy, known_options
 
 SCRIPT = "flamby.benchmarks.fed_benchmark"
-INSTALL = (
-    "git clone https://github.com/owkin/FLamby, put the folder on PYTHONPATH, and install what it needs: "
-    "pip install 'fedsq-plugin[flamby]'"
-)
 
 
 def fed_benchmark(
@@ -40,14 +42,17 @@ def fed_benchmark(
     there already.
 
     Raises:
-        ConfigError: FLamby is missing, or the configuration or the backbone is wrong.
+        ConfigError: FLamby or the data are missing, or the configuration or the backbone is wrong.
+        GateError: a row of the configuration cannot gate the backbone.
     """
     strategies, dataset = _imported(), _checked(config)
     _refuse_pandas()
-    module: Any = importlib.import_module(f"flamby.datasets.{dataset}")
-    _check_strategies(config, strategies)
-    own = module.Baseline
+    package = FlambyPackage(f"{PREFIX}{dataset}")
+    package.require_data()
+    module, own = package.module, package.module.Baseline
     made = factory(dataset, backbone, weights, own)
+    with isolated(0):
+        _check_strategies(config, strategies, made(), _chosen(arguments))
     results = results or Path(_read(config)["results_file"])
     _one_model_per_file(results, backbone, weights)
     module.Baseline = made
@@ -58,27 +63,18 @@ def fed_benchmark(
                 paths = ["--config-file-path", str(config), "--results-file-path", str(results)]
                 sys.argv = [SCRIPT, *paths, "--seed", str(seed), *arguments]
                 runpy.run_module(SCRIPT, run_name="__main__", alter_sys=True)
-    except (ValueError, FileNotFoundError) as error:
-        if isinstance(error, ValueError) and "was not downloaded" not in str(error):
-            raise
-        raise ConfigError(
-            f"{dataset}: its data are not there ({error}); FLamby's own script gets them: "
-            f"flamby/datasets/{dataset}/dataset_creation_scripts, see the README of the data set"
-        ) from None
     finally:
         sys.argv, module.Baseline = argv, own
 
 
 def _imported() -> Any:
     if importlib.util.find_spec("flamby") is None:
-        raise ConfigError(f"FLamby is not installed: {INSTALL}")
+        raise ConfigError(NO_FLAMBY)
     register()
     try:
         return importlib.import_module("flamby.strategies")
     except ImportError as error:
-        raise ConfigError(
-            f"FLamby cannot be imported ({error}): pip install 'fedsq-plugin[flamby]'"
-        ) from None
+        raise ConfigError(f"FLamby's strategies cannot be imported ({error}); {PINS}") from None
 
 
 def _refuse_pandas() -> None:
@@ -121,17 +117,25 @@ def _checked(config: Path) -> str:
     for key, kind in (("dataset", str), ("results_file", str), ("strategies", dict)):
         if not isinstance(content, dict) or not isinstance(content.get(key), kind):
             raise ConfigError(f"configuration {config}: '{key}' is missing or wrong; see recipes/flamby")
-    spec = importlib.util.find_spec("flamby.datasets")
-    folders = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
-    known = sorted({path.parent.name for folder in folders for path in folder.glob("fed_*/__init__.py")})
+    known = [row.name for row in CATALOGUE.values()]
     if content["dataset"] not in known:
         hint = nearest(content["dataset"], known)
         raise ConfigError(f"configuration {config}: unknown dataset '{content['dataset']}'{hint}")
     return str(content["dataset"])
 
 
-def _check_strategies(config: Path, strategies: Any) -> None:
-    for name, options in _read(config)["strategies"].items():
+def _chosen(arguments: Sequence[str]) -> str | None:
+    """The one strategy that is to run."""
+    parser = ArgumentParser(add_help=False)
+    parser.add_argument("--strategy", "-s")
+    name: str | None = parser.parse_known_args(arguments)[0].strategy
+    return name
+
+
+def _check_strategies(config: Path, strategies: Any, model: nn.Module, chosen: str | None) -> None:
+    """Before hours of other strategies: what a strategy would say when its turn comes."""
+    found = _read(config)["strategies"]
+    for name, options in (found if chosen is None else {chosen: found.get(chosen, {})}).items():
         try:
             cls = getattr(strategies, name)
         except AttributeError:
@@ -141,6 +145,12 @@ def _check_strategies(config: Path, strategies: Any) -> None:
         for key in options:
             if key not in known:
                 raise ConfigError(f"configuration {config}: {name} has no '{key}'{nearest(key, known)}")
+        if issubclass(cls, Strategy):
+            own = {key: value for key, value in options.items() if key in known_options(cls.row)}
+            try:
+                cls.viewed(model, own)
+            except FedSQError as error:
+                raise type(error)(f"configuration {config}: {name}: {error}") from None
 
 
 def names(strategies: Any) -> list[str]:

@@ -83,6 +83,10 @@ class FlambyPackage:
             return len(self.samples(train=True, pooled=True).center_names)  # type: ignore[attr-defined]
         return int(self.module.NUM_CLIENTS)
 
+    def require_data(self) -> None:
+        """Raise ConfigError where the data or their licence are missing."""
+        self._path()
+
     def samples(self, train: bool, centre: int = 0, pooled: bool = False, seed: int = 0) -> Dataset[Any]:
         """The training or test split of a centre, or of all centres together."""
         path = self._path()
@@ -136,7 +140,7 @@ class FlambyPackage:
         try:
             options = yaml.safe_load(file.read_text())
         except FileNotFoundError:
-            where = ", or name their folder in data_args.data_cache_dir" if self.about.takes_path else ""
+            where = ", or name their folder (data_args.data_cache_dir)" if self.about.takes_path else ""
             raise ConfigError(f"{self.about.key}: the data are not there; {self._how()}{where}") from None
         if not isinstance(options, dict) or not isinstance(options.get("dataset_path"), str):
             raise ConfigError(f"{self.about.key}: {file} names no dataset_path; {self._how()}")

@@ -126,7 +126,7 @@ class Strategy:
                 raise ConfigError(f"{row.name}: training_dataloaders[{number}] has no samples: leave it out")
         self.nrounds, self.num_updates = nrounds, num_updates
         self.bits_counting_function = bits_counting_function
-        chosen, keep_gates = _options(row, options, model)
+        viewed, chosen, keep_gates = self.viewed(model, options)
         seed = torch.initial_seed() if seed is None else seed
         self.training_dataloaders_with_memory = [EndlessBatches(loader) for loader in training_dataloaders]
         self._fine_tuning = [self._steps(loader, num_fine_tuning_steps) for loader in training_dataloaders]
@@ -134,8 +134,6 @@ class Strategy:
         if privacy is not None:
             privacy.refuse(row, max(self._fine_tuning))
             privacy.warn(training_dataloaders, num_updates)
-        refuse_misfit(row, chosen, model)
-        viewed = VIEWS[row.view](copy.deepcopy(model), chosen)
         device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
         self.models_list: list[Client] = []
         for number, batches in enumerate(self.training_dataloaders_with_memory):
@@ -172,6 +170,14 @@ class Strategy:
             mean=MeanOfDifferences,
         )
 
+    @classmethod
+    def viewed(cls, model: nn.Module, options: dict[str, Any]) -> tuple[nn.Module, Options, bool]:
+        """A copy of the model as the row trains it, the row's options, and whether gates are kept; the errors
+        are those of the constructor."""
+        chosen, keep_gates = _options(cls.row, options)
+        refuse_misfit(cls.row, chosen, model)
+        return VIEWS[cls.row.view](copy.deepcopy(model), chosen), chosen, keep_gates
+
     def perform_round(self) -> None:
         """Train every client for `num_updates` batches from the server's model, and gather what they send."""
         server, clients = self.coordinator, range(len(self.models_list))
@@ -205,22 +211,22 @@ class Strategy:
 
 def strategy_class(row: Algorithm, name: str | None = None) -> type[Strategy]:
     """A row as a strategy. Its options are named parameters: FLamby's configuration files know no others."""
-    known = {**_signature(Strategy), **{key: _parameter(key) for key in _known(row)}}
+    known = {**_signature(Strategy), **{key: _parameter(key) for key in known_options(row)}}
     made = type(name or row.name, (Strategy,), {"row": row, "__doc__": f"{row.name} ({row.source})."})
     made.__signature__ = inspect.Signature(list(known.values()))  # type: ignore[attr-defined]
     return made
 
 
-def _known(row: Algorithm) -> tuple[str, ...]:
+def known_options(row: Algorithm) -> tuple[str, ...]:
     """The options that a row has in FLamby."""
     head = ("head",) if row.needs_head else ()
     return (*head, "buffers", *(key for key in row.options if key in Config.model_fields))
 
 
-def _options(row: Algorithm, given: dict[str, Any], model: nn.Module) -> tuple[Options, bool]:
+def _options(row: Algorithm, given: dict[str, Any]) -> tuple[Options, bool]:
     for key in given:
-        if key not in _known(row):
-            raise ConfigError(f"{row.name} has no option '{key}'{nearest(key, _known(row))}")
+        if key not in known_options(row):
+            raise ConfigError(f"{row.name} has no option '{key}'{nearest(key, known_options(row))}")
     valid, found = validated(given)
     if wrong := [finding.line for finding in found if finding.key in given]:
         raise ConfigError(f"{row.name}: {'; '.join(wrong)}")

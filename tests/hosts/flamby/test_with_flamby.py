@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fedsq_plugin import DualCopy
-from fedsq_plugin.errors import ConfigError
+from fedsq_plugin.errors import ConfigError, FedSQError
 from fedsq_plugin.hosts.flamby import benchmark
 from fedsq_plugin.hosts.flamby.backbones import factory
 from fedsq_plugin.hosts.flamby.hook import register
@@ -235,7 +235,9 @@ def test_one_strategy_alone(config: Path) -> None:
         ({"strategies": {"FedSq2": {}}}, "unknown strategy 'FedSq2'; did you mean 'FedSQ'?"),
         ({"strategies": {"FedSQ": {"fedprox_mu": 1}}}, "FedSQ has no 'fedprox_mu'"),
         ({"strategies": []}, "'strategies' is missing or wrong"),
-        ({"dataset": "fed_kits19"}, "fed_kits19 can have baseline"),
+        ({"dataset": "fed_kits19"}, "flamby/fed_kits19: the data are not there; get them by: cd "),
+        ({"strategies": {"FedAvg": SGD, "FedSQ": {"structural_rounds": 0}}}, "FedSQ: structural_rounds"),
+        ({"strategies": {"FedAvg": SGD, "FedRep": SGD}}, "FedRep: FedRep treats the head apart from the body"),
     ],
 )
 def test_a_wrong_configuration_is_one_line(config: Path, change: dict[str, Any], said: str) -> None:
@@ -245,19 +247,32 @@ def test_a_wrong_configuration_is_one_line(config: Path, change: dict[str, Any],
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
-def test_data_that_are_not_there_are_one_line(config: Path) -> None:
+def test_what_cannot_be_gated_is_said_before_any_other_strategy_runs(config: Path) -> None:
+    with pytest.raises(FedSQError, match=r"FedSQ: .*no gate"):
+        bench(config, backbone="baseline")
+    assert not config.with_name("results.csv").exists()
+    with pytest.raises(ConfigError, match="fed_heart_disease can have baseline, mlp, mlp_bn"):
+        bench(config, backbone="resnet18")
+
+
+def test_a_row_that_is_not_asked_for_may_be_one_that_cannot_run(config: Path) -> None:
+    found = bench(config, "--strategy", "FedAvg", backbone="baseline", seeds=(0,))
+    assert set(found["Method"]) == {"FedAvg100"}
+
+
+def test_an_unaccepted_licence_is_one_line(config: Path) -> None:
     config.write_text(config.read_text().replace("fed_heart_disease", "fed_tcga_brca"))
-    content = json.loads(config.read_text())
-    config.write_text(json.dumps({**content, "dataset": "fed_synthetic"}))
-    with pytest.raises(ConfigError, match="fed_synthetic: its data are not there"):
+    with pytest.raises(ConfigError, match="its data terms are not accepted yet"):
         bench(config)
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in Path("recipes/flamby").glob("*.json")))
 def test_recipes_are_accepted(strategies: Any, name: str) -> None:
     file = Path("recipes/flamby", name)
-    benchmark._checked(file)
-    benchmark._check_strategies(file, strategies)
+    dataset = benchmark._checked(file)
+    package = importlib.import_module(f"flamby.datasets.{dataset}")
+    backbone = {"fed_isic2019": "resnet18", "fed_ixi": "baseline", "fed_kits19": "baseline"}.get(dataset, "mlp")
+    benchmark._check_strategies(file, strategies, factory(dataset, backbone, None, package.Baseline)(), None)
 
 
 def test_the_solver_for_benchopt_drives_rounds_by_itself(

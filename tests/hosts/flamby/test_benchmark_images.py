@@ -1,0 +1,94 @@
+"""FLamby's own benchmark from its command to its CSV, on random files in the layouts of its data sets.
+
+Real are FLamby's loaders, collate functions, networks, losses, metrics and its script; in the copy of it that
+is used here a round is two updates, where it says 100.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from . import standins
+
+CHECKOUT = os.environ.get("FLAMBY_CHECKOUT", "")
+pytestmark = pytest.mark.skipif(
+    not CHECKOUT,
+    reason="needs FLamby: git clone https://github.com/owkin/FLamby, pip install 'fedsq-plugin[flamby]', "
+    "FLAMBY_CHECKOUT=<its folder>",
+)
+ROOT = Path(__file__).parents[3]
+RECIPES = ROOT / "recipes" / "flamby"
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("FLamby")
+    shutil.copytree(Path(CHECKOUT, "flamby"), folder / "flamby", ignore=shutil.ignore_patterns("*location*"))
+    script = folder / "flamby" / "benchmarks" / "fed_benchmark.py"
+    source = script.read_text()
+    assert source.count("run_num_updates = [100]") == 1
+    script.write_text(source.replace("run_num_updates = [100]", "run_num_updates = [2]"))
+    return folder
+
+
+def located(checkout: Path, dataset: str, make: Callable[[Path, Path], None], folder: Path) -> None:
+    """Stand-in files, and FLamby's own note of where they are."""
+    datasets = checkout / "flamby" / "datasets"
+    folder.mkdir()
+    make(datasets, folder)
+    place = f"dataset_path: {folder}\ndownload_complete: true\npreprocessing_complete: true\n"
+    (datasets / dataset / "dataset_creation_scripts" / "dataset_location.yaml").write_text(place)
+
+
+def benchmark(checkout: Path, config: Path, results: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    variables = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(checkout)]),
+        "OMP_NUM_THREADS": "1",
+        "MPLBACKEND": "agg",
+    }
+    command = [sys.executable, "-m", "fedsq_plugin.hosts.flamby", "fed_benchmark", "--config", str(config)]
+    command += ["--results-file-path", str(results), "--cpu-only", *arguments]
+    return subprocess.run(command, env=variables, cwd=results.parent, capture_output=True, text=True, timeout=500)
+
+
+IMAGES = [
+    ("fed_isic2019", standins.isic, "isic2019.json", "resnet18", 6),
+    ("fed_ixi", standins.ixi, "ixi.json", "baseline", 3),
+    ("fed_kits19", standins.kits, "kits19.json", "baseline", 6),
+    ("fed_camelyon16", standins.camelyon, "camelyon16.json", "baseline", 2),
+]
+
+
+@pytest.mark.parametrize(("dataset", "make", "recipe", "backbone", "centres"), IMAGES, ids=lambda v: str(v))
+def test_a_round_of_every_strategy_of_a_recipe(
+    checkout: Path,
+    tmp_path: Path,
+    dataset: str,
+    make: Callable[[Path, Path], None],
+    recipe: str,
+    backbone: str,
+    centres: int,
+) -> None:
+    located(checkout, dataset, make, tmp_path / "data")
+    results = tmp_path / "results.csv"
+    for _ in range(2):  # what is there already is not run again
+        done = benchmark(checkout, RECIPES / recipe, results, "--backbone", backbone, "--debug", "--seed", "0")
+        assert done.returncode == 0, done.stderr[-3000:]
+    found = pd.read_csv(results)
+    rows: dict[str, Any] = json.loads((RECIPES / recipe).read_text())["strategies"]
+    methods = {"Pooled Training", *(f"Local {n}" for n in range(centres)), *(f"{name}2" for name in rows)}
+    assert set(found["Method"]) == methods
+    tests = {"Pooled Test", *(f"client_test_{n}" for n in range(centres))}
+    assert all(set(rows["Test"]) == tests and len(rows) == centres + 1 for _, rows in found.groupby("Method"))
+    assert found["Metric"].dropna().between(0, 1).all() and found["Metric"].notna().any()
