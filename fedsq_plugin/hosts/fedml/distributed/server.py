@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from fedml.core.distributed.communication.message import Message
@@ -23,6 +23,7 @@ from ..checkpoints import ServerCheckpoints
 from ..plan import Plan, in_recipe_terms
 from ..round import Round, drawn, note, with_data
 from ..scoring import Scoring, structural_fingerprint
+from .attendance import Attendance, Lost
 from .protocol import ALIVE, END, FAILED, MARGIN_S, ONLINE, RESULT, SILENCE_S, TASK, message
 from .transport import TICK_S
 from .watch import Watch
@@ -62,16 +63,8 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         self.plan, self.aggregator, self.scoring = plan, aggregator, scoring
         self.on_round: Callable[[RoundRecord], None] = lambda record: None
         self._transport, self._ranks = transport, ranks
+        self._attendance = Attendance(ranks, plan.config.min_clients)
         self._samples: dict[int, int] = {}
-        self._online: set[int] = set()
-        self._heard: dict[int, float] = {}
-        self._processes: dict[int, Any] = {}
-        self._refused: set[int] = set()
-        """Ranks that came and cannot take part."""
-        self._slow: set[int] = set()
-        """Ranks that are lost because they were late or silent with a task, and may answer yet."""
-        self._silent: dict[int, float] = {}
-        """When ranks were lost because they were silent without a task, or could not be given one."""
         self._turned = self._greeted = time.monotonic()
         self._watch = Watch()
         self._queue: dict[int, list[tuple[str, int, Any]]] = {}
@@ -144,7 +137,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         if not 1 <= sender <= self._ranks:
             log.warning("a message of rank %s, which this run has not, was passed over", sender)
             return
-        self._heard[sender] = time.monotonic()
+        self._attendance.hear(sender)
         handler(msg_params)
 
     def _came(self, hello: Message) -> None:
@@ -156,40 +149,37 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         if reason is not None:
             self._refuse(rank, f"rank {rank} cannot take part: {reason}", process)
             return
-        if rank in self._online and self._processes[rank] == process:
+        if self._attendance.is_there(rank, process):
             return  # sent again, because its arrival was not confirmed in time
-        if rank in self._online:  # a process that came back knows nothing of what it was told
+        if rank in self._attendance.online and self._stage != "start":
+            # A process that came back knows nothing of what it was told.
             self._lose(rank, "its process was started anew")
-        self._processes[rank] = process
         self._samples.update(counts)
-        self._welcome(rank)
+        self._welcome(rank, process)
         self._start_or_go_on()
 
     def _refuse(self, rank: int, line: str, process: str) -> None:
         """Go on without a process that cannot take part, where there can be a quorum yet."""
         log.error(line)
-        if rank in self._online:  # whoever this is, the rank's own process is there, and stays
+        if rank in self._attendance.online:  # whoever this is, the rank's own process is there, and stays
             self._farewell(rank, line, process)
             return
-        self._refused.add(rank)
+        self._attendance.refuse(rank)
         if self._stage == "start":
             self._note(line)
-            self._need_quorum(line, self._ranks - len(self._refused))
+            self._attendance.require_quorum(line, more_may_come=True)
         self._farewell(rank, line)
         self._start_or_go_on()
 
     def _start_or_go_on(self) -> None:
         if self._stage != "start":
             self._advance()
-        elif len(self._online | self._refused) == self._ranks:
+        elif self._attendance.complete:
             self._next_round()
 
-    def _welcome(self, rank: int) -> None:
+    def _welcome(self, rank: int, process: str | None = None) -> None:
         """A rank takes part from the next round on, and begins with the whole model."""
-        self._refused.discard(rank)
-        self._slow.discard(rank)
-        self._silent.pop(rank, None)
-        self._online.add(rank)
+        self._attendance.come(rank, process)
         mine = [silo for silo in sorted(self._samples) if rank_of(silo, self._ranks) == rank]
         if isinstance(self.aggregator, FedSQAggregator):
             self.aggregator.coordinator.forget(mine)
@@ -202,7 +192,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
             note(record, line)
         self._notes = []
         wanted = drawn(self.plan, self.args, self._round_idx)
-        there = [silo for silo in wanted if rank_of(silo, self._ranks) in self._online]
+        there = self._there(wanted)
         absent = set(wanted) - set(there)
         if absent - self._absent:
             silos = ", ".join(map(str, sorted(absent - self._absent)))
@@ -212,6 +202,9 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         self._round = Round(self.aggregator, self.plan, taking_part, self._samples, record)
         self._stage = "train"
         self._give({silo: ("train", self._round.messages[silo]) for silo in taking_part})
+
+    def _there(self, silos: Iterable[int]) -> list[int]:
+        return [silo for silo in silos if rank_of(silo, self._ranks) in self._attendance.online]
 
     def _give(self, tasks: dict[int, tuple[str, Any]]) -> None:
         self._queue = {}
@@ -234,8 +227,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         try:
             self.send_message(task)
         except RunError as error:
-            self._silent[rank] = time.monotonic()
-            self._lose(rank, str(error))
+            self._lose(rank, str(error), Lost.SILENT)
 
     def _answered(self, result: Message) -> None:
         rank, silo, kind = result.get_sender_id(), result.get("silo"), result.get("task")
@@ -244,7 +236,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         if self._round is None or asked is None or not known or told != (*asked, self._round_idx):
             which = f"an answer of rank {rank} for silo {brief(silo)}"
             self._note(f"{which} is refused: it was not asked for, or is late")
-            if rank in self._slow:  # and is free now
+            if self._attendance.may_answer(rank):  # and is free now
                 self._welcome(rank)
             return
         del self._busy[rank]
@@ -300,8 +292,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
     def _test(self, stage: Stage) -> None:
         """Let every silo test its own model."""
         self._stage, self._tested, self._since = stage, {}, time.monotonic()
-        there = [silo for silo in sorted(self._samples) if rank_of(silo, self._ranks) in self._online]
-        messages = self.scoring.global_messages(there)
+        messages = self.scoring.global_messages(self._there(sorted(self._samples)))
         self._give({silo: (stage, message) for silo, message in messages.items()})
 
     def _pooled(self) -> Metrics:
@@ -326,21 +317,18 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         self._transport.stop_receive_message()
 
     def _failed(self, failure: Message) -> None:
-        if failure.get_sender_id() in self._online:
+        if failure.get_sender_id() in self._attendance.online:
             self._lose(failure.get_sender_id(), brief(failure.get("reason"), 500))
             self._advance()
 
-    def _lose(self, rank: int, reason: str) -> None:
+    def _lose(self, rank: int, reason: str, how: Lost = Lost.FOR_GOOD) -> None:
         """Go on without a rank, where there is a quorum."""
-        self._online.discard(rank)
+        self._attendance.lose(rank, how)
         self._busy.pop(rank, None)
         self._queue.pop(rank, None)
         line = f"rank {rank} is lost: {reason}"
         self._note(line)
-        there = len(self._online)
-        if self._stage == "start":  # those that did not come yet may come
-            there += self._ranks - len(self._heard.keys() | self._online)
-        self._need_quorum(line, there)
+        self._attendance.require_quorum(line, more_may_come=self._stage == "start")
 
     def _note(self, line: str) -> None:
         if self._round is None:
@@ -348,19 +336,11 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         else:
             note(self._round.record, f"round {self._round.record.round}: {line}")
 
-    def _need_quorum(self, line: str, there: int) -> None:
-        least = self.plan.config.min_clients or self._ranks
-        if there < least:
-            raise RunError(
-                f"{line}; {there} of {self._ranks} client processes are left, {least} are needed "
-                "(fedsq_args.min_clients)"
-            )
-
     def _look(self) -> None:
         """At every tick: who is silent, who is late."""
         now = self._turned = time.monotonic()
         if self._transport.shows_life:
-            self._look_for_life(now)
+            self._look_for_life()
         elif now - self._greeted > min(SILENCE_S, self.plan.config.round_timeout_s / 4):
             self._greeted = now
             self._greet()
@@ -370,29 +350,20 @@ class Server(FedMLCommManager):  # type: ignore[misc]
 
     def _greet(self) -> None:
         """Where nothing shows that this process is there, those that wait are told."""
-        for rank in sorted(self._online - self._busy.keys()):
+        for rank in sorted(self._attendance.online - self._busy.keys()):
             try:
                 self._transport.send_message(message(ALIVE, 0, rank), within=FAREWELL_S)
             except RunError as error:
                 self._lose(rank, str(error))
 
-    def _look_for_life(self, now: float) -> None:
+    def _look_for_life(self) -> None:
         if self._stage == "end":
             return
-        silent = [
-            rank
-            for rank in sorted(self._online)
-            if now - max(self._heard[rank], self._transport.seen.get(rank, 0.0)) > SILENCE_S
-        ]
+        silent = self._attendance.silent(self._transport.seen)
         for rank in silent:
-            if rank in self._busy:
-                self._slow.add(rank)
-            else:
-                self._silent[rank] = now
-            self._lose(rank, f"it showed no life for {SILENCE_S:.0f} s")
-        for rank in [
-            rank for rank, lost in self._silent.items() if self._transport.seen.get(rank, 0.0) > lost
-        ]:
+            how = Lost.LATE if rank in self._busy else Lost.SILENT
+            self._lose(rank, f"it showed no life for {SILENCE_S:.0f} s", how)
+        for rank in self._attendance.returned(self._transport.seen):
             self._note(f"rank {rank} shows life again")
             self._welcome(rank)
         if silent:
@@ -402,21 +373,19 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         limit = f"{self.plan.config.round_timeout_s:g} s (fedsq_args.round_timeout_s)"
         self._since = time.monotonic()
         if self._stage == "start":
-            absent = sorted(set(range(1, self._ranks + 1)) - self._online)
-            line = f"rank {', '.join(map(str, absent))} did not come within {limit}"
+            line = f"rank {', '.join(map(str, self._attendance.absent))} did not come within {limit}"
             self._note(line)
-            self._need_quorum(line, len(self._online))
+            self._attendance.require_quorum(line, more_may_come=False)
             self._next_round()
             return
         for rank in sorted(self._busy):
-            self._slow.add(rank)
-            self._lose(rank, f"it did not answer within {limit}")
+            self._lose(rank, f"it did not answer within {limit}", Lost.LATE)
         self._advance()
 
     def _end_all(self, reason: str | None) -> None:
         """Also to ranks that are lost: they may be there and wait."""
         for rank in range(1, self._ranks + 1):
-            if rank in self._heard:
+            if rank in self._attendance.heard:
                 self._farewell(rank, reason)
 
     def _farewell(self, rank: int, reason: str | None, process: str | None = None) -> None:

@@ -1,0 +1,91 @@
+"""Which client processes are there, which are lost and may come back, and whether there are enough."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from enum import Enum
+
+from ....errors import RunError
+from .protocol import SILENCE_S
+
+
+class Lost(Enum):
+    """What may come of a rank that is lost."""
+
+    FOR_GOOD = "only a new process brings it back"
+    LATE = "it has a task, and may answer yet"
+    SILENT = "it has no task, and may show life again"
+
+
+class Attendance:
+    """Of the ranks 1 to `ranks`.
+
+    Args:
+        ranks: the number of client processes of the run.
+        least: how many of them must be there; None: all.
+    """
+
+    def __init__(self, ranks: int, least: int | None) -> None:
+        self.ranks, self._least = ranks, least or ranks
+        self.online: set[int] = set()
+        self.heard: dict[int, float] = {}
+        """When a rank last sent something."""
+        self._processes: dict[int, str] = {}
+        self._refused: set[int] = set()
+        """Those that came and cannot take part."""
+        self._lost: dict[int, tuple[Lost, float]] = {}
+
+    @property
+    def complete(self) -> bool:
+        """Whether nobody is waited for any more at the start."""
+        return len(self.online | self._refused) == self.ranks
+
+    @property
+    def absent(self) -> list[int]:
+        return sorted(set(range(1, self.ranks + 1)) - self.online)
+
+    def hear(self, rank: int) -> None:
+        self.heard[rank] = time.monotonic()
+
+    def is_there(self, rank: int, process: str) -> bool:
+        return rank in self.online and self._processes[rank] == process
+
+    def come(self, rank: int, process: str | None = None) -> None:
+        """A process, or one that was lost and is there again."""
+        if process is not None:
+            self._processes[rank] = process
+        self._refused.discard(rank)
+        self._lost.pop(rank, None)
+        self.online.add(rank)
+
+    def refuse(self, rank: int) -> None:
+        self._refused.add(rank)
+
+    def lose(self, rank: int, how: Lost) -> None:
+        self.online.discard(rank)
+        self._lost[rank] = how, time.monotonic()
+
+    def may_answer(self, rank: int) -> bool:
+        return rank in self._lost and self._lost[rank][0] is Lost.LATE
+
+    def silent(self, seen: Mapping[int, float]) -> list[int]:
+        """Those that are there and gave no sign of life for too long; `seen`: when signs of life came."""
+        limit = time.monotonic() - SILENCE_S
+        return [rank for rank in sorted(self.online) if max(self.heard[rank], seen.get(rank, 0.0)) < limit]
+
+    def returned(self, seen: Mapping[int, float]) -> list[int]:
+        """Those that were lost for their silence and gave a sign of life since."""
+        lost = [(rank, when) for rank, (how, when) in self._lost.items() if how is Lost.SILENT]
+        return [rank for rank, when in lost if seen.get(rank, 0.0) > when]
+
+    def require_quorum(self, line: str, more_may_come: bool) -> None:
+        """Raise RunError where too few are there, and, if more may come, are still to come."""
+        there = len(self.online)
+        if more_may_come:
+            there += self.ranks - len(self.heard.keys() | self.online)
+        if there < self._least:
+            raise RunError(
+                f"{line}; {there} of {self.ranks} client processes are left, {self._least} are needed "
+                "(fedsq_args.min_clients)"
+            )
