@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import OPTIONS, Config, family_of, validated
-from .errors import ConfigError, FedSQError, first_line, nearest
+from .errors import ConfigError, FedSQError, first_line, in_one_line, nearest
 from .recipe import Families, flat, problems
 
 if TYPE_CHECKING:
@@ -170,11 +170,12 @@ def _device(values: dict[str, Any]) -> Iterator[str]:
 def _trial(valid: dict[str, Any]) -> Iterator[str]:
     """Load the data, build the model, read the weights, and run a batch through what is there."""
     from . import models
+    from .algorithms import find
     from .dualcopy.reluise import replace_by_lambda, replace_by_relu
     from .hosts.fedml.centres import load_centres
     from .hosts.fedml.data import DATASETS, load
     from .hosts.fedml.plan import created, public_split, refuse_warm_start
-    from .hosts.flamby.backbones import MODELS
+    from .hosts.flamby.backbones import MODELS, fetched
     from .hosts.flamby.catalogue import CATALOGUE
 
     config = Config.model_construct(**valid)
@@ -197,7 +198,12 @@ def _trial(valid: dict[str, Any]) -> Iterator[str]:
         except FedSQError as error:
             yield str(error)
     # Without the data set, nothing can be said of a model that is made for it.
-    buildable = data is not None if valid.get("model") in MODELS else valid.get("model") in models.names()
+    buildable = valid.get("model") in models.names()
+    if valid.get("model") in MODELS:
+        row = find(valid.get("federated_optimizer", ""))
+        # What would be fetched is not built, but for the line that says that it has no gate.
+        gated = row is not None and row.view == "dualcopy"
+        buildable = data is not None and (gated or not fetched(config.model, config.dataset))
     if buildable and _all_in(valid, *MODEL):
         try:
             model = created(config, classes)
@@ -291,7 +297,11 @@ def _batches(config: Config, model: nn.Module, data: Any) -> Iterator[str]:
     smallest, silo = min(sizes)
     samples = data[5][silo].dataset
     collate: Any = data[5][silo].collate_fn
-    images = collate([samples[n] for n in range(min(smallest, LARGEST_BATCH))])[0]
+    try:
+        images = collate([samples[n] for n in range(min(smallest, LARGEST_BATCH))])[0]
+    except Exception as error:  # whatever a data set of others raises
+        yield f"data_args.dataset {config.dataset}: silo {silo} cannot be read ({in_one_line(error)})"
+        return
     two = torch.cat([images, images])[:2]
     size = "x".join(map(str, reversed(images.shape[2:]))) or f"{images.shape[1]} features"
     try:

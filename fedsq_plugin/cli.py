@@ -244,6 +244,9 @@ def flamby() -> None:
 @click.option("--backbone", default="baseline", show_default=True, help="mlp, resnet18, alexnet, …")
 @click.option("--weights", metavar="FILE", help="What the backbone begins with; or imagenet.")
 @click.option(
+    "--only", metavar="NAME,…", help="Of the configuration's strategies; --strategy leaves out its options."
+)
+@click.option(
     *("--results", "--results-file-path", "-rfp"),
     type=click.Path(path_type=Path),
     help="CSV of the results; default: what the configuration says.",
@@ -257,13 +260,15 @@ def fed_benchmark(
     config: Path,
     backbone: str,
     weights: str | None,
+    only: str | None,
     results: Path | None,
     seeds: str,
 ) -> None:
     """Run FLamby's fed_benchmark.py with our strategies in it. All other options are its own."""
     from .hosts.flamby import benchmark
 
-    benchmark.fed_benchmark(config, context.args, backbone, weights, _numbers(seeds), results)
+    names = only.split(",") if only else []
+    benchmark.fed_benchmark(config, context.args, backbone, weights, _numbers(seeds), results, names)
 
 
 def _numbers(seeds: str) -> list[int]:

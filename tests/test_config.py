@@ -336,7 +336,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.dictionaries(st.sampled_from(sorted(OPTIONS)), values, max_size=6), st.booleans())
 def test_any_value_gives_a_config_or_one_line_per_problem(given_: dict[str, Any], whole: bool) -> None:
     config, problems = parse({**REQUIRED, **given_} if whole else given_)
@@ -344,7 +344,7 @@ def test_any_value_gives_a_config_or_one_line_per_problem(given_: dict[str, Any]
     assert not any(len(finding.line.splitlines()) != 1 for finding in problems)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.dictionaries(st.text(max_size=8) | st.integers() | st.none() | st.dates(), values, max_size=4))
 def test_any_foreign_key_is_ignored(foreign: dict[Any, Any]) -> None:
     foreign = {key: value for key, value in foreign.items() if key not in OPTIONS}

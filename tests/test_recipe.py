@@ -158,7 +158,7 @@ def test_value_that_yaml_chokes_on(tmp_path: Path, value: str) -> None:
     assert unreadable(written(tmp_path, f"a: {{b: {value}}}")).startswith("no valid YAML")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.text(alphabet=st.sampled_from(list("ab:{}[]\n ,-&*!?|>'\"#%@1.~=\t")), max_size=30))
 def test_any_text_is_read_or_refused_in_one_line(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     path = written(tmp_path_factory.getbasetemp(), text)
@@ -417,7 +417,7 @@ values = st.recursive(
 names = st.sampled_from(["train_args", "fedsq_args", "warm_start_args", "fedsq_arg"]) | st.text(max_size=6)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.dictionaries(names, st.dictionaries(keys, values, max_size=4), max_size=3))
 def test_any_families_give_a_config_or_problems(found: Families) -> None:
     config, wrong = problems(found)

@@ -54,7 +54,8 @@ def collect(
 
 
 def _refuse_other_targets(targets: Tensor, classes: int) -> None:
-    if targets.dim() != 1 or targets.is_floating_point():
+    broken = targets.is_floating_point() and not torch.equal(targets, targets.round())
+    if targets.dim() != 1 or broken:
         shape = "x".join(map(str, targets.shape))
         raise ConfigError(
             f"class means need one class label a sample, and the targets of a batch are {shape} "

@@ -132,6 +132,7 @@ class Worker:
         epochs: int,
         head_only: bool,
         device: torch.device | str = "cpu",
+        on_step: Callable[[Tensor], None] | None = None,
     ) -> None:
         """Make the model the client's own: the global weights, its own part, and a final fine-tuning of so
         many epochs, the same for every row, at the first round's learning rate. Nothing of it is kept."""
@@ -149,6 +150,7 @@ class Worker:
                 loss=self.loss,
                 device=device,
                 forward=self._forward,
+                on_step=on_step,
             )
 
     def _derived(self, *keys: int | str) -> int | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsq_plugin.analysis.metrics import METRICS, checked, frame, parse, render
@@ -22,7 +22,6 @@ def test_the_text_form() -> None:
     assert render([checked(row())]).decode() == f"{HEADER}\n{LINE}\n"
 
 
-@settings(deadline=None)
 @given(
     loss=st.floats(),
     accuracy=st.floats(0, 1) | st.just(math.nan),
@@ -88,7 +87,6 @@ def test_malformed_files_are_refused_in_one_line(text: str, message: str) -> Non
     assert str(caught.value).startswith("out/metrics.csv") and "\n" not in str(caught.value)
 
 
-@settings(deadline=None)
 @given(cut=st.integers(0, 2 * len(LINE) + len(HEADER) + 1))
 def test_a_file_cut_anywhere_inside_a_line_is_refused(cut: int) -> None:
     text = f"{HEADER}\n{LINE}\n{LINE.replace('0,1', '0,2')}\n"[:cut]

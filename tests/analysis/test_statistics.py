@@ -185,7 +185,7 @@ def test_unknown_names_get_the_nearest() -> None:
         runs(frame([]))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(metrics=TABLES, shuffle=st.randoms(use_true_random=False))
 def test_the_order_of_rows_changes_no_bit(metrics: pd.DataFrame, shuffle: object) -> None:
     order = list(range(len(metrics)))
@@ -204,7 +204,7 @@ def test_the_order_of_rows_changes_no_bit(metrics: pd.DataFrame, shuffle: object
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(metrics=TABLES, column=st.sampled_from(STATISTICS))
 def test_paired_differences_are_antisymmetric(metrics: pd.DataFrame, column: str) -> None:
     of = runs(metrics)

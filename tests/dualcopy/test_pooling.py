@@ -216,7 +216,7 @@ def geometries(draw: st.DrawFn) -> Geometry:
     return Geometry(x, dims, options, adaptive)
 
 
-any_geometry = settings(max_examples=150, deadline=None, derandomize=True)
+any_geometry = settings(max_examples=150, derandomize=True)
 
 
 @any_geometry

@@ -184,7 +184,7 @@ def assert_close(one: Tensor, other: Tensor) -> None:
     torch.testing.assert_close(one, other, rtol=1.3e-7, atol=1e-8)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(states, st.randoms(use_true_random=False))
 def test_order_of_states_does_not_matter(pairs: list[tuple[list[float], float]], random: object) -> None:
     shuffled = list(pairs)
@@ -192,19 +192,19 @@ def test_order_of_states_does_not_matter(pairs: list[tuple[list[float], float]],
     assert_close(mean_of_lists(pairs), mean_of_lists(shuffled))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(states, st.floats(1e-3, 1e3))
 def test_scale_of_the_weights_does_not_matter(pairs: list[tuple[list[float], float]], scale: float) -> None:
     assert_close(mean_of_lists(pairs), mean_of_lists(pairs, scale))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(numbers, min_size=1, max_size=4), st.lists(weights, min_size=1))
 def test_mean_of_equal_states_is_that_state_exactly(values: list[float], amounts: list[float]) -> None:
     assert mean_of(*((torch.tensor(values), weight) for weight in amounts)).tolist() == values
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(states)
 def test_mean_lies_between_the_least_and_the_greatest(pairs: list[tuple[list[float], float]]) -> None:
     mean, stacked = mean_of_lists(pairs), torch.tensor([values for values, _ in pairs])

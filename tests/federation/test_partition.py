@@ -19,7 +19,7 @@ def skew(parts: list[Labels]) -> float:
     return float(np.mean([np.bincount(LABELS[part]).max() / len(part) for part in parts]))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.integers(0, 4), min_size=20, max_size=60),
     st.integers(1, 6),

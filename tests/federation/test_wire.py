@@ -135,7 +135,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(values)
 def test_values_come_back(value: Any) -> None:
     assert same(back(value), value)

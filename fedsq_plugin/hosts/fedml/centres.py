@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
@@ -19,7 +20,8 @@ def load_centres(
     """FedML's 8-tuple of one of FLamby's data sets, and the number of a model's outputs.
 
     Args:
-        silos: the centres that this process serves; None: all of them. Of others nothing is loaded.
+        silos: the centres that this process serves; None: all of them. Of others nothing is loaded, but
+            of Synthetic, whose centres are counted.
         pooled: whether the test data of all centres together are wanted.
 
     Raises:
@@ -27,11 +29,7 @@ def load_centres(
     """
     package = FlambyPackage(config.dataset, config.data_cache_dir)
     about, seed = package.about, config.seed("data")
-    if about.needs_gpu and not config.using_gpu:
-        raise ConfigError(
-            f"data_args.dataset {config.dataset}: FLamby's loss for it runs on a GPU only; "
-            "set device_args.using_gpu: true"
-        )
+    package.require_device(config.using_gpu)
     centres = package.centres()
     if config.client_num_in_total != centres:
         raise ConfigError(
@@ -44,7 +42,8 @@ def load_centres(
     def batches(samples: Dataset[Any], train: bool) -> DataLoader[Any]:
         # The test batches are FLamby's whatever the recipe says: its Dice is a mean over them.
         wanted = size if train else about.test_batch or package.batch_size
-        return loader(samples, wanted, shuffle=train, collate=package.collate)
+        begin = partial(setattr, samples, about.alternating, 0) if about.alternating else None
+        return loader(samples, wanted, shuffle=train, collate=package.collate, begin=begin)
 
     def centre(silo: int, train: bool) -> DataLoader[Any]:
         return batches(package.samples(train, silo, seed=seed), train)

@@ -55,17 +55,24 @@ class _Splits:
 
 
 class _Batches(Sampler[list[int]]):
-    """Batches of indices. A last batch of one sample joins the one before it: batch normalisation
-    cannot train on a single value per channel, and no sample is to be lost. Batches of one were asked for."""
+    """Batches of indices; `begin` is called before the first one of a pass.
 
-    def __init__(self, samples: int, batch_size: int, shuffle: bool) -> None:
-        self._samples, self._shuffle = samples, shuffle
+    For training, which is shuffled, a last batch of one sample joins the one before it: batch normalisation
+    cannot train on a single value per channel, and no sample is to be lost. Batches of one were asked for.
+    """
+
+    def __init__(
+        self, samples: int, batch_size: int, shuffle: bool, begin: Callable[[], None] | None = None
+    ) -> None:
+        self._samples, self._shuffle, self._begin = samples, shuffle, begin
         size = max(samples, 1) if batch_size < 1 else batch_size
         self._starts = list(range(0, samples, size))
-        if size > 1 and len(self._starts) > 1 and samples - self._starts[-1] == 1:
+        if shuffle and size > 1 and len(self._starts) > 1 and samples - self._starts[-1] == 1:
             self._starts.pop()
 
     def __iter__(self) -> Iterator[list[int]]:
+        if self._begin is not None:
+            self._begin()
         order = (torch.randperm(self._samples) if self._shuffle else torch.arange(self._samples)).tolist()
         for start, end in pairwise([*self._starts, self._samples]):
             yield order[start:end]
@@ -95,11 +102,16 @@ def _collate(batch: Any) -> Any:
 
 
 def loader(
-    dataset: Dataset[Any], batch_size: int, shuffle: bool = False, collate: Callable[[Any], Any] | None = None
+    dataset: Dataset[Any],
+    batch_size: int,
+    shuffle: bool = False,
+    collate: Callable[[Any], Any] | None = None,
+    begin: Callable[[], None] | None = None,
 ) -> DataLoader[Any]:
-    """Batches of a data set; shuffled by the global torch generator."""
+    """Batches of a data set, for training shuffled by the global torch generator; `begin` is called before
+    every pass."""
     size = len(dataset)  # type: ignore[arg-type]
-    sampler = _Batches(size, batch_size, shuffle)
+    sampler = _Batches(size, batch_size, shuffle, begin)
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate or _collate)
 
 

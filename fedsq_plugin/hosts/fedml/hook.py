@@ -18,7 +18,7 @@ from ... import models
 from ...algorithms import algorithm, known, rows
 from ...config import OPTIONS, OURS, Config
 from ...dualcopy.precision import refuse_unsupported
-from ...errors import ConfigError, nearest
+from ...errors import ConfigError, in_one_line, nearest
 from ...federation.seeding import derive, isolated
 from ...models.backbones import PREFIX
 from ...recipe import flat, misplaced, read_loosely
@@ -143,9 +143,9 @@ def _create(original: Any) -> Any:
                 return original(args, output_dim)
         except Exception as error:
             if "no such model definition" not in str(error):
-                reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
                 raise ConfigError(
-                    f"model_args.model '{args.model}': FedML cannot make it for {args.dataset} ({reason})"
+                    f"model_args.model '{args.model}': FedML cannot make it for {args.dataset} "
+                    f"({in_one_line(error)})"
                 ) from error
             if args.model.startswith(PREFIX):
                 models.head(args.model)  # says what a name like this lacks

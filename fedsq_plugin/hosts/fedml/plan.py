@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ... import models
-from ...algorithms import Algorithm, algorithm
+from ...algorithms import Algorithm, algorithm, find
 from ...algorithms.fits import refuse_norm_layers
 from ...algorithms.options import Options
 from ...algorithms.view import VIEWS
@@ -83,8 +83,6 @@ def config_of(args: Any) -> Config:
 def plan_of(config: Config, model: nn.Module, task: Task = CLASSIFICATION) -> Plan:
     """The plan for training `model` on `task` by the algorithm that `federated_optimizer` names."""
     row, head = algorithm(config.federated_optimizer), head_of(config, model)
-    if row.view == "dualcopy":
-        flamby.refuse_ungateable(config.model, config.dataset, row.name)
     if row.needs_head and head is None:
         raise ConfigError(
             f"{row.name} treats the head apart from the body: set fedsq_args.head to the module path of the "
@@ -327,6 +325,11 @@ def viewed(model: nn.Module, plan: Plan) -> nn.Module:
 def created(config: Config, classes: int) -> nn.Module:
     """One of our backbones, initialised from the model seed; a DualCopy with the recipe's gate options."""
     if config.model in flamby.MODELS:
+        row = find(getattr(config, "federated_optimizer", ""))
+        if row is not None and row.view == "dualcopy":
+            line = flamby.without_gates(config.model, config.dataset)
+            if line is not None:
+                raise ConfigError(f"model_args.model {config.model} under {row.name}: {line}")
         return flamby.create(config.model, config.dataset, classes, derive("model", config.seed("model")))
     name = config.model.removeprefix(PREFIX)
     with isolated(derive("model", config.seed("model"))):

@@ -1,4 +1,4 @@
-"""What a recipe may train on FLamby's data sets beside the backbones for images."""
+"""What is trained on FLamby's data sets beside the backbones for images."""
 
 from __future__ import annotations
 
@@ -12,88 +12,83 @@ from ...errors import ConfigError
 from ...federation.seeding import isolated
 from ...models.backbones import PREFIX
 from ...models.mlp import MLP as Perceptron
-from .catalogue import BASELINE, CATALOGUE, MLP, MODELS, FlambyData
-from .catalogue import PREFIX as FLAMBY
+from .catalogue import BASELINE, CATALOGUE, MLP, MODELS, NORMED, FlambyData
 from .package import FlambyPackage
 
 
 def create(model: str, dataset: str, outputs: int, seed: int) -> nn.Module:
-    """One of MODELS for a data set, initialised from a seed.
+    """One of MODELS for a data set, both as a recipe names them, initialised from a seed.
 
     Raises:
         ConfigError: the data set is not FLamby's, or has no vectors for an MLP.
     """
-    row = _row(model, dataset)
-    if model == MLP:
-        if row.features is None:
-            flat = ", ".join(other.key for other in CATALOGUE.values() if other.features is not None)
-            other = f"use model: {BASELINE}" if row.instead is None else f"use {row.instead}"
-            raise ConfigError(f"model_args.model {MLP} takes vectors, as {flat} have them; {other}")
-        with isolated(seed):
-            return Perceptron(row.features, outputs, sigmoid=row.probability)
-    package = FlambyPackage(dataset)
+    about = _row(model, dataset)
+    if model != BASELINE and about.features is None:
+        flat = ", ".join(other.key for other in CATALOGUE.values() if other.features is not None)
+        other = f"model: {BASELINE}" if about.instead is None else about.instead
+        raise ConfigError(f"model_args.model {model} takes vectors, as {flat} have them; use {other}")
     with isolated(seed):
-        built: nn.Module = package.baseline()
-    return built
+        return _built(model, about, outputs, lambda: FlambyPackage(dataset).baseline())
 
 
 def head(model: str, dataset: str) -> str:
     """Module path of the last layer."""
-    return "fc" if model == MLP else _row(model, dataset).head
+    return _row(model, dataset).head if model == BASELINE else "fc"
 
 
 def ungated(model: str, dataset: str) -> tuple[str, ...]:
     """Patterns of what has no gate and is accepted as it is."""
-    return () if model == MLP else _row(model, dataset).ungated
+    return _row(model, dataset).ungated if model == BASELINE else ()
 
 
-def refuse_ungateable(model: str, dataset: str, algorithm: str) -> None:
-    """Raise ConfigError where a row with gates is to train a baseline that has none."""
-    if model == BASELINE and (instead := _row(model, dataset).instead) is not None:
-        row = CATALOGUE[dataset]
-        raise ConfigError(
-            f"model_args.model {BASELINE}: FLamby's own for {row.name} is {row.baseline}, without a gate "
-            f"that {algorithm} could keep; use {instead}"
-        )
+def fetched(model: str, dataset: str) -> bool:
+    """Whether making the model fetches its weights from the internet."""
+    return model == BASELINE and _row(model, dataset).downloads
 
 
-NORMED = "mlp_bn"
-"""In FLamby's benchmark, the MLP with BatchNorm."""
+def without_gates(model: str, dataset: str) -> str | None:
+    """What to use in place of a baseline that has no gate, in a line; None: it has."""
+    if model != BASELINE or (about := _row(model, dataset)).instead is None:
+        return None
+    return f"FLamby's own for {about.name} is {about.baseline}, without a gate; use {about.instead}"
 
 
-def factory(dataset: str, backbone: str, weights: str | None, own: Any) -> Callable[..., nn.Module]:
+def factory(
+    about: FlambyData, backbone: str, weights: str | None, baseline: Callable[..., nn.Module]
+) -> Callable[..., nn.Module]:
     """What makes the model of a data set, as FLamby's benchmark calls its `Baseline`.
 
     Args:
-        dataset: FLamby's own name.
-        backbone: `baseline`, `mlp`, `mlp_bn` (with BatchNorm), or one of ours by name.
+        backbone: `baseline`, `mlp`, `mlp_bn`, or one of ours by name.
         weights: a file, or "imagenet" for a backbone of ours; None: newly initialised.
-        own: the data set's own `Baseline`.
+        baseline: the data set's own.
 
     Raises:
         ConfigError: no such backbone for this data set.
     """
-    row = CATALOGUE[f"{FLAMBY}{dataset}"]
-    ours = [name for name in models.names() if not name.startswith(PREFIX)] if row.colour_images else []
-    known = ["baseline", *((MLP, NORMED) if row.features else ()), *ours]
-    if backbone not in known:
-        raise ConfigError(f"--backbone {backbone}: {dataset} can have {', '.join(known)}")
+    ours = [name for name in models.names() if not name.startswith(PREFIX)] if about.colour_images else []
+    own = {"baseline": BASELINE, **({MLP: MLP, NORMED: NORMED} if about.features else {})}
+    if backbone not in (*own, *ours):
+        raise ConfigError(f"--backbone {backbone}: {about.name} can have {', '.join([*own, *ours])}")
     if weights == "imagenet" and backbone not in ours:
         raise ConfigError(f"--weights imagenet: there are none for {backbone}; give a file")
 
     def make(*arguments: Any) -> nn.Module:
         if backbone in ours:
-            return models.create(backbone, row.outputs, weights)
-        if row.features is not None and backbone != "baseline":
-            norm = backbone == NORMED
-            model: nn.Module = Perceptron(row.features, row.outputs, sigmoid=row.probability, norm=norm)
-        else:
-            model = own(*arguments)
+            return models.create(backbone, about.outputs, weights)
+        model = _built(own[backbone], about, about.outputs, lambda: baseline(*arguments))
         if weights is not None:
             models.load_weights(model, models.read_state(weights), head=None)
         return model
 
     return make
+
+
+def _built(model: str, about: FlambyData, outputs: int, baseline: Callable[[], nn.Module]) -> nn.Module:
+    if model == BASELINE:
+        return baseline()
+    assert about.features is not None
+    return Perceptron(about.features, outputs, sigmoid=about.probability, norm=model == NORMED)
 
 
 def _row(model: str, dataset: str) -> FlambyData:
@@ -105,4 +100,4 @@ def _row(model: str, dataset: str) -> FlambyData:
     return CATALOGUE[dataset]
 
 
-__all__ = ["BASELINE", "MODELS", "create", "factory", "head", "refuse_ungateable", "ungated"]
+__all__ = ["BASELINE", "MODELS", "create", "factory", "fetched", "head", "ungated", "without_gates"]

@@ -12,7 +12,9 @@ BASELINE = f"{PREFIX}baseline"
 """`model` of a recipe: what FLamby's own `Baseline()` of the data set makes."""
 MLP = "mlp"
 """`model` of a recipe: our MLP, with the inputs and outputs of the data set."""
-MODELS = (MLP, BASELINE)
+NORMED = "mlp_bn"
+"""The same with BatchNorm."""
+MODELS = (MLP, NORMED, BASELINE)
 """Models that only a data set of FLamby's makes complete."""
 
 
@@ -29,7 +31,8 @@ class FlambyData:
     files: str
     """Glob of files that its folder must hold, one at least."""
     get: Sequence[str]
-    """Commands, in the data set's dataset_creation_scripts, that get the data; they ask for the licence."""
+    """Commands, in the data set's dataset_creation_scripts, that get the data; they ask for the licence
+    where `before` does not."""
     baseline: str
     """What `Baseline()` is."""
     head: str
@@ -46,10 +49,16 @@ class FlambyData:
     """Patterns of what has no gate and stays as it is."""
     instead: str | None = None
     """What to train under gates where the baseline has none, in words; None: it has."""
+    before: str = ""
+    """What comes before those commands, in words."""
+    downloads: bool = False
+    """Whether the baseline fetches its weights."""
     test_batch: int | None = None
     """Samples of a test batch in FLamby's own benchmark; None: as in training."""
     takes_path: bool = True
     """Whether its constructor takes `data_path`."""
+    alternating: str | None = None
+    """Attribute of its samples that every sample flips, so that one pass depends on the one before."""
     not_in_path: str | None = None
     """What FLamby takes, anywhere in the path of its files, for the name of a split."""
     generated: bool = False
@@ -92,7 +101,7 @@ CATALOGUE: dict[str, FlambyData] = {
             head="linear",
             features=13,
             probability=True,
-            instead=f"model: {MLP}",
+            instead=f"the model {MLP}",
         ),
         FlambyData(
             "fed_isic2019",
@@ -103,7 +112,8 @@ CATALOGUE: dict[str, FlambyData] = {
             baseline="EfficientNet-B0",
             head="base_model._fc",
             colour_images=True,
-            instead="model: resnet18 or alexnet",
+            instead="the model resnet18 or alexnet",
+            downloads=True,
         ),
         FlambyData(
             "fed_ixi",
@@ -120,6 +130,7 @@ CATALOGUE: dict[str, FlambyData] = {
             outputs=3,
             metric="Dice",
             files="kits19_preprocessing/Task064_KiTS_labelsFixed/nnUNetPlansv2.1_plans_3D.pkl",
+            before="git clone https://github.com/neheller/kits19, and do what its README says",
             get=(
                 "python create_config.py --output_folder FOLDER",
                 "python parsing_and_adding_metadata.py",
@@ -130,6 +141,7 @@ CATALOGUE: dict[str, FlambyData] = {
             over="labels",
             test_batch=2,
             takes_path=False,
+            alternating="oversample_next_sample",
         ),
         FlambyData(
             "fed_lidc_idri",
@@ -154,7 +166,7 @@ CATALOGUE: dict[str, FlambyData] = {
             head="linear",
             features=10,
             generated=True,
-            instead=f"model: {MLP}",
+            instead=f"the model {MLP}",
         ),
         FlambyData(
             "fed_tcga_brca",
@@ -165,7 +177,7 @@ CATALOGUE: dict[str, FlambyData] = {
             baseline=_LINEAR,
             head="fc",
             features=39,
-            instead=f"model: {MLP}",
+            instead=f"the model {MLP}",
             takes_path=False,
         ),
     )

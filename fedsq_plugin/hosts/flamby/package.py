@@ -47,7 +47,8 @@ class FlambyPackage:
     def __init__(self, name: str, folder: str = "") -> None:
         self.about = known(name)
         self._folder = folder
-        self.module = self._imported()
+        self.module = imported(f"flamby.datasets.{self.about.name}", self.about.key)
+        self._own: Any = getattr(self.module, "Baseline", None)
 
     @property
     def batch_size(self) -> int:
@@ -83,9 +84,20 @@ class FlambyPackage:
             return len(self.samples(train=True, pooled=True).center_names)  # type: ignore[attr-defined]
         return int(self.module.NUM_CLIENTS)
 
-    def require_data(self) -> None:
-        """Raise ConfigError where the data or their licence are missing."""
-        self._path()
+    def require_all(self) -> None:
+        """Raise ConfigError where a part of the data, of any centre, or their licence is missing."""
+        for train in (True, False):
+            self.samples(train, pooled=True)
+        there, trained = self.centres(), self.module.NUM_CLIENTS
+        if there != trained:
+            raise ConfigError(
+                f"{self.about.key}: the data have {there} centres, and FLamby trains {trained}; {self._how()}"
+            )
+
+    def require_device(self, gpu: bool) -> None:
+        """Raise ConfigError where a GPU is needed and none is to be used."""
+        if self.about.needs_gpu and not gpu:
+            raise ConfigError(f"{self.about.key}: FLamby's loss for it runs on a GPU only")
 
     def samples(self, train: bool, centre: int = 0, pooled: bool = False, seed: int = 0) -> Dataset[Any]:
         """The training or test split of a centre, or of all centres together."""
@@ -97,10 +109,10 @@ class FlambyPackage:
         self._refuse_other_shape(found)
         return found
 
-    def baseline(self) -> Any:
+    def baseline(self, *arguments: Any) -> Any:
         """FLamby's own model."""
         with self._named("its Baseline"):
-            return self.module.Baseline()
+            return self._own(*arguments)
 
     def _refuse_other_shape(self, samples: Any) -> None:
         wanted = self.about.features
@@ -165,23 +177,8 @@ class FlambyPackage:
         """The commands that get the data, which ask for the licence."""
         if not self.about.get:
             return f"see {self._scripts().parent / 'README.md'}"
-        return f"get them by: cd {self._scripts()} && {' && '.join(self.about.get)}"
-
-    def _imported(self) -> Any:
-        name = f"flamby.datasets.{self.about.name}"
-        if find_spec("flamby") is None:
-            raise ConfigError(f"{self.about.key}: {NO_FLAMBY}")
-        # FLamby seeds torch when it is imported, and nnU-Net prints.
-        with isolated(0), _quietly():
-            try:
-                return importlib.import_module(name)
-            except ModuleNotFoundError as error:
-                what = f"needs {error.name}: pip install {_PACKAGES.get(str(error.name), error.name)}"
-                if str(error.name).startswith("flamby"):
-                    what = f"is incomplete (no {error.name}): {NO_FLAMBY.partition(': ')[2]}"
-                raise ConfigError(f"{self.about.key}: FLamby {what}, or: {PINS}") from None
-            except Exception as error:
-                raise self._unfit("it does not import here", error) from None
+        before = f"{self.about.before}, then " if self.about.before else ""
+        return f"get them by: {before}cd {self._scripts()} && {' && '.join(self.about.get)}"
 
     @contextmanager
     def _named(self, what: str) -> Iterator[None]:
@@ -189,16 +186,34 @@ class FlambyPackage:
             with _quietly():
                 yield
         except (AttributeError, TypeError, ImportError) as error:
-            raise self._unfit(f"{what} cannot be had", error) from None
+            raise _unfit(self.about.key, f"{what} cannot be had", error) from None
         except Exception as error:
             remedy = f" {self._how()}" if what == "the data" else ""
             raise ConfigError(
                 f"{self.about.key}: {what} cannot be had ({in_one_line(error)});{remedy}".rstrip(";")
             ) from None
 
-    def _unfit(self, what: str, error: Exception) -> ConfigError:
-        """Names that FLamby uses and later versions of its dependencies lack."""
-        return ConfigError(f"{self.about.key}: {what} ({in_one_line(error)}); {PINS}")
+
+def imported(module: str, why: str) -> Any:
+    """A module of FLamby's. Raises ConfigError, which begins with `why`, where it cannot be had."""
+    if find_spec("flamby") is None:
+        raise ConfigError(f"{why}: {NO_FLAMBY}")
+    # FLamby seeds torch when it is imported, and nnU-Net prints.
+    with isolated(0), _quietly():
+        try:
+            return importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            what = f"needs {error.name}: pip install {_PACKAGES.get(str(error.name), error.name)}"
+            if str(error.name).startswith("flamby"):
+                what = f"is incomplete (no {error.name}): {NO_FLAMBY.partition(': ')[2]}"
+            raise ConfigError(f"{why}: FLamby {what}, or: {PINS}") from None
+        except Exception as error:
+            raise _unfit(why, "it does not import here", error) from None
+
+
+def _unfit(who: str, what: str, error: Exception) -> ConfigError:
+    """Names that FLamby uses and later versions of its dependencies lack."""
+    return ConfigError(f"{who}: {what} ({in_one_line(error)}); {PINS}")
 
 
 _PACKAGES = {

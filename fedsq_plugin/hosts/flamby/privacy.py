@@ -84,7 +84,7 @@ class Privacy:
                 max_grad_norm=self.max_grad_norm,
                 noise_generator=torch.Generator(device).manual_seed(seed),
             )
-        except UnsupportedModuleError as error:
+        except (UnsupportedModuleError, ValueError) as error:
             raise ConfigError(f"differential privacy: {' '.join(str(error).split())}") from None
         made: torch.optim.Optimizer = optimizer
         return made

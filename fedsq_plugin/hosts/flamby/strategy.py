@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, ClassVar
@@ -17,7 +18,7 @@ from ...algorithms.coordinator import Coordinator
 from ...algorithms.fits import refuse_misfit
 from ...algorithms.options import Options
 from ...algorithms.view import VIEWS
-from ...config import Config, validated
+from ...config import OPTIONS, Config, family_of, validated
 from ...dualcopy import DualCopy
 from ...errors import ConfigError, nearest
 from ...federation.local import LocalTraining, OptimizerClass, trains
@@ -75,7 +76,12 @@ class Client:
     def personalise(self, steps: int) -> None:
         """Fine-tune for so many updates, after the last round."""
         self._worker.personalise(
-            self._number, Updates(self._batches, steps), epochs=1, head_only=False, device=self._device
+            self._number,
+            Updates(self._batches, steps),
+            epochs=1,
+            head_only=False,
+            device=self._device,
+            on_step=self._on_step,
         )
 
 
@@ -83,9 +89,10 @@ class Strategy:
     """A row of the table in FLamby. Use the classes that `strategy_class` makes.
 
     Arguments up to `seed` are those of FLamby's FedAvg; `seed` is that of torch's generator where it is not
-    given. As there, optimizers and their moments live through all rounds, clients are weighted by their
-    samples, and GPU 0 is used where there is one. Unlike there, running statistics are averaged
-    (`buffers`), and `bits_counting_function` is given the state that a client sends, which holds them.
+    given, and differential privacy then has noise that nobody can repeat. As there, optimizers and their
+    moments live through all rounds, clients are weighted by their samples, and GPU 0 is used where there is
+    one. Unlike there, running statistics are averaged (`buffers`), and `bits_counting_function` is given the
+    state that a client sends, which holds them.
 
     Args:
         num_fine_tuning_steps: updates of every client's model after the last round, as FedAvgFineTuning has
@@ -126,13 +133,16 @@ class Strategy:
                 raise ConfigError(f"{row.name}: training_dataloaders[{number}] has no samples: leave it out")
         self.nrounds, self.num_updates = nrounds, num_updates
         self.bits_counting_function = bits_counting_function
+        private = {"dp_target_epsilon": dp_target_epsilon, "dp_target_delta": dp_target_delta}
+        private["dp_max_grad_norm"] = dp_max_grad_norm
+        privacy = self.privacy(**private, num_fine_tuning_steps=num_fine_tuning_steps)
+        # Whoever knows the seed of the noise can take it away.
+        noise_seed = secrets.randbits(63) if seed is None else seed
         viewed, chosen, keep_gates = self.viewed(model, options)
         seed = torch.initial_seed() if seed is None else seed
         self.training_dataloaders_with_memory = [EndlessBatches(loader) for loader in training_dataloaders]
         self._fine_tuning = [self._steps(loader, num_fine_tuning_steps) for loader in training_dataloaders]
-        privacy = Privacy.of(dp_target_epsilon, dp_target_delta, dp_max_grad_norm)
         if privacy is not None:
-            privacy.refuse(row, max(self._fine_tuning))
             privacy.warn(training_dataloaders, num_updates)
         device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
         self.models_list: list[Client] = []
@@ -141,7 +151,7 @@ class Strategy:
             optimizer = optimizer_class
             if privacy is not None:
                 made = privacy.optimizer(
-                    own, optimizer_class, learning_rate, batches.loader, nrounds, seed, device
+                    own, optimizer_class, learning_rate, batches.loader, nrounds, noise_seed, device
                 )
                 optimizer = _always(made)
             training = LocalTraining(optimizer=optimizer, learning_rate=learning_rate, rounds=max(nrounds, 1))
@@ -169,6 +179,21 @@ class Strategy:
             structural=isinstance(viewed, DualCopy),
             mean=MeanOfDifferences,
         )
+
+    @classmethod
+    def privacy(
+        cls,
+        dp_target_epsilon: float | None = None,
+        dp_target_delta: float | None = None,
+        dp_max_grad_norm: float | None = None,
+        num_fine_tuning_steps: int | None = None,
+    ) -> Privacy | None:
+        """What these arguments of the constructor ask for; the errors are the constructor's."""
+        found = Privacy.of(dp_target_epsilon, dp_target_delta, dp_max_grad_norm)
+        if found is not None:
+            steps = cls.row.finetune_epochs if num_fine_tuning_steps is None else num_fine_tuning_steps
+            found.refuse(cls.row, steps)
+        return found
 
     @classmethod
     def viewed(cls, model: nn.Module, options: dict[str, Any]) -> tuple[nn.Module, Options, bool]:
@@ -228,7 +253,8 @@ def _options(row: Algorithm, given: dict[str, Any]) -> tuple[Options, bool]:
         if key not in known_options(row):
             raise ConfigError(f"{row.name} has no option '{key}'{nearest(key, known_options(row))}")
     valid, found = validated(given)
-    if wrong := [finding.line for finding in found if finding.key in given]:
+    lines = {f.key: f.line.removeprefix(f"{family_of(f.key)}.") for f in found if f.key in OPTIONS}
+    if wrong := [line for key, line in lines.items() if key in given]:
         raise ConfigError(f"{row.name}: {'; '.join(wrong)}")
     chosen = {key: valid[key] for key in given}
     keep_gates = bool(chosen.pop("keep_gates", False))

@@ -113,6 +113,19 @@ def test_a_single_left_over_sample_joins_the_batch_before(
     assert len(_Batches(samples, size, shuffle=True)) == len(expected)
 
 
+def test_in_testing_a_single_left_over_sample_is_a_batch() -> None:
+    assert list(_Batches(9, 4, shuffle=False)) == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
+
+
+def test_every_pass_is_announced() -> None:
+    passes: list[int] = []
+    batches = _Batches(4, 2, shuffle=False, begin=lambda: passes.append(len(passes)))
+    assert passes == []
+    for expected in ([0], [0, 1]):
+        assert len(list(batches)) == 2
+        assert passes == expected
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     generator = np.random.default_rng(0)

@@ -5,7 +5,9 @@ They go with a copy of FLamby, whose lists of samples are cut down to those that
 
 from __future__ import annotations
 
+import os
 import pickle
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -13,9 +15,31 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pytest
+
+CHECKOUT = os.environ.get("FLAMBY_CHECKOUT", "")
+needs_flamby = pytest.mark.skipif(
+    not CHECKOUT,
+    reason="needs FLamby: git clone https://github.com/owkin/FLamby, pip install -e '.[flamby]', and "
+    "FLAMBY_CHECKOUT=that folder",
+)
 
 PATCH = (16, 32, 64)
 """Of the KiTS stand-in, in voxels; nnU-Net halves 4 times along the first axis, 5 times along the others."""
+
+
+def copied(root: Path) -> Path:
+    """A copy of the checkout's package in `root`, which stand-ins may change: its `flamby/datasets`."""
+    ignored = shutil.ignore_patterns("dataset_location*")
+    shutil.copytree(Path(CHECKOUT, "flamby"), root / "flamby", ignore=ignored)
+    return root / "flamby" / "datasets"
+
+
+def locate(datasets: Path, dataset: str, folder: Path) -> None:
+    """Let FLamby's own configuration name the folder of the data."""
+    (datasets / dataset / "dataset_creation_scripts" / "dataset_location.yaml").write_text(
+        f"dataset_path: {folder}\ndownload_complete: true\npreprocessing_complete: true\n"
+    )
 
 
 def _few(table: pd.DataFrame, by: list[str], each: int) -> pd.DataFrame:
@@ -60,12 +84,13 @@ def ixi(datasets: Path, folder: Path) -> None:
 
 
 def kits(datasets: Path, folder: Path) -> None:
-    """A training case and a test case of a site, as nnU-Net's preprocessing leaves them; FLamby's
-    configuration names the folder."""
+    """A training case and a test case of a site, three of the first, as nnU-Net's preprocessing leaves
+    them; FLamby's configuration names the folder."""
     sites = datasets / "fed_kits19" / "metadata" / "thresholded_sites.csv"
     table = pd.read_csv(sites)
     train, test = (table[table["train_test_split"] == fold] for fold in ("train", "test"))
-    few = pd.concat([_few(train, ["site_ids"], 1), _few(test, ["site_ids"], 1)])
+    first = test["site_ids"] == test["site_ids"].min()
+    few = pd.concat([_few(train, ["site_ids"], 1), test[first][:3], _few(test[~first], ["site_ids"], 1)])
     few.to_csv(sites, index=False)
     task = folder / "kits19_preprocessing" / "Task064_KiTS_labelsFixed"
     cases = task / "nnUNetData_plans_v2.1_stage0"
@@ -79,10 +104,7 @@ def kits(datasets: Path, folder: Path) -> None:
         np.savez(cases / f"{case}.npz", data=data)
         places = {kind: np.argwhere(labels == kind)[:50] for kind in (1, 2)}
         _pickled(cases / f"{case}.pkl", {"class_locations": places})
-    scripts = datasets / "fed_kits19" / "dataset_creation_scripts"
-    (scripts / "dataset_location.yaml").write_text(
-        f"dataset_path: {folder}\ndownload_complete: true\npreprocessing_complete: true\n"
-    )
+    locate(datasets, "fed_kits19", folder)
 
 
 def camelyon(datasets: Path, folder: Path) -> None:

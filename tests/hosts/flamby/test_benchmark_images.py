@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,12 +19,7 @@ import pytest
 
 from . import standins
 
-CHECKOUT = os.environ.get("FLAMBY_CHECKOUT", "")
-pytestmark = pytest.mark.skipif(
-    not CHECKOUT,
-    reason="needs FLamby: git clone https://github.com/owkin/FLamby, pip install 'fedsq-plugin[flamby]', "
-    "FLAMBY_CHECKOUT=<its folder>",
-)
+pytestmark = standins.needs_flamby
 ROOT = Path(__file__).parents[3]
 RECIPES = ROOT / "recipes" / "flamby"
 
@@ -33,21 +27,12 @@ RECIPES = ROOT / "recipes" / "flamby"
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("FLamby")
-    shutil.copytree(Path(CHECKOUT, "flamby"), folder / "flamby", ignore=shutil.ignore_patterns("*location*"))
+    standins.copied(folder)
     script = folder / "flamby" / "benchmarks" / "fed_benchmark.py"
     source = script.read_text()
     assert source.count("run_num_updates = [100]") == 1
     script.write_text(source.replace("run_num_updates = [100]", "run_num_updates = [2]"))
     return folder
-
-
-def located(checkout: Path, dataset: str, make: Callable[[Path, Path], None], folder: Path) -> None:
-    """Stand-in files, and FLamby's own note of where they are."""
-    datasets = checkout / "flamby" / "datasets"
-    folder.mkdir()
-    make(datasets, folder)
-    place = f"dataset_path: {folder}\ndownload_complete: true\npreprocessing_complete: true\n"
-    (datasets / dataset / "dataset_creation_scripts" / "dataset_location.yaml").write_text(place)
 
 
 def benchmark(checkout: Path, config: Path, results: Path, backbone: str) -> str:
@@ -76,6 +61,7 @@ IMAGES = [
 @pytest.mark.parametrize(("dataset", "make", "recipe", "backbone", "centres"), IMAGES, ids=lambda v: str(v))
 def test_a_round_of_every_strategy_of_a_recipe(
     checkout: Path,
+    plain_path: Path,
     tmp_path: Path,
     dataset: str,
     make: Callable[[Path, Path], None],
@@ -83,7 +69,10 @@ def test_a_round_of_every_strategy_of_a_recipe(
     backbone: str,
     centres: int,
 ) -> None:
-    located(checkout, dataset, make, tmp_path / "data")
+    datasets, data = checkout / "flamby" / "datasets", plain_path / "data"
+    data.mkdir()
+    make(datasets, data)
+    standins.locate(datasets, dataset, data)
     results = tmp_path / "results.csv"
     for _ in range(2):  # what is there already is not run again
         assert not benchmark(checkout, RECIPES / recipe, results, backbone)

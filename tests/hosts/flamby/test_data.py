@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import math
@@ -9,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,7 @@ from fedsq_plugin.federation.seeding import isolated
 
 from . import standins
 
-CHECKOUT = os.environ.get("FLAMBY_CHECKOUT", "")
-pytestmark = pytest.mark.skipif(
-    not CHECKOUT,
-    reason="needs FLamby: git clone https://github.com/owkin/FLamby, pip install -e '.[flamby]', "
-    "and FLAMBY_CHECKOUT=that folder",
-)
+pytestmark = standins.needs_flamby
 HEART = Path(os.environ.get("FLAMBY_HEART", "/work/shared/data/heart_disease"))
 """The UCI's four processed.*.data files."""
 LIMIT_S = 200
@@ -47,12 +42,12 @@ needs_heart = pytest.mark.skipif(
 def datasets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """`flamby.datasets` of a copy, which the stand-ins change; the checkout stays as it is."""
     root = tmp_path_factory.mktemp("FLamby")
-    shutil.copytree(Path(CHECKOUT) / "flamby", root / "flamby")
+    found = standins.copied(root)
     standins.forget_flamby()
     sys.path.insert(0, str(root))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-        yield root / "flamby" / "datasets"
+        yield found
     sys.path.remove(str(root))
     standins.forget_flamby()
 
@@ -245,13 +240,6 @@ STANDINS: dict[str, tuple[Callable[[Path, Path], None], bool, dict[str, Any]]] =
 }
 
 
-@pytest.fixture
-def plain_path() -> Iterator[Path]:
-    """Without 'test' in it: FLamby takes such slides of Camelyon for test data."""
-    with tempfile.TemporaryDirectory(prefix="fedsq-") as folder:
-        yield Path(folder)
-
-
 @pytest.mark.parametrize("name", STANDINS)
 def test_a_round_on_stand_in_files(name: str, datasets: Path, plain_path: Path, tmp_path: Path) -> None:
     """Every shape, loss and metric is FLamby's; FedSQ trains, and its figure is the one of FLamby's own way
@@ -267,24 +255,30 @@ def test_a_round_on_stand_in_files(name: str, datasets: Path, plain_path: Path, 
     assert list(records[-1].by_silo) == list(range(tested))
     from fedsq_plugin.hosts.fedml.centres import load_centres
 
+    utils = importlib.import_module("flamby.benchmarks.benchmark_utils")
+    evaluate_func, test_batch, _ = utils.set_dataset_specific_config(name, use_gpu=False)
+    place = {"data_path": str(plain_path / "data")} if named else {}
+    common = {"dataset": functools.partial(flamby.FedClass, **place), "num_workers": 0}
+    common |= {"batch_size": flamby.BATCH_SIZE, "batch_size_test": test_batch}
+    common |= {"collate_fn": getattr(flamby, "collate_fn", None)}
+    centres = options["client_num_in_total"]
+    _, pooled = utils.init_data_loaders(pooled=True, **common)
+    _, single = utils.init_data_loaders(pooled=False, num_clients=centres, **common)
     data, _ = load_centres(config(recipe))
-    # KiTS draws its patches at random: the same draws for both.
-    with isolated(1):
-        ours = evaluate(outcome.model, data[3], "cpu", *data.task)
-    theirs = importlib.import_module("flamby.utils").evaluate_model_on_tests
-    theirs = getattr(flamby, "evaluate_dice_on_tests", theirs)
-    data, _ = load_centres(config(recipe))
-    with isolated(1):
-        expected = theirs(outcome.model, [data[3]], flamby.metric, use_gpu=False)["client_test_0"]
-    assert ours.accuracy == pytest.approx(expected, rel=1e-6)
+    for ours, theirs in ((data[3], pooled), (data[6][0], single[0])):
+        with isolated(1):  # KiTS draws its patches at random: the same draws for both
+            measured = evaluate(outcome.model, ours, "cpu", *data.task).accuracy
+        with isolated(1):
+            expected = evaluate_func(outcome.model, [theirs], flamby.metric, use_gpu=False)["client_test_0"]
+        assert measured == pytest.approx(expected, rel=1e-6, nan_ok=True)
 
 
 def test_baselines_without_gates_name_what_to_use(datasets: Path, heart: Path) -> None:
     package("fed_heart_disease")
     (line,) = check(heart_recipe(heart, model="flamby/baseline"))
     assert line == (
-        "model_args.model flamby/baseline: FLamby's own for fed_heart_disease is a linear model, without a "
-        "gate that FedSQ could keep; use model: mlp"
+        "model_args.model flamby/baseline under FedSQ: FLamby's own for fed_heart_disease is a linear model, "
+        "without a gate; use the model mlp"
     )
     assert check(heart_recipe(heart, model="flamby/baseline", federated_optimizer="FedAvg")) == []
 

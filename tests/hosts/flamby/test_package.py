@@ -15,6 +15,7 @@ from fedsq_plugin.check import check
 from fedsq_plugin.config import Config
 from fedsq_plugin.errors import ConfigError
 from fedsq_plugin.hosts.fedml.devices import NO_GPU
+from fedsq_plugin.hosts.fedml.plan import created
 from fedsq_plugin.hosts.flamby import backbones
 from fedsq_plugin.hosts.flamby.catalogue import CATALOGUE
 from fedsq_plugin.hosts.flamby.package import NO_FLAMBY, FlambyPackage
@@ -122,7 +123,7 @@ def test_an_mlp_fits_the_data_set(fake: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "dataset", "said"),
     [
-        ("mlp", "flamby/fed_isic2019", "use model: resnet18 or alexnet"),
+        ("mlp", "flamby/fed_isic2019", "use the model resnet18 or alexnet"),
         ("mlp", "flamby/fed_ixi", "use model: flamby/baseline"),
         ("mlp", "digits", "is made for one of FLamby's data sets"),
         ("flamby/baseline", "digits", "is made for one of FLamby's data sets"),
@@ -133,14 +134,18 @@ def test_a_model_that_does_not_go_with_the_data_set(model: str, dataset: str, sa
         backbones.create(model, dataset, 1, seed=0)
 
 
-def test_a_baseline_without_gates_is_refused_where_gates_are_asked_for() -> None:
-    for name, row in CATALOGUE.items():
-        if row.instead is None:
-            backbones.refuse_ungateable("flamby/baseline", name, "FedSQ")
-            continue
-        with pytest.raises(ConfigError, match=re.escape(f"use {row.instead}")):
-            backbones.refuse_ungateable("flamby/baseline", name, "FedSQ")
-        backbones.refuse_ungateable("resnet18", name, "FedSQ")
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_a_baseline_without_gates_is_refused_before_it_is_made(name: str) -> None:
+    """Without FLamby: ISIC's would fetch weights."""
+    instead = CATALOGUE[name].instead
+    line = backbones.without_gates("flamby/baseline", name)
+    assert line is None if instead is None else str(line).endswith(f"without a gate; use {instead}")
+    assert backbones.without_gates("resnet18", name) is None
+    if instead is not None:
+        rounds = {"comm_round": 1, "client_num_in_total": 4, "client_num_per_round": 4}
+        options = {"dataset": name, "model": "flamby/baseline", "federated_optimizer": "FedSQ"}
+        with pytest.raises(ConfigError, match=f"under FedSQ: FLamby's own for {name[7:]} is "):
+            created(Config(**options, **rounds), 1)
 
 
 def test_the_number_of_silos_is_the_number_of_centres(fake: Path, tmp_path: Path) -> None:

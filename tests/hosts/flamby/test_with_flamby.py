@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import os
 import runpy
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,25 +23,18 @@ from fedsq_plugin import DualCopy
 from fedsq_plugin.errors import ConfigError, FedSQError
 from fedsq_plugin.hosts.flamby import benchmark
 from fedsq_plugin.hosts.flamby.backbones import factory
+from fedsq_plugin.hosts.flamby.catalogue import CATALOGUE
+from fedsq_plugin.hosts.flamby.configuration import Configuration
 from fedsq_plugin.hosts.flamby.hook import register
+from fedsq_plugin.hosts.flamby.package import FlambyPackage
 
-from .standins import forget_flamby
+from . import standins
 from .task import equal, made, model, run
 
-CHECKOUT = os.environ.get("FLAMBY_CHECKOUT", "")
-pytestmark = pytest.mark.skipif(
-    not CHECKOUT,
-    reason="needs FLamby: git clone https://github.com/owkin/FLamby, pip install 'fedsq-plugin[flamby]', "
-    "FLAMBY_CHECKOUT=<its folder>",
-)
+pytestmark = standins.needs_flamby
 # One centre: opacus takes seconds to find the noise of each.
-PRIVATE = {
-    "centres": 1,
-    "dp_target_epsilon": 5.0,
-    "dp_target_delta": 1e-2,
-    "dp_max_grad_norm": 1.0,
-    "seed": 3,
-}
+PRIVATE_OPTIONS = {"dp_target_epsilon": 5.0, "dp_target_delta": 1e-2, "dp_max_grad_norm": 1.0}
+PRIVATE: dict[str, Any] = {"centres": 1, **PRIVATE_OPTIONS, "seed": 3}
 SGD = {"learning_rate": 0.05, "optimizer_class": "torch.optim.SGD"}
 
 
@@ -62,19 +53,15 @@ def heart_like(folder: Path) -> None:
 def strategies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """`flamby.strategies` of a copy of the checkout, with random Heart data in its own layout."""
     folder = tmp_path_factory.mktemp("flamby")
-    shutil.copytree(Path(CHECKOUT, "flamby"), folder / "flamby", ignore=shutil.ignore_patterns("*location*"))
     heart_like(folder / "heart")
-    scripts = folder / "flamby/datasets/fed_heart_disease/dataset_creation_scripts"
-    (scripts / "dataset_location.yaml").write_text(
-        f"dataset_path: {folder / 'heart'}\ndownload_complete: true\npreprocessing_complete: true\n"
-    )
-    forget_flamby()
+    standins.locate(standins.copied(folder), "fed_heart_disease", folder / "heart")
+    standins.forget_flamby()
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
         patch.setenv("MPLBACKEND", "agg")
         register()
         yield importlib.import_module("flamby.strategies")
-    forget_flamby()
+    standins.forget_flamby()
 
 
 @pytest.mark.parametrize(
@@ -97,6 +84,16 @@ def test_fedsq_is_flambys_fedavg_on_a_dualcopy(strategies: Any) -> None:
     begun = DualCopy(model())
     theirs = run(cls=strategies.FedAvg, net=begun)[0]
     assert equal(theirs, run(cls=strategies.FedSQ)[0])
+
+
+def test_noise_without_a_seed_is_not_repeated(strategies: Any) -> None:
+    unseeded = {**PRIVATE, "seed": None}
+    assert not equal(run(cls=strategies.FedSQ, **unseeded)[0], run(cls=strategies.FedSQ, **unseeded)[0])
+
+
+def test_a_budget_that_cannot_be_kept_is_one_line(strategies: Any) -> None:
+    with pytest.raises(ConfigError, match=r"differential privacy: .*budget"):
+        made(cls=strategies.FedSQ, **{**PRIVATE, "dp_target_epsilon": 1e-3, "dp_target_delta": 1e-5})
 
 
 def test_fedsq_trains_with_differential_privacy(strategies: Any) -> None:
@@ -202,8 +199,14 @@ def config(strategies: Any, tmp_path: Path) -> Path:
     return file
 
 
-def bench(config: Path, *arguments: str, backbone: str = "mlp", seeds: tuple[int, ...] = (0, 1)) -> Any:
-    benchmark.fed_benchmark(config, ["--debug", *arguments], backbone, None, seeds)
+def bench(
+    config: Path,
+    *arguments: str,
+    backbone: str = "mlp",
+    seeds: tuple[int, ...] = (0, 1),
+    only: tuple[str, ...] = (),
+) -> Any:
+    benchmark.fed_benchmark(config, ["--debug", *arguments], backbone, None, seeds, only=only)
     return pd.read_csv(config.with_name("results.csv"))
 
 
@@ -219,13 +222,51 @@ def test_flambys_benchmark_runs_our_rows_and_finds_them_again(config: Path) -> N
     first[:-3].to_csv(config.with_name("results.csv"), index=False)
     again = bench(config).set_index(["Method", "seed", "Test"])["Metric"]
     pd.testing.assert_series_equal(again.sort_index(), metrics.sort_index())
-    with pytest.raises(ConfigError, match=r"results.csv has results with --backbone mlp"):
-        bench(config, backbone="baseline")
+    with pytest.raises(ConfigError, match=r"results.csv has results with --backbone mlp --debug yes: name"):
+        bench(config, backbone="mlp_bn")
+    with pytest.raises(ConfigError, match=r"results.csv has results with --backbone mlp --debug yes: name"):
+        benchmark.fed_benchmark(config, [], "mlp", None, [0])
 
 
 def test_one_strategy_alone(config: Path) -> None:
-    found = bench(config, "--strategy", "FedSQ", "--learning_rate", "0.1", seeds=(0,))
-    assert set(found["Method"]) == {"FedSQ100"}
+    found = bench(config, "--strategy", "FedSQ", "-lr", "0.1", seeds=(0,))
+    assert set(found["Method"]) == {"FedSQ100"} and set(found["learning_rate"]) == {0.1}
+
+
+def test_joined_rows_may_be_the_one_strategy(config: Path) -> None:
+    found = bench(config, "-s", "FedProx+FedMR", seeds=(0,))
+    assert set(found["Method"]) == {"FedProx+FedMR100"}
+
+
+def test_only_some_of_a_configuration_with_their_options(config: Path) -> None:
+    found = bench(config, seeds=(0,), only=("FedSQ+FedMR",))
+    assert {name for name in found["Method"] if name.startswith("Fed")} == {"FedSQ+FedMR100"}
+    assert set(found["structural_copy"].dropna()) == {"ema"}
+    with pytest.raises(ConfigError, match=r"no strategy 'FedMR'; did you mean 'FedSQ\+FedMR'"):
+        bench(config, only=("FedMR",))
+
+
+def test_a_baseline_alone_asks_for_no_strategy(config: Path) -> None:
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps({**content, "strategies": {"FedSQ": {}}}))
+    found = bench(config, "-scb", "Pooled", seeds=(0,), backbone="baseline")
+    assert set(found["Method"]) == {"Pooled Training"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--strategy", "FedSQ+FedMR"), "would leave out structural_copy, because .* use --only FedSQ.FedMR"),
+        (("--strategy", "FedProx"), "you should provide a value for mu"),
+        (("--strategy", "FedSq2"), "unknown strategy 'FedSq2'; did you mean 'FedSQ'"),
+        (("-s", "FedSQ", "-slr", "1.0"), "server_learning_rate"),
+        (("-lr", "0.1"), "--learning_rate is for one strategy: give --strategy as well"),
+    ],
+)
+def test_wrong_arguments_are_one_line(config: Path, arguments: tuple[str, ...], said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as error:
+        bench(config, *arguments)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -235,9 +276,18 @@ def test_one_strategy_alone(config: Path) -> None:
         ({"strategies": {"FedSq2": {}}}, "unknown strategy 'FedSq2'; did you mean 'FedSQ'?"),
         ({"strategies": {"FedSQ": {"fedprox_mu": 1}}}, "FedSQ has no 'fedprox_mu'"),
         ({"strategies": []}, "'strategies' is missing or wrong"),
-        ({"dataset": "fed_kits19"}, "flamby/fed_kits19: the data are not there; get them by: cd "),
-        ({"strategies": {"FedAvg": SGD, "FedSQ": {"structural_rounds": 0}}}, "FedSQ: structural_rounds"),
-        ({"strategies": {"FedAvg": SGD, "FedRep": SGD}}, "FedRep: FedRep treats the head apart"),
+        ({"strategies": {"FedSQ": None}}, "the options of FedSQ are no object, as {}"),
+        ({"strategies": {"FedProx": {}}}, "you should provide a value for mu"),
+        ({"strategies": {"FedSQ": {"optimizer_class": "torch.optim.SDG"}}}, "has no attribute 'SDG'"),
+        ({"strategies": {"FedSQ": {"optimizer_class": "torch.float32"}}}, "is no class of torch.optim"),
+        (
+            {"strategies": {"PluginFedProx": {"dp_target_epsilon": 1.0}}},
+            "PluginFedProx: differential priv",
+        ),
+        ({"strategies": {"PluginFedProx": {**PRIVATE_OPTIONS}}}, "PluginFedProx: FedProx cannot train with"),
+        ({"dataset": "fed_kits19"}, "flamby/fed_kits19: the data are not there; get them by: git clone"),
+        ({"strategies": {"FedAvg": SGD, "FedSQ": {"structural_rounds": 0}}}, "FedSQ: structural_rounds is 0"),
+        ({"strategies": {"FedAvg": SGD, "FedRep": SGD}}, "json: FedRep treats the head apart"),
     ],
 )
 def test_a_wrong_configuration_is_one_line(config: Path, change: dict[str, Any], said: str) -> None:
@@ -248,7 +298,9 @@ def test_a_wrong_configuration_is_one_line(config: Path, change: dict[str, Any],
 
 
 def test_what_cannot_be_gated_is_said_before_any_other_strategy_runs(config: Path) -> None:
-    with pytest.raises(FedSQError, match=r"FedSQ: .*no gate"):
+    with pytest.raises(
+        FedSQError, match="FedSQ: FLamby's own for .* without a gate; use the model mlp, by --backbone"
+    ):
         bench(config, backbone="baseline")
     assert not config.with_name("results.csv").exists()
     with pytest.raises(ConfigError, match="fed_heart_disease can have baseline, mlp, mlp_bn"):
@@ -269,12 +321,10 @@ def test_an_unaccepted_licence_is_one_line(config: Path) -> None:
 @pytest.mark.parametrize("name", sorted(p.name for p in Path("recipes/flamby").glob("*.json")))
 def test_recipes_are_accepted(strategies: Any, name: str) -> None:
     file = Path("recipes/flamby", name)
-    dataset = benchmark._checked(file)
-    package = importlib.import_module(f"flamby.datasets.{dataset}")
-    tabular, isic = dataset in ("fed_heart_disease", "fed_synthetic"), dataset == "fed_isic2019"
-    backbone = "mlp" if tabular else "resnet18" if isic else "baseline"
-    net = factory(dataset, backbone, None, package.Baseline)()
-    benchmark._check_strategies(file, strategies, net, chosen=None)
+    found = Configuration.read(file)
+    backbone = "mlp" if found.about.features else "resnet18" if found.about.colour_images else "baseline"
+    net = factory(found.about, backbone, None, FlambyPackage(found.about.key).baseline)()
+    found.check(strategies, net, backbone, benchmark._parsed([]))
 
 
 def test_the_solver_for_benchopt_drives_rounds_by_itself(
@@ -294,7 +344,7 @@ def test_the_solver_for_benchopt_drives_rounds_by_itself(
     for module in (benchopt, ModuleType("benchmark_utils"), utils):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     solver = runpy.run_path("recipes/flamby/benchopt/solvers/flamby_fedsq.py")["Solver"](
-        structural_copy="ema"
+        structural_copy="ema", gate_accept=[]
     )
     solver.set_strategy_specific_args()
     strategy = made(cls=solver.strategy, rounds=-100, **solver.strategy_specific_args)
@@ -317,7 +367,7 @@ def test_fedsq_on_networks_for_images(
     y = torch.randint(8, (4,)) if labels is None else torch.randint(2, (4, *labels)).float()
     loader = DataLoader(TensorDataset(x, y), batch_size=2)
     name = "resnet18" if dataset == "fed_isic2019" else "baseline"
-    net = factory(dataset, name, None, package.Baseline)()
+    net = factory(CATALOGUE[f"flamby/{dataset}"], name, None, package.Baseline)()
     strategy = strategies.FedSQ([loader], net, package.BaselineLoss(), torch.optim.SGD, 0.01, 2, 1)
     trained = strategy.run()[0]
     assert equal(trained.structural, net) and not equal(trained.quantitative, net)

@@ -12,7 +12,10 @@ with safe_import_context() as import_ctx:
 
 
 class Solver(FLambySolver):
-    """FedSQ. For another row, import it in FedSQ's place; the names are in `fedsq algorithms`."""
+    """FedSQ, on data sets whose Baseline has gates: IXI, KiTS, and Camelyon with `gate_accept`.
+
+    For another row, import it in FedSQ's place; the names are in `fedsq algorithms`.
+    """
 
     name = "FedSQ"
     parameters = {  # noqa: RUF012 - BenchOpt's own form
@@ -20,10 +23,12 @@ class Solver(FLambySolver):
         "batch_size": [32],
         "num_updates": [100],
         "structural_copy": ["fixed"],
+        "gate_accept": [[]],  # Camelyon: [["attention_V.1", "attention_U.1"]]
     }
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, strategy=FedSQ, **kwargs)
 
     def set_strategy_specific_args(self):
-        self.strategy_specific_args = {"structural_copy": self.structural_copy}
+        own = {"structural_copy": self.structural_copy, "gate_accept": self.gate_accept}
+        self.strategy_specific_args = own
