@@ -97,7 +97,10 @@ class FlambyPackage:
     def require_device(self, gpu: bool) -> None:
         """Raise ConfigError where a GPU is needed and none is to be used."""
         if self.about.needs_gpu and not gpu:
-            raise ConfigError(f"{self.about.key}: FLamby's loss for it runs on a GPU only")
+            raise ConfigError(
+                f"{self.about.key}: FLamby's loss for it runs on a GPU only; under FedML, set "
+                "device_args.using_gpu: true"
+            )
 
     def samples(self, train: bool, centre: int = 0, pooled: bool = False, seed: int = 0) -> Dataset[Any]:
         """The training or test split of a centre, or of all centres together."""

@@ -22,6 +22,8 @@ from . import standins
 pytestmark = standins.needs_flamby
 ROOT = Path(__file__).parents[3]
 RECIPES = ROOT / "recipes" / "flamby"
+LIMIT_S = 800
+"""For one command."""
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def benchmark(checkout: Path, config: Path, results: Path, backbone: str) -> str
     command = [sys.executable, "-m", "fedsq_plugin.hosts.flamby", "fed_benchmark", "--config", str(config)]
     command += ["--results-file-path", str(results), "--backbone", backbone, "--cpu-only", "--debug"]
     folder = results.parent
-    done = subprocess.run(command, env=variables, cwd=folder, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, env=variables, cwd=folder, capture_output=True, text=True, timeout=LIMIT_S)
     return done.stderr[-3000:] if done.returncode else ""
 
 
@@ -58,7 +60,10 @@ IMAGES = [
 ]
 
 
-@pytest.mark.parametrize(("dataset", "make", "recipe", "backbone", "centres"), IMAGES, ids=lambda v: str(v))
+@pytest.mark.parametrize(
+    ("dataset", "make", "recipe", "backbone", "centres"), IMAGES, ids=[row[0] for row in IMAGES]
+)
+@pytest.mark.timeout(1800)
 def test_a_round_of_every_strategy_of_a_recipe(
     checkout: Path,
     plain_path: Path,

@@ -318,7 +318,7 @@ def test_names_that_a_newer_dependency_lacks_are_one_line(
 def test_what_only_a_gpu_can_do_is_one_line(datasets: Path, tmp_path: Path) -> None:
     package("fed_lidc_idri")
     (line,) = check(families("fed_lidc_idri", tmp_path, model="flamby/baseline", client_num_in_total=4))
-    assert "runs on a GPU only; set device_args.using_gpu: true" in line
+    assert "runs on a GPU only; under FedML, set device_args.using_gpu: true" in line
 
 
 def test_a_data_set_that_a_script_took_apart_is_refused(datasets: Path) -> None:
