@@ -60,20 +60,15 @@ IMAGES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("dataset", "make", "recipe", "backbone", "centres"), IMAGES, ids=[row[0] for row in IMAGES]
-)
+@pytest.mark.parametrize("row", IMAGES, ids=lambda row: row[0])
 @pytest.mark.timeout(1800)
 def test_a_round_of_every_strategy_of_a_recipe(
     checkout: Path,
     plain_path: Path,
     tmp_path: Path,
-    dataset: str,
-    make: Callable[[Path, Path], None],
-    recipe: str,
-    backbone: str,
-    centres: int,
+    row: tuple[str, Callable[[Path, Path], None], str, str, int],
 ) -> None:
+    dataset, make, recipe, backbone, centres = row
     datasets, data = checkout / "flamby" / "datasets", plain_path / "data"
     data.mkdir()
     make(datasets, data)
@@ -86,5 +81,5 @@ def test_a_round_of_every_strategy_of_a_recipe(
     methods = {"Pooled Training", *(f"Local {n}" for n in range(centres)), *(f"{name}2" for name in rows)}
     assert set(found["Method"]) == methods
     tests = {"Pooled Test", *(f"client_test_{n}" for n in range(centres))}
-    assert all(set(rows["Test"]) == tests and len(rows) == centres + 1 for _, rows in found.groupby("Method"))
+    assert all(set(one["Test"]) == tests and len(one) == centres + 1 for _, one in found.groupby("Method"))
     assert found["Metric"].dropna().between(0, 1).all() and found["Metric"].notna().any()

@@ -162,12 +162,14 @@ def test_a_row_of_ours_and_the_same_name_of_fedmls_are_trained_on_flambys_loss(
 
 
 @needs_heart
-def test_heart_over_grpc_gives_the_figures_of_one_process(
-    heart: Path, in_one_process: tuple[list[Any], Any], tmp_path: Path
+@pytest.mark.parametrize(("training", "backend"), [("cross_silo", "GRPC"), ("simulation", "MPI")])
+def test_heart_over_processes_gives_the_figures_of_one(
+    training: str, backend: str, heart: Path, in_one_process: tuple[list[Any], Any], tmp_path: Path
 ) -> None:
     records, _ = in_one_process
     path, out = tmp_path / "recipe.yaml", tmp_path / "out"
-    path.write_text(yaml.safe_dump(heart_recipe(heart, training_type="cross_silo", backend="GRPC")))
+    recipe = heart_recipe(heart, training_type=training, backend=backend)
+    path.write_text(yaml.safe_dump(recipe))
     command = [sys.executable, "-m", "fedsq_plugin.cli", "launch", str(path), "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
