@@ -59,7 +59,7 @@ class Config(BaseModel):
     partition_method: str = _option("hetero", "data_args", "homo (i.i.d.) or hetero (Dirichlet)")
     partition_alpha: float = _option(0.5, "data_args", "alpha of the Dirichlet partition", gt=0)
     model: str = _option(
-        ..., "model_args", "backbone, ours or FedML's; mlp and flamby/baseline for FLamby's data sets"
+        ..., "model_args", "backbone, ours or FedML's; mlp, mlp_bn and flamby/baseline for FLamby's data sets"
     )
     federated_optimizer: str = _option(..., "train_args", "algorithm, by its published name")
     client_num_in_total: int = _option(..., "train_args", "number of silos", ge=1)
