@@ -236,7 +236,7 @@ def test_sums_are_expected_in_the_first_round_alone() -> None:
     ("targets", "said"),
     [
         (torch.zeros(4, 1), "the targets of a batch are 4x1 torch.float32"),
-        (torch.zeros(4), "the targets of a batch are 4 torch.float32"),
+        (torch.full((4,), 0.5), "the targets of a batch are 4 torch.float32"),
         (torch.tensor([0, 1, 3, 2]), "labels from 0 to 3 for a head of 3 outputs"),
         (torch.tensor([0, -1, 1, 2]), "labels from -1 to 2 for a head of 3 outputs"),
     ],
