@@ -155,7 +155,7 @@ class FlambyPackage:
         try:
             options = yaml.safe_load(file.read_text())
         except FileNotFoundError:
-            where = ", or name their folder (data_args.data_cache_dir)" if self.about.takes_path else ""
+            where = ", or, under FedML, set data_args.data_cache_dir" if self.about.takes_path else ""
             raise ConfigError(f"{self.about.key}: the data are not there; {self._how()}{where}") from None
         if not isinstance(options, dict) or not isinstance(options.get("dataset_path"), str):
             raise ConfigError(f"{self.about.key}: {file} names no dataset_path; {self._how()}")
