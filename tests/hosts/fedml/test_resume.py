@@ -29,6 +29,8 @@ from fedsq_plugin.hosts.fedml.run import Outcome, execute
 from .test_distributed import FEDSQ, LIMIT_S, ROADS, ended, recipe, start, wait_for
 
 ROUNDS = 4
+LITTLE = {"warm_start_public": 0.85}
+"""Is left to train on, where nothing is killed while it trains: two or three batches of a silo."""
 CASES: dict[str, dict[str, Any]] = {
     "FedAvg": {},
     "FedProx": {},
@@ -67,7 +69,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def the_recipe(cache: Path, name: str, **options: Any) -> Any:
-    return recipe(cache, federated_optimizer=name.partition(",")[0], comm_round=ROUNDS, **options)
+    return recipe(cache, federated_optimizer=name.partition(",")[0], comm_round=ROUNDS, **LITTLE, **options)
 
 
 def figures(records: list[RoundRecord]) -> str:
@@ -232,14 +234,14 @@ def test_what_cannot_be_resumed_is_refused(cache: Path, tmp_path: Path) -> None:
 
 
 def with_folder(cache: Path, folder: Path, **options: Any) -> Any:
-    return recipe(cache, **{"comm_round": ROUNDS, "checkpoint_dir": str(folder), **options})
+    return recipe(cache, **{"comm_round": ROUNDS, "checkpoint_dir": str(folder), **LITTLE, **options})
 
 
 def test_a_comparison_that_was_interrupted_goes_on(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the second of three runs, after its second round; the first is not run again."""
-    console, families = Console(file=io.StringIO()), recipe(cache, comm_round=3)
+    console, families = Console(file=io.StringIO()), recipe(cache, comm_round=3, **LITTLE)
     compared = (families, ["FedAvg", "FedSQ:structural_copy=ema", "FedBABU"], [1])
     runs.compare(*compared, tmp_path / "whole", console)
 
