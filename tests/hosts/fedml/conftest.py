@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +20,8 @@ import fedsq_plugin
 from fedsq_plugin import certificates
 from fedsq_plugin.config import OPTIONS, family_of
 from fedsq_plugin.federation.state import State, clone, state_of
+
+from . import nursery
 
 BASE: dict[str, dict[str, Any]] = {
     "common_args": {"training_type": "simulation", "random_seed": 0},
@@ -43,6 +47,8 @@ BASE: dict[str, dict[str, Any]] = {
 WHOLE, NORM, HEAD = 916, 16 * 4 * 4 + 8, (16 * 3 + 3) * 4
 """Bytes of conftest's network: 227 floats and one int64; of its normalisation layer; of its head."""
 
+MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+
 MakeArgs = Callable[..., Any]
 
 
@@ -52,6 +58,23 @@ def fedml() -> Any:
     import fedml
 
     return fedml
+
+
+def environment() -> dict[str, str]:
+    """Of a process that imports this tree, and shares the machine."""
+    here = str(Path(__file__).parents[3])
+    path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A `python` whose processes have FedML imported from the start, where Linux has what that takes."""
+    if not Path("/proc").is_dir():
+        yield Path(sys.executable)
+        return
+    with nursery.opened(tmp_path_factory.mktemp("nursery"), environment(), MPIRUN) as python:
+        yield python
 
 
 @pytest.fixture

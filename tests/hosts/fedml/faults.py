@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 
-def install(arguments: Sequence[str], folder: Path) -> None:
+def install(arguments: Sequence[str]) -> None:
     from fedsq_plugin import runs
 
-    wanted = json.loads(os.environ.get("FAULTS", "{}"))
+    wanted, folder = json.loads(os.environ["FAULTS"]), Path(os.environ["FAULTS_FOLDER"])
     runs.write_report = lambda directory: "pictures take a second"
     _constants(wanted.get("constants", {}))
     if arguments[0] == "launch":
-        sys.executable = os.environ["FAULTS_PYTHON"]
         return
     rank = os.environ.get("OMPI_COMM_WORLD_RANK", "0")
     if "--rank" in arguments:

@@ -4,13 +4,16 @@
     nursery.py stub SOCKET ARGUMENTS...   stands for `python ARGUMENTS...`: has it forked, hands it standard
                                           streams, environment and signals, and ends as it ends
 
-Whoever kills a stub kills the process behind it. Standard library only, so that a stub starts at once.
+Whoever kills a stub kills the process behind it. Tests take the fixture `python`: the path of a script that
+is such a stub, with `mpirun` beside it; the processes find it as sys.executable. Standard library only, so
+that a stub starts at once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -19,10 +22,36 @@ import signal
 import socket
 import struct
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 _LENGTH = struct.Struct("<I")
+
+
+@contextlib.contextmanager
+def opened(folder: Path, environment: Mapping[str, str], mpirun: str | None) -> Iterator[Path]:
+    """A nursery in `folder`: its `python`."""
+    import subprocess
+    import time
+
+    address, python = folder / "nurse", folder / "python"
+    scripts = {python: f"{sys.executable} -S -E {__file__} stub {address}"}
+    if mpirun is not None:
+        scripts[folder / "mpirun"] = mpirun
+    for path, words in scripts.items():
+        path.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
+        path.chmod(0o755)
+    command = [sys.executable, "-m", "tests.hosts.fedml.nursery", "nurse", str(address)]
+    silent = subprocess.DEVNULL
+    with subprocess.Popen(command, env=environment, stdout=silent, stderr=silent) as nurse:
+        try:
+            while not address.exists():
+                assert nurse.poll() is None
+                time.sleep(0.05)
+            yield python
+        finally:
+            nurse.kill()
 
 
 def stub(address: str, arguments: list[str]) -> None:
@@ -121,6 +150,21 @@ def main() -> None:
     if role == "stub":
         stub(address, rest)
         return
+    _import_all()
+    gc.collect()
+    gc.freeze()  # else every process looks through, and so copies, all of that as it ends: seconds
+    dash_m, module, *arguments = nurse(address)["arguments"]
+    assert dash_m == "-m", arguments
+    sys.executable = str(Path(address).with_name("python"))
+    sys.argv = [module, *arguments]
+    if "FAULTS" in os.environ:
+        importlib.import_module("tests.hosts.fedml.faults").install(arguments)
+    importlib.import_module(module if module.endswith(".cli") else f"{module}.__main__").main()
+
+
+def _import_all() -> None:
+    # Frozen, it would complain of leaks on every process's standard error. Torch for CPUs has none, either.
+    sys.modules["triton"] = None  # type: ignore[assignment]
     import torch
 
     import fedsq_plugin
@@ -128,15 +172,8 @@ def main() -> None:
     torch.set_num_threads(1)
     fedsq_plugin.register()
     ours = [f"fedsq_plugin.{name}" for name in ("runs", "__main__", "hosts.fedml.distributed.node")]
-    for name in (*ours, "sklearn.datasets", "safetensors.torch"):
+    for name in (*ours, "sklearn.datasets", "safetensors.torch", "tests.hosts.fedml.faults"):
         importlib.import_module(name)
-    faults = importlib.import_module("tests.hosts.fedml.faults")
-    wish = nurse(address)
-    dash_m, module, *arguments = wish["arguments"]
-    assert dash_m == "-m", wish
-    sys.argv = [module, *arguments]
-    faults.install(arguments, Path(os.environ["FAULTS_FOLDER"]))
-    importlib.import_module(module if module.endswith(".cli") else f"{module}.__main__").main()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from fedsq_plugin.federation.seeding import sample_clients
 
 from . import several
 from .cases import CASES, Case
-from .conftest import HEAD, NORM, WHOLE, turn_off_security
+from .conftest import HEAD, MPIRUN, NORM, WHOLE, environment, turn_off_security
 from .several import SEED, rows, script
 
 ALGORITHMS = ("FedSQ", "FedRep")
@@ -37,7 +36,8 @@ WRONG_WORLD = (
 )
 LIMIT_S = 150
 """For any one step of a test; nothing may hang."""
-PYTHON = (sys.executable, "-m", "fedsq_plugin.cli")
+FEDSQ = ("-m", "fedsq_plugin.cli")
+"""Of the fixture `python`; of sys.executable where a test is of a process from its very start."""
 
 
 def recipe(cache: Path, **options: Any) -> dict[str, dict[str, Any]]:
@@ -64,15 +64,9 @@ def recipe(cache: Path, **options: Any) -> dict[str, dict[str, Any]]:
     return families
 
 
-def environment() -> dict[str, str]:
-    here = str(Path(__file__).parents[3])
-    path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-
-
-def start(*command: str) -> subprocess.Popen[str]:
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment(), stdout=pipe, stderr=pipe, text=True)
+def start(*command: str | Path, **variables: str) -> subprocess.Popen[str]:
+    pipe, known = subprocess.PIPE, {**environment(), **variables}
+    return subprocess.Popen(command, env=known, stdout=pipe, stderr=pipe, text=True)
 
 
 @contextmanager
@@ -107,7 +101,7 @@ def scripts_in_one_process(
 
 @pytest.mark.parametrize("backend", ROADS)
 def test_the_figures_are_those_of_one_process(
-    backend: str, in_one_process: Any, scripts_in_one_process: Any, cache: Path, tmp_path: Path
+    backend: str, in_one_process: Any, scripts_in_one_process: Any, python: Path, cache: Path, tmp_path: Path
 ) -> None:
     """On two client processes, recipes of `fedsq run` and scripts of a user's own, under the launcher."""
     for number, name in enumerate(ALGORITHMS):
@@ -121,13 +115,12 @@ def test_the_figures_are_those_of_one_process(
         (tmp_path / f"{backend}-{name}.recipe").write_text(yaml.safe_dump(families))
     for number in range(len(CASES)):
         (tmp_path / f"table-{number}.csv").write_text(launch._table(2))
-    command = (sys.executable, "-m", "fedsq_plugin", str(several.__file__), str(tmp_path), backend)
+    command = (str(python), "-m", "fedsq_plugin", str(several.__file__), str(tmp_path), backend)
     if backend == "GRPC":
         commands = [(*command, str(rank)) for rank in range(3)]
     else:
-        mpirun = Path(sys.executable).with_name("mpirun")
         options = ("--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-np", "3")
-        commands = [(str(mpirun), *options, *command)]
+        commands = [(str(MPIRUN), *options, *command)]
     said = tmp_path / "said.txt"  # a pipe that nobody reads would fill, and stop its process
     with said.open("w") as out:
         processes = [
@@ -180,10 +173,12 @@ def more_bytes_down(case: Case) -> list[int]:
     return more
 
 
-def launched(tmp_path: Path, families: Any, *options: str) -> tuple[subprocess.Popen[str], Path]:
+def launched(
+    tmp_path: Path, families: Any, *options: str, python: str | Path = sys.executable
+) -> tuple[subprocess.Popen[str], Path]:
     path, out = tmp_path / "recipe.yaml", tmp_path / "out"
     path.write_text(yaml.safe_dump(families))
-    return start(*PYTHON, "launch", str(path), "--out", str(out), *options), out
+    return start(python, *FEDSQ, "launch", path, "--out", out, *options), out
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
@@ -223,7 +218,7 @@ def test_launch_over_mpi(in_one_process: dict[str, Any], cache: Path, tmp_path: 
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in /proc")
-def test_a_client_that_is_killed(cache: Path, tmp_path: Path) -> None:
+def test_a_client_that_is_killed(python: Path, cache: Path, tmp_path: Path) -> None:
     """With a quorum the run goes on without it; without one it ends with a line. Both at once, because
     both must wait for the silence."""
     runs = []
@@ -232,7 +227,7 @@ def test_a_client_that_is_killed(cache: Path, tmp_path: Path) -> None:
         families = recipe(
             cache, backend="GRPC", training_type="cross_silo", comm_round=5, epochs=20, **options
         )
-        runs.append(launched(tmp_path / name, families, "--clients", "2"))
+        runs.append(launched(tmp_path / name, families, "--clients", "2", python=python))
     with ended(*(process for process, _ in runs)):
         for process, out in runs:
             wait_for((out / "metrics.csv").exists, process)
@@ -247,7 +242,7 @@ def test_a_client_that_is_killed(cache: Path, tmp_path: Path) -> None:
     assert "Traceback" not in "".join(map("".join, said))
 
 
-def test_a_recipe_that_disagrees_and_a_server_that_ended(cache: Path, tmp_path: Path) -> None:
+def test_a_recipe_that_disagrees_and_a_server_that_ended(python: Path, cache: Path, tmp_path: Path) -> None:
     """Each of two processes on its own recipe, as across silos."""
     table, out = tmp_path / "table.csv", tmp_path / "out"
     table.write_text(launch._table(1))
@@ -257,21 +252,22 @@ def test_a_recipe_that_disagrees_and_a_server_that_ended(cache: Path, tmp_path: 
         families["comm_args"]["grpc_ipconfig_path"] = str(table)
         path = tmp_path / f"{rank}.yaml"
         path.write_text(yaml.safe_dump(families))
-        processes.append(start(*PYTHON, "node", str(path), "--rank", str(rank), "--out", str(out)))
+        processes.append(start(python, *FEDSQ, "node", path, "--rank", str(rank), "--out", out))
     with ended(*processes):
         said = [process.communicate(timeout=LIMIT_S)[1] for process in processes]
     reason = "rank 1 cannot take part: its recipe has learning_rate 0.03 instead of 0.02"
     assert [process.returncode for process in processes] == [2, 2]
     assert reason in said[0] and f"fedsq: error: the server ended the run: {reason}" in said[1]
-    assert [text.count("\n") for text in said] == [1, 1]
+    assert [text.count("\n") for text in said] == [1, 1], said
 
 
-def test_run_says_launch(tmp_path: Path) -> None:
+def test_run_says_launch(python: Path, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe(tmp_path, backend="MPI")))
-    done = subprocess.run([*PYTHON, "run", str(path)], capture_output=True, text=True, timeout=LIMIT_S)
-    assert done.returncode == 2
-    assert done.stderr.startswith(
+    with ended(process := start(python, *FEDSQ, "run", path)):
+        _, said = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 2
+    assert said.startswith(
         "fedsq: error: training_type simulation with backend MPI takes several processes: use `fedsq launch`"
     )
 
@@ -287,5 +283,5 @@ def test_a_reason_that_mpirun_did_not_pass_on_is_in_the_logs(tmp_path: Path) -> 
     assert launch._logged_reason(tmp_path) == "rank 2 is lost"
 
 
-if shutil.which("mpirun") is None and not Path(sys.executable).with_name("mpirun").exists():
+if MPIRUN is None:
     ROADS.pop("MPI")

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,7 +24,8 @@ import yaml
 
 from fedsq_plugin import launch
 
-from .test_distributed import ROADS, environment, recipe
+from .conftest import MPIRUN
+from .test_distributed import FEDSQ, ROADS, recipe, start
 
 LIMIT_S = 300
 """For any one step of a row; nothing may hang."""
@@ -37,8 +36,6 @@ CONSTANTS = {
     **{"SILENCE_S": float(SILENCE), "ALIVE_S": 0.4, "MARGIN_S": 5.0, "HANGING_S": 2.0},
     **{"GRACE_S": 12.0, "KILL_S": 1.0},
 }
-HERE = Path(__file__).parent
-MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 
 
 @dataclass(frozen=True)
@@ -81,11 +78,7 @@ class Running:
     def start(self, *arguments: str, faults: Mapping[int, str] | None = None) -> subprocess.Popen[str]:
         wanted = {"constants": CONSTANTS, **(self.row.faults if faults is None else faults)}
         known = {"FAULTS": json.dumps(wanted), "FAULTS_FOLDER": str(self.folder)}
-        path = f"{self.python.parent}{os.pathsep}{os.environ['PATH']}"
-        variables = {**environment(), **known, "FAULTS_PYTHON": str(self.python), "PATH": path}
-        command = [str(self.python), "-m", "fedsq_plugin.cli", *arguments, "--out", str(self.out)]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, env=variables, stdout=pipe, stderr=pipe, text=True)
+        return start(self.python, *FEDSQ, *arguments, "--out", str(self.out), **known)
 
     def start_rank(self, rank: int, faults: Mapping[int, str] | None = None) -> subprocess.Popen[str]:
         return self.start("node", str(self.folder / "recipe.yaml"), "--rank", str(rank), faults=faults)
@@ -344,19 +337,12 @@ TABLE = [*IN_ONE, *OVER_GRPC, *(OVER_MPI if MPIRUN else [])]
 
 @pytest.fixture(scope="module")
 def results(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, python: Path
 ) -> Iterator[dict[str, Future[Result]]]:
     """Of the rows that are asked for, several at a time."""
     if not Path("/proc").is_dir():
         pytest.skip("finds processes in /proc")
     base = tmp_path_factory.mktemp("faults")
-    address, python = base / "nurse", base / "python"
-    command = [sys.executable, "-m", "tests.hosts.fedml.nursery", "nurse", str(address)]
-    nurse = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
-    pretended = f"{sys.executable} -S -E {HERE / 'nursery.py'} stub {address}"
-    for path, words in ((python, pretended), (base / "mpirun", MPIRUN)):
-        path.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
-        path.chmod(0o755)
     wanted = {
         str(item.callspec.params["row"]): item.callspec.params["row"]
         for item in request.session.items
@@ -368,16 +354,10 @@ def results(
         running.start_all()
         return running.finish()
 
-    try:
-        while not address.exists():
-            assert nurse.poll() is None
-            time.sleep(0.05)
-        first = Row("sp", {}, (0,), {})  # leaves the warm start in the cache
-        assert result(first).ends == [0]
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            yield {name: pool.submit(result, row) for name, row in wanted.items()}
-    finally:
-        nurse.kill()
+    first = Row("sp", {}, (0,), {})  # leaves the warm start in the cache
+    assert result(first).ends == [0]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        yield {name: pool.submit(result, row) for name, row in wanted.items()}
 
 
 @pytest.mark.parametrize("row", TABLE, ids=str)

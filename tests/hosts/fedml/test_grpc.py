@@ -21,7 +21,7 @@ from fedsq_plugin.hosts.fedml.distributed.tls import Credentials, credentials
 
 from .credentials import config
 from .several import rows
-from .test_distributed import LIMIT_S, PYTHON, ended, launched, recipe, start
+from .test_distributed import FEDSQ, LIMIT_S, ended, launched, recipe, start
 
 pytestmark = pytest.mark.skipif(
     find_spec("cryptography") is None, reason="needs cryptography: pip install -e '.[grpc]'"
@@ -245,7 +245,7 @@ def test_launch_tries_out_every_ranks_files_first(tmp_path: Path, ours: Path) ->
 
 
 def test_a_silo_of_another_authority_and_a_server_that_ends_by_its_rules(
-    tmp_path: Path, ours: Path, others: Path
+    python: Path, tmp_path: Path, ours: Path, others: Path
 ) -> None:
     table, out = tmp_path / "table.csv", tmp_path / "out"
     table.write_text(launch._table(1))
@@ -257,7 +257,7 @@ def test_a_silo_of_another_authority_and_a_server_that_ends_by_its_rules(
         families["fedsq_args"].update(paths, round_timeout_s=5)
         path = tmp_path / f"{rank}.yaml"
         path.write_text(yaml.safe_dump(families))
-        processes.append(start(*PYTHON, "node", str(path), "--rank", str(rank), "--out", str(out)))
+        processes.append(start(python, *FEDSQ, "node", path, "--rank", str(rank), "--out", out))
     with ended(*processes):
         said = [process.communicate(timeout=LIMIT_S)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2]

@@ -26,9 +26,11 @@ from fedsq_plugin.federation.record import RoundRecord
 from fedsq_plugin.federation.state import fingerprint
 from fedsq_plugin.hosts.fedml.run import Outcome, execute
 
-from .test_distributed import LIMIT_S, PYTHON, ROADS, ended, recipe, start, wait_for
+from .test_distributed import FEDSQ, LIMIT_S, ROADS, ended, recipe, start, wait_for
 
 ROUNDS = 4
+LITTLE = {"warm_start_public": 0.85}
+"""Is left to train on, where nothing is killed while it trains: two or three batches of a silo."""
 CASES: dict[str, dict[str, Any]] = {
     "FedAvg": {},
     "FedProx": {},
@@ -67,7 +69,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def the_recipe(cache: Path, name: str, **options: Any) -> Any:
-    return recipe(cache, federated_optimizer=name.partition(",")[0], comm_round=ROUNDS, **options)
+    return recipe(cache, federated_optimizer=name.partition(",")[0], comm_round=ROUNDS, **LITTLE, **options)
 
 
 def figures(records: list[RoundRecord]) -> str:
@@ -157,21 +159,23 @@ def uninterrupted(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in /proc")
 @pytest.mark.parametrize("backend", ["sp", *ROADS])
-def test_processes_that_were_killed(backend: str, uninterrupted: Any, cache: Path, tmp_path: Path) -> None:
+def test_processes_that_were_killed(
+    backend: str, uninterrupted: Any, python: Path, cache: Path, tmp_path: Path
+) -> None:
     draw = random.Random(seed := random.SystemRandom().randrange(2**16))
     options = {"backend": backend, "training_type": ROADS.get(backend, "simulation"), "epochs": 10}
     families = recipe(cache, federated_optimizer=NAME, comm_round=ROUNDS, **options)
     path, out = tmp_path / "recipe.yaml", tmp_path / "cut"
     path.write_text(yaml.safe_dump(families))
-    command = (*PYTHON, "run") if backend == "sp" else (*PYTHON, "launch", "--clients", "2")
+    command = ("run",) if backend == "sp" else ("launch", "--clients", "2")
     rows_wanted = draw.randint(1, ROUNDS - 1)
-    with ended(process := start(*command, str(path), "--out", str(out))):
+    with ended(process := start(python, *FEDSQ, *command, path, "--out", out)):
         metrics = out / "metrics.csv"
         wait_for(lambda: metrics.exists() and metrics.read_text().count("test") >= rows_wanted, process)
         time.sleep(draw.random())
         kill(out)
         process.communicate(timeout=LIMIT_S)
-    with ended(process := start(*command[:4], "--resume", str(out))):
+    with ended(process := start(python, *FEDSQ, command[0], "--resume", out)):
         said = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, (seed, said)
     assert "the run goes on after round" in said[0], (seed, said)
@@ -181,7 +185,9 @@ def test_processes_that_were_killed(backend: str, uninterrupted: Any, cache: Pat
     assert not (out / "checkpoints").exists()
 
 
-def test_a_server_that_comes_back_finds_its_clients(uninterrupted: Any, cache: Path, tmp_path: Path) -> None:
+def test_a_server_that_comes_back_finds_its_clients(
+    uninterrupted: Any, python: Path, cache: Path, tmp_path: Path
+) -> None:
     """The clients are not started anew: they wait, and take back what their silos did since the
     checkpoint."""
     draw = random.Random(seed := random.SystemRandom().randrange(2**16))
@@ -191,7 +197,7 @@ def test_a_server_that_comes_back_finds_its_clients(uninterrupted: Any, cache: P
     table.write_text(launch._table(2))
     families["comm_args"]["grpc_ipconfig_path"] = str(table)
     path.write_text(yaml.safe_dump(families))
-    node = (*PYTHON, "node", str(path), "--out", str(out), "--rank")
+    node = (python, *FEDSQ, "node", path, "--out", out, "--rank")
     server, *clients = (start(*node, str(rank)) for rank in range(3))
     with ended(server, *clients):
         rows_wanted, metrics = draw.randint(1, ROUNDS - 1), out / "metrics.csv"
@@ -228,14 +234,14 @@ def test_what_cannot_be_resumed_is_refused(cache: Path, tmp_path: Path) -> None:
 
 
 def with_folder(cache: Path, folder: Path, **options: Any) -> Any:
-    return recipe(cache, **{"comm_round": ROUNDS, "checkpoint_dir": str(folder), **options})
+    return recipe(cache, **{"comm_round": ROUNDS, "checkpoint_dir": str(folder), **LITTLE, **options})
 
 
 def test_a_comparison_that_was_interrupted_goes_on(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the second of three runs, after its second round; the first is not run again."""
-    console, families = Console(file=io.StringIO()), recipe(cache, comm_round=3)
+    console, families = Console(file=io.StringIO()), recipe(cache, comm_round=3, **LITTLE)
     compared = (families, ["FedAvg", "FedSQ:structural_copy=ema", "FedBABU"], [1])
     runs.compare(*compared, tmp_path / "whole", console)
 
