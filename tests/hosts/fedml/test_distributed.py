@@ -224,9 +224,9 @@ def test_a_client_that_is_killed(python: Path, cache: Path, tmp_path: Path) -> N
     runs = []
     for name, options in (("quorum", {"min_clients": 1}), ("none", {})):
         (tmp_path / name).mkdir()
-        families = recipe(
-            cache, backend="GRPC", training_type="cross_silo", comm_round=5, epochs=20, **options
-        )
+        road = {"backend": "GRPC", "training_type": "cross_silo"}
+        few = {"comm_round": 5, "epochs": 20, "warm_start_public": 0.85}
+        families = recipe(cache, **road, **few, **options)
         runs.append(launched(tmp_path / name, families, "--clients", "2", python=python))
     with ended(*(process for process, _ in runs)):
         for process, out in runs:

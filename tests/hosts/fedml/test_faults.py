@@ -29,7 +29,7 @@ from .test_distributed import FEDSQ, ROADS, recipe, start
 
 LIMIT_S = 300
 """For any one step of a row; nothing may hang."""
-AT_ONCE = 6
+AT_ONCE = 8
 """Rows."""
 SILENCE = 5
 CONSTANTS = {
