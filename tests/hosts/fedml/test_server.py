@@ -77,6 +77,11 @@ class Bench:
         self.silos = Silos(self.plan, args, torch.device("cpu"), trainer, data[4], data[5], data[6])
         self.options = shared_options(config)
 
+    @property
+    def there(self) -> set[int]:
+        online: set[int] = self.server._attendance.online
+        return online
+
     def say(self, kind: str, rank: int, **params: Any) -> None:
         self.server.receive_message(kind, self.message(kind, rank, 0, **params))
 
@@ -273,7 +278,7 @@ def test_one_that_is_late_is_lost_and_taken_back_when_it_is_free(
     assert bench.records[0].notes == ["round 1: rank 2 is lost: it did not answer within 50 s (fedsq_args."
                                       "round_timeout_s)"]  # fmt: skip
     bench.deliver(bench.answer(slow))
-    assert bench.server._online == {1, 2}
+    assert bench.there == {1, 2}
     bench.finish()
     assert "an answer of rank 2 for silo 1 is refused" in "".join(bench.records[1].notes)
 
@@ -363,7 +368,7 @@ def test_a_silo_that_comes_back_has_the_samples_that_it_had(make_args: MakeArgs)
     bench.transport.sent = []
     bench.come(2, samples={1: 25})
     assert bench.ends == {2: "rank 2 cannot take part: silo 1 has 25 samples, and had 24 before"}
-    assert bench.server._online == {1}
+    assert bench.there == {1}
 
 
 @pytest.mark.parametrize("samples", [None, 23, 25, 0, -24, 24.5, float("nan"), 10**18, torch.ones(2), True])
@@ -459,7 +464,15 @@ def test_one_that_says_twice_that_it_is_there_is_not_lost(make_args: MakeArgs) -
     bench = Bench(make_args)
     for rank in (1, 1, 2, 2):
         bench.come(rank, process=f"{rank}")
-    assert bench.server._online == {1, 2} and len(bench.tasks()) == 2
+    assert bench.there == {1, 2} and len(bench.tasks()) == 2
+
+
+def test_one_that_is_started_anew_before_the_first_round_needs_no_quorum(make_args: MakeArgs) -> None:
+    bench = Bench(make_args)
+    bench.come(1, process="first")
+    bench.come(1, process="second")
+    bench.come(2)
+    assert bench.there == {1, 2} and len(bench.tasks()) == 2
 
 
 def test_one_that_was_silent_without_a_task_is_taken_back(
@@ -472,10 +485,10 @@ def test_one_that_was_silent_without_a_task_is_taken_back(
     monkeypatch.setattr(time, "monotonic", lambda: now + 100)
     bench.transport.seen = {1: now + 99, 2: now + 1}
     bench.server._look()
-    assert bench.server._online == {1}
+    assert bench.there == {1}
     bench.transport.seen[2] = now + 101
     bench.server._look()
-    assert bench.server._online == {1, 2}
+    assert bench.there == {1, 2}
     bench.deliver(bench.answer(task))
     bench.finish()
     assert bench.records[0].notes == [
