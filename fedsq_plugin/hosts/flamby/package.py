@@ -119,10 +119,14 @@ class FlambyPackage:
 
     def _refuse_other_shape(self, samples: Any) -> None:
         wanted = self.about.features
-        if wanted is not None and len(samples) and len(samples[0][0]) != wanted:
+        if wanted is None or not len(samples):
+            return
+        with self._named("the data"):
+            found = len(samples[0][0])
+        if found != wanted:
             raise ConfigError(
-                f"{self.about.key}: the samples have {len(samples[0][0])} features, FLamby's baseline takes "
-                f"{wanted}; generate the data anew: {self._how()}"
+                f"{self.about.key}: the samples have {found} features, FLamby's baseline takes {wanted}; "
+                f"generate the data anew: {self._how()}"
             )
 
     def _path(self) -> Path | None:

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -163,17 +164,46 @@ def test_the_number_of_silos_is_the_number_of_centres(fake: Path, tmp_path: Path
     assert [len(y) for _, y in data[5][0]] == [5]  # a last batch of one joins FLamby's four
 
 
-def test_check_says_what_is_missing(fake: Path, tmp_path: Path) -> None:
-    recipe = {
-        "data_args": {"dataset": HEART, "data_cache_dir": str(tmp_path / "nowhere")},
+def heart_recipe(folder: Path) -> dict[str, dict[str, Any]]:
+    rounds = {"client_num_in_total": 4, "client_num_per_round": 4, "comm_round": 1}
+    return {
+        "data_args": {"dataset": HEART, "data_cache_dir": str(folder)},
         "model_args": {"model": "mlp"},
-        "train_args": {
-            **{"federated_optimizer": "FedSQ", "client_num_in_total": 4, "client_num_per_round": 4},
-            "comm_round": 1,
-        },
+        "train_args": {"federated_optimizer": "FedSQ", **rounds},
     }
-    (line,) = check(recipe)
+
+
+def test_check_says_what_is_missing(fake: Path, tmp_path: Path) -> None:
+    (line,) = check(heart_recipe(tmp_path / "nowhere"))
     assert line.startswith(f"{HEART}: no folder {tmp_path / 'nowhere'}; get them by: cd ")
+
+
+UNREADABLE = """
+class Unreadable:
+    def __len__(self):
+        return 5
+    def __getitem__(self, index):
+        raise OSError("gone with the zip")
+def FedClass(center=0, train=True, pooled=False, data_path=None):
+    return Unreadable()
+"""
+
+
+def test_a_sample_that_cannot_be_read_is_one_line(fake: Path, tmp_path: Path) -> None:
+    (tmp_path / "processed.va.data").touch()
+    fake.write_text(CENTRE + UNREADABLE)
+    line = "the data cannot be had (OSError: gone with the zip); get them by: cd "
+    assert refused(folder=str(tmp_path)).startswith(f"{HEART}: {line}")
+
+
+def test_check_says_which_silo_cannot_be_read(
+    fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "processed.va.data").touch()
+    fake.write_text(CENTRE + UNREADABLE)
+    monkeypatch.setattr(FlambyPackage, "_refuse_other_shape", lambda *_: None)  # as of images
+    (line,) = check(heart_recipe(tmp_path))
+    assert line == f"data_args.dataset {HEART}: silo 0 cannot be read (OSError: gone with the zip)"
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
