@@ -210,10 +210,13 @@ def imported(module: str, why: str) -> Any:
         try:
             return importlib.import_module(module)
         except ModuleNotFoundError as error:
-            what = f"needs {error.name}: pip install {_PACKAGES.get(str(error.name), error.name)}"
+            package = _PACKAGES.get(str(error.name), str(error.name))
+            what = f"needs {error.name}: pip install {package}"
+            if not package.startswith("--no-deps"):  # which no extra can have
+                what += f", or: {PINS}"
             if str(error.name).startswith("flamby"):
                 what = f"is incomplete (no {error.name}): {NO_FLAMBY.partition(': ')[2]}"
-            raise ConfigError(f"{why}: FLamby {what}, or: {PINS}") from None
+            raise ConfigError(f"{why}: FLamby {what}") from None
         except Exception as error:
             raise _unfit(why, "it does not import here", error) from None
 

@@ -336,14 +336,24 @@ def test_the_solver_for_benchopt_drives_rounds_by_itself(
             self.strategy = strategy
             vars(self).update(parameters)
 
-    benchopt, utils = ModuleType("benchopt"), ModuleType("benchmark_utils.template_flamby_strategy")
+    benchopt, utils = ModuleType("benchopt"), ModuleType("benchmark_utils")
+    template = ModuleType("benchmark_utils.template_flamby_strategy")
     benchopt.safe_import_context = contextlib.nullcontext  # type: ignore[attr-defined]
-    utils.FLambySolver = Template  # type: ignore[attr-defined]
-    for module in (benchopt, ModuleType("benchmark_utils"), utils):
+    utils.CustomSPC = dict  # type: ignore[attr-defined]
+    template.FLambySolver = Template  # type: ignore[attr-defined]
+    for module in (benchopt, utils, template):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     solver = runpy.run_path("recipes/flamby/benchopt/solvers/flamby_fedsq.py")["Solver"](
         structural_copy="ema", gate_accept=[]
     )
+    data = [TensorDataset(torch.randn(2, 13), torch.zeros(2, 1))]
+    linear = nn.Sequential(nn.Linear(13, 1), nn.Sigmoid())
+    relu = nn.Sequential(nn.Linear(13, 4), nn.ReLU(), nn.Linear(4, 1))
+    drawn = torch.get_rng_state()
+    skipped, reason = solver.skip(train_datasets=data, collate_fn=None, model=linear, loss=None)
+    assert skipped and "has no gate" in reason
+    assert solver.skip(train_datasets=data, collate_fn=None, model=relu, loss=None) == (False, None)
+    assert torch.equal(drawn, torch.get_rng_state())
     solver.set_strategy_specific_args()
     strategy = made(cls=solver.strategy, rounds=-100, **solver.strategy_specific_args)
     before = [p.detach().clone() for p in strategy.models_list[0].model.parameters()]
