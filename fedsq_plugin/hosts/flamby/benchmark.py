@@ -60,7 +60,7 @@ def fed_benchmark(
     package.require_all()
     make = factory(configuration.about, backbone, weights, package.baseline)
     with isolated(0):
-        configuration.check(strategies, make(), backbone, asked)
+        configuration.check(strategies, make(), package.inputs(), backbone, asked)
     results = results or configuration.results
     results.parent.mkdir(parents=True, exist_ok=True)
     debug = "hard" if asked.hard_debug else "yes" if asked.debug else None

@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from ...dualcopy import DualCopy
 from ...errors import ConfigError, FedSQError, in_one_line, nearest
 from .backbones import without_gates
 from .catalogue import BASELINE, CATALOGUE, FlambyData
@@ -70,12 +72,15 @@ class Configuration:
         content = {"dataset": self.about.name, "results_file": str(self.results)}
         return json.dumps({**content, "strategies": self.strategies})
 
-    def check(self, strategies: Any, model: nn.Module, backbone: str, asked: Namespace) -> None:
+    def check(
+        self, strategies: Any, model: nn.Module, inputs: Tensor, backbone: str, asked: Namespace
+    ) -> None:
         """Raise what FLamby or a strategy would raise when its turn comes, after hours perhaps.
 
         Args:
             strategies: the module `flamby.strategies`, with ours.
             model: what all of them train, by the name `backbone`.
+            inputs: a batch for it.
             asked: FLamby's own arguments.
         """
         if asked.single_centric_baseline is not None:
@@ -85,7 +90,7 @@ class Configuration:
             self._refuse_lost_options(strategies, asked)
             wanted = {asked.strategy: {}}
         for name, options in wanted.items():
-            self._check(name, self._class(strategies, name), options, model, backbone)
+            self._check(name, self._class(strategies, name), options, model, inputs, backbone)
         get_strategies = imported("flamby.benchmarks.conf", "FLamby's benchmark").get_strategies
         content = json.loads(self.text())
         try:
@@ -113,7 +118,9 @@ class Configuration:
             known = [key for key, value in vars(strategies).items() if inspect.isclass(value)]
             raise self._wrong(f"unknown strategy '{name}'{nearest(name, known)}") from None
 
-    def _check(self, name: str, cls: Any, options: Options, model: nn.Module, backbone: str) -> None:
+    def _check(
+        self, name: str, cls: Any, options: Options, model: nn.Module, inputs: Tensor, backbone: str
+    ) -> None:
         known = [*inspect.signature(cls).parameters, "learning_rate_scaler"]
         for key in options:
             if key not in known:
@@ -126,9 +133,14 @@ class Configuration:
                 raise self._wrong(f"{name}: {line}, by --backbone")
         try:
             cls.privacy(**{key: options[key] for key in PRIVACY if key in options})
-            cls.viewed(model, {key: options[key] for key in known_options(cls.row) if key in options})
+            own = {key: options[key] for key in known_options(cls.row) if key in options}
+            viewed, *_ = cls.viewed(model, own)
+            if isinstance(viewed, DualCopy):
+                with torch.no_grad():
+                    viewed.eval()(inputs)  # finds the activations that are no modules
         except FedSQError as error:
             line = str(error) if str(error).startswith(name) else f"{name}: {error}"
+            line = line.replace("by name: accept=[", "by name: gate_accept: [")
             raise type(error)(f"configuration {self.file}: {line}") from None
 
     def _wrong(self, what: str) -> ConfigError:

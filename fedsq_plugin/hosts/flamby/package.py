@@ -11,7 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from ...errors import ConfigError, in_one_line, nearest
 from ...federation.seeding import derive, isolated
@@ -111,6 +112,13 @@ class FlambyPackage:
             found: Dataset[Any] = self.module.FedClass(center=centre, train=train, pooled=pooled, **given)
         self._refuse_other_shape(found)
         return found
+
+    def inputs(self) -> Tensor:
+        """Of one training sample, as a batch of one."""
+        samples = self.samples(train=True)
+        with isolated(0), self._named("the data"):
+            inputs: Tensor = next(iter(DataLoader(samples, batch_size=1, collate_fn=self.collate)))[0]
+        return inputs
 
     def baseline(self, *arguments: Any) -> Any:
         """FLamby's own model."""

@@ -8,6 +8,7 @@ import json
 import runpy
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fedsq_plugin import DualCopy
-from fedsq_plugin.errors import ConfigError, FedSQError
+from fedsq_plugin.errors import ConfigError, FedSQError, GateError
 from fedsq_plugin.hosts.flamby import benchmark
 from fedsq_plugin.hosts.flamby.backbones import factory
 from fedsq_plugin.hosts.flamby.catalogue import CATALOGUE
@@ -316,13 +317,27 @@ def test_an_unaccepted_licence_is_one_line(config: Path) -> None:
         bench(config)
 
 
+SHAPES = {
+    **{"fed_heart_disease": (1, 13), "fed_synthetic": (1, 10), "fed_isic2019": (1, 3, 64, 64)},
+    **{"fed_ixi": (1, 1, 16, 16, 16), "fed_kits19": (1, 1, *standins.PATCH), "fed_camelyon16": (1, 9, 2048)},
+}
+"""Of a batch of one."""
+
+
 @pytest.mark.parametrize("name", sorted(p.name for p in Path("recipes/flamby").glob("*.json")))
 def test_recipes_are_accepted(strategies: Any, name: str) -> None:
     file = Path("recipes/flamby", name)
     found = Configuration.read(file)
     backbone = "mlp" if found.about.features else "resnet18" if found.about.colour_images else "baseline"
     net = factory(found.about, backbone, None, FlambyPackage(found.about.key).baseline)()
-    found.check(strategies, net, backbone, benchmark._parsed([]))
+    inputs = torch.randn(SHAPES[found.about.name])
+    asked = benchmark._parsed([])
+    found.check(strategies, net, inputs, backbone, asked)
+    if found.about.ungated:
+        assert tuple(found.strategies["FedSQ"]["gate_accept"]) == found.about.ungated
+        bare = replace(found, strategies={"FedAvg": {}, "FedSQ": {}})
+        with pytest.raises(GateError, match=r"FedSQ: cannot gate .* by name: gate_accept: \['attention_V"):
+            bare.check(strategies, net, inputs, backbone, asked)
 
 
 def test_the_solver_for_benchopt_drives_rounds_by_itself(
