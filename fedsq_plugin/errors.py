@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 
 class FedSQError(Exception):
@@ -38,6 +39,19 @@ def first_line(error: BaseException) -> str:
 def in_one_line(error: BaseException) -> str:
     """Somebody else's error in one line: its class and what it says."""
     return f"{type(error).__name__}: {first_line(error)}"
+
+
+@contextmanager
+def in_terms(terms: Mapping[str, str]) -> Iterator[None]:
+    """Let errors that advise arguments of Python functions advise a host's own options: `terms` has what
+    stands for what in their lines."""
+    try:
+        yield
+    except (GateError, WeightsError) as error:
+        line = str(error)
+        for python, own in terms.items():
+            line = line.replace(python, own)
+        raise type(error)(line) from None
 
 
 LISTED = 40

@@ -397,3 +397,17 @@ def test_gates_of_random_weights_are_a_note() -> None:
     assert untrained_gates({**given, "warm_start": "public"}) == []
     assert untrained_gates({**given, "federated_optimizer": "FedAvg"}) == []
     assert untrained_gates({**given, "model": "resnet56"}) == []  # a script's own weights are its business
+
+
+def test_a_model_of_flambys_on_other_data_hides_nothing_else() -> None:
+    families = {
+        "data_args": {"dataset": "digits"},
+        "model_args": {"model": "flamby/baseline"},
+        "train_args": {
+            **{"federated_optimizer": "FedAvg", "client_num_in_total": 2, "client_num_per_round": 2},
+            **{"comm_round": 1, "learning_rat": 0.1},
+        },
+    }
+    lines = check(families)
+    assert any("is made for one of FLamby's data sets" in line for line in lines)
+    assert any("learning_rat" in line for line in lines)

@@ -139,7 +139,9 @@ def test_fine_tuning_of_all_moves_all(row: str) -> None:
 
 def test_fine_tuning_has_its_own_seed_and_the_rounds_rate() -> None:
     found, expected = worker("FedAvg"), mlp()
-    found.personalise(2, DATA[2], 3, head_only=False)
+    losses: list[torch.Tensor] = []
+    found.personalise(2, DATA[2], 3, head_only=False, on_step=losses.append)
+    assert len(losses) == 3 * len(list(DATA[2]))
     seed = derive("finetune", 3, 2)
     local_update(expected, DATA[2], TRAINING, [Phase(3, frozenset(Role))], found.roles, round=4, seed=seed)
     assert fingerprint(state_of(found.model)) == fingerprint(state_of(expected))

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
 
 from ...config import Config
-from ...errors import ConfigError
+from ...errors import ConfigError, first_line
 from ...federation.partition import Labels, label_counts, matching, partition
 from ...federation.seeding import derive
 from ...federation.task import CLASSIFICATION, Task
@@ -219,7 +219,7 @@ def _image_folder(config: Config) -> _Splits:
         try:
             folders.append(ImageFolder(str(root / split), transform, loader=_open_image))
         except FileNotFoundError as error:
-            raise ConfigError(f"image_folder: {str(error).splitlines()[0]}") from None
+            raise ConfigError(f"image_folder: {first_line(error)}") from None
     train, test = folders
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))[0]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -19,7 +18,7 @@ from ...algorithms.options import Options
 from ...algorithms.view import VIEWS
 from ...config import OPTIONS, Config, Finding, Kind, parse
 from ...dualcopy import DualCopy
-from ...errors import ConfigError, GateError, WeightsError, nearest
+from ...errors import ConfigError, WeightsError, in_terms, nearest
 from ...federation.local import LocalTraining, frozen_keys
 from ...federation.reluise import Hardening, Reluised
 from ...federation.seeding import derive, isolated
@@ -360,13 +359,6 @@ _TERMS = {
 }
 
 
-@contextmanager
-def in_recipe_terms() -> Iterator[None]:
+def in_recipe_terms() -> AbstractContextManager[None]:
     """Let errors that advise arguments of Python functions advise the recipe's keys."""
-    try:
-        yield
-    except (GateError, WeightsError) as error:
-        line = str(error)
-        for python, recipe in _TERMS.items():
-            line = line.replace(python, recipe)
-        raise type(error)(line) from None
+    return in_terms(_TERMS)

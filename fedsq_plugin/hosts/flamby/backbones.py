@@ -25,7 +25,7 @@ def create(model: str, dataset: str, outputs: int, seed: int) -> nn.Module:
     about = _row(model, dataset)
     if model != BASELINE and about.features is None:
         flat = ", ".join(other.key for other in CATALOGUE.values() if other.features is not None)
-        other = f"model: {BASELINE}" if about.instead is None else about.instead
+        other = about.instead if about.colour_images else f"the model {BASELINE}"
         raise ConfigError(f"model_args.model {model} takes vectors, as {flat} have them; use {other}")
     with isolated(seed):
         return _built(model, about, outputs, lambda: FlambyPackage(dataset).baseline())
@@ -43,7 +43,7 @@ def ungated(model: str, dataset: str) -> tuple[str, ...]:
 
 def fetched(model: str, dataset: str) -> bool:
     """Whether making the model fetches its weights from the internet."""
-    return model == BASELINE and _row(model, dataset).downloads
+    return model == BASELINE and dataset in CATALOGUE and CATALOGUE[dataset].downloads
 
 
 def without_gates(model: str, dataset: str) -> str | None:
@@ -67,16 +67,17 @@ def factory(
         ConfigError: no such backbone for this data set.
     """
     ours = [name for name in models.names() if not name.startswith(PREFIX)] if about.colour_images else []
-    own = {"baseline": BASELINE, **({MLP: MLP, NORMED: NORMED} if about.features else {})}
-    if backbone not in (*own, *ours):
-        raise ConfigError(f"--backbone {backbone}: {about.name} can have {', '.join([*own, *ours])}")
+    known = ["baseline", *((MLP, NORMED) if about.features else ()), *ours]
+    if backbone not in known:
+        raise ConfigError(f"--backbone {backbone}: {about.name} can have {', '.join(known)}")
     if weights == "imagenet" and backbone not in ours:
         raise ConfigError(f"--weights imagenet: there are none for {backbone}; give a file")
 
     def make(*arguments: Any) -> nn.Module:
         if backbone in ours:
             return models.create(backbone, about.outputs, weights)
-        model = _built(own[backbone], about, about.outputs, lambda: baseline(*arguments))
+        name = BASELINE if backbone == "baseline" else backbone
+        model = _built(name, about, about.outputs, lambda: baseline(*arguments))
         if weights is not None:
             models.load_weights(model, models.read_state(weights), head=None)
         return model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import runpy
 import sys
@@ -22,7 +21,10 @@ from .backbones import factory
 from .configuration import Configuration, read_json
 from .hook import register
 from .package import FlambyPackage, imported
+from .privacy import Privacy
 
+FLAGS = ("debug", "hard_debug", "use_ssl_features")
+"""Of FLamby's arguments, those by which the results are of another run."""
 SCRIPT = "flamby.benchmarks.fed_benchmark"
 WHO = "FLamby's benchmark"
 
@@ -52,20 +54,23 @@ def fed_benchmark(
     configuration = Configuration.read(config).only(only)
     register()
     strategies = imported("flamby.strategies", WHO)
+    main = imported(SCRIPT, WHO).main
     _refuse_pandas()
     asked = _parsed(arguments)
-    _refuse_without_strategy(asked)
     package = FlambyPackage(configuration.about.key)
+    _refuse_arguments(asked, package.module.NUM_CLIENTS)
     package.require_device(gpu=torch.cuda.is_available() and not asked.cpu_only)
     package.require_all()
     make = factory(configuration.about, backbone, weights, package.baseline)
     with isolated(0):
-        configuration.check(strategies, make(), package.inputs(), backbone, asked)
+        # As FLamby makes it.
+        phikon = asked.use_ssl_features and configuration.about.name == "fed_camelyon16"
+        model = make(*([768] if phikon else []))
+        configuration.check(strategies, model, package.inputs(), backbone, asked)
     results = results or configuration.results
     results.parent.mkdir(parents=True, exist_ok=True)
-    debug = "hard" if asked.hard_debug else "yes" if asked.debug else None
-    _one_model_per_file(results, {"backbone": backbone, "weights": weights, "debug": debug})
-    main = imported(SCRIPT, WHO).main
+    flags = {key: getattr(asked, key) for key in FLAGS}
+    _one_model_per_file(results, {"backbone": backbone, "weights": weights, **flags})
     with tempfile.TemporaryDirectory() as folder:
         asked.config_file_path = str(Path(folder, config.name))
         Path(asked.config_file_path).write_text(configuration.text())
@@ -74,7 +79,7 @@ def fed_benchmark(
         try:
             for seed in seeds:
                 asked.seed = seed
-                main(copy.deepcopy(asked))
+                main(asked)
         finally:
             package.module.Baseline = own
 
@@ -109,8 +114,8 @@ def _parsed(arguments: Sequence[str]) -> Namespace:
     raise ConfigError(f"{WHO} has no command line: is this FLamby's own?")
 
 
-def _refuse_without_strategy(asked: Namespace) -> None:
-    """FLamby's own rule, whose error is a traceback."""
+def _refuse_arguments(asked: Namespace, centres: int) -> None:
+    """FLamby's own rules, whose errors are tracebacks."""
     numbers = ("learning_rate", "server_learning_rate", "mu")
     given = [key for key in numbers if getattr(asked, key) is not None]
     given += ["optimizer-class"] if asked.optimizer_class != "torch.optim.SGD" else []
@@ -119,6 +124,9 @@ def _refuse_without_strategy(asked: Namespace) -> None:
         raise ConfigError(
             f"--{given[0]} is for one strategy: give --strategy as well, or write it into the configuration"
         )
+    Privacy.of(asked.dp_target_epsilon, asked.dp_target_delta, asked.dp_max_grad_norm)
+    if asked.single_centric_baseline == "Local" and not 0 <= asked.nlocal < centres:
+        raise ConfigError(f"--nlocal {asked.nlocal}: the centres are 0 to {centres - 1}")
 
 
 def _refuse_pandas() -> None:
@@ -131,15 +139,17 @@ def _refuse_pandas() -> None:
         )
 
 
-def _one_model_per_file(results: Path, asked: dict[str, str | None]) -> None:
+def _one_model_per_file(results: Path, asked: dict[str, Any]) -> None:
     """Its CSV does not say what model it is about, nor for how many rounds: results of another run would be
     taken for these. A note beside it says so; without one, it is FLamby's own baseline, for all rounds."""
     beside = results.with_name(f"{results.name}.model.json")
-    own = {"backbone": "baseline", "weights": None, "debug": None}
+    own = {"backbone": "baseline", "weights": None, **dict.fromkeys(FLAGS, False)}
     if results.exists():
         found = {**own, **(read_json(beside) if beside.exists() else {})}
         if found != asked:
-            said = " ".join(f"--{key} {value}" for key, value in found.items() if value is not None)
+            flags = [f"--{key.replace('_', '-')}" for key in FLAGS if found[key]]
+            values = [f"--{key} {found[key]}" for key in ("backbone", "weights") if found[key]]
+            said = " ".join(values + flags)
             raise ConfigError(f"{results} has results with {said}: name another file by --results-file-path")
     if asked != own:
         atomic_write(beside, json.dumps(asked).encode())

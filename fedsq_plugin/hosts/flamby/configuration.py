@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
 from argparse import Namespace
@@ -15,14 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from ...dualcopy import DualCopy
-from ...errors import ConfigError, FedSQError, in_one_line, nearest
+from ...errors import ConfigError, FedSQError, first_line, in_one_line, in_terms, nearest
 from .backbones import without_gates
 from .catalogue import BASELINE, CATALOGUE, FlambyData
 from .package import imported
 from .strategy import Strategy, known_options
 
-Options = Mapping[str, Any]
-PRIVACY = ("dp_target_epsilon", "dp_target_delta", "dp_max_grad_norm", "num_fine_tuning_steps")
+Given = Mapping[str, Any]
+"""The options of a strategy, as the JSON has them."""
+_TERMS = {
+    " (or turn the backbone into a ReLU one first)": "",
+    "accept it ungated by name: accept=[": "accept it ungated by name: gate_accept: [",
+    "all of them: accept=[": "all of them: gate_accept: [",
+}
 
 
 def read_json(file: Path) -> Any:
@@ -41,7 +45,7 @@ class Configuration:
     file: Path
     about: FlambyData
     results: Path
-    strategies: Mapping[str, Options]
+    strategies: Mapping[str, Given]
 
     @classmethod
     def read(cls, file: Path) -> Configuration:
@@ -83,28 +87,29 @@ class Configuration:
             inputs: a batch for it.
             asked: FLamby's own arguments.
         """
+        for name, given in self.strategies.items():
+            self._check_options(name, self._class(strategies, name), given)
+        trained = self.strategies
         if asked.single_centric_baseline is not None:
-            return
-        wanted = self.strategies
-        if asked.strategy is not None:
+            trained = {}
+        elif asked.strategy is not None:
             self._refuse_lost_options(strategies, asked)
-            wanted = {asked.strategy: {}}
-        for name, options in wanted.items():
-            self._check(name, self._class(strategies, name), options, model, inputs, backbone)
+            trained = {asked.strategy: {}}
+        for name, given in trained.items():
+            self._check_model(name, self._class(strategies, name), given, model, inputs, backbone)
         get_strategies = imported("flamby.benchmarks.conf", "FLamby's benchmark").get_strategies
-        content = json.loads(self.text())
         try:
-            found = get_strategies(content, learning_rate=1.0, args=copy.deepcopy(vars(asked)))
+            found = get_strategies(json.loads(self.text()), learning_rate=1.0, args=dict(vars(asked)))
         except Exception as error:
             raise self._wrong(in_one_line(error)) from None
-        for name, options in found.items():
-            if not callable(options.get("optimizer_class", dict)):
+        for name, given in found.items():
+            if "optimizer_class" in given and not inspect.isclass(given["optimizer_class"]):
                 raise self._wrong(f"{name}: optimizer_class is no class of torch.optim")
 
     def _refuse_lost_options(self, strategies: Any, asked: Namespace) -> None:
         """With --strategy, FLamby takes all options from its command line, which has none of ours."""
-        cls, options = self._class(strategies, asked.strategy), self.strategies.get(asked.strategy, {})
-        ours = [key for key in options if key not in vars(asked)]
+        cls, given = self._class(strategies, asked.strategy), self.strategies.get(asked.strategy, {})
+        ours = [key for key in given if key not in vars(asked)]
         if issubclass(cls, Strategy) and ours:
             raise self._wrong(
                 f"--strategy {asked.strategy} would leave out {', '.join(ours)}, because FLamby then reads "
@@ -112,36 +117,48 @@ class Configuration:
             )
 
     def _class(self, strategies: Any, name: str) -> Any:
+        known = [key for key, value in vars(strategies).items() if inspect.isclass(value)]
         try:
-            return getattr(strategies, name)
-        except AttributeError:
-            known = [key for key, value in vars(strategies).items() if inspect.isclass(value)]
-            raise self._wrong(f"unknown strategy '{name}'{nearest(name, known)}") from None
+            found = getattr(strategies, name)
+        except AttributeError as error:
+            why = str(error) if "+" in name else f"unknown strategy '{name}'{nearest(name, known)}"
+            raise self._wrong(why) from None
+        if not inspect.isclass(found):
+            raise self._wrong(f"'{name}' is no strategy{nearest(name, known)}")
+        return found
 
-    def _check(
-        self, name: str, cls: Any, options: Options, model: nn.Module, inputs: Tensor, backbone: str
-    ) -> None:
+    def _check_options(self, name: str, cls: Any, given: Given) -> None:
         known = [*inspect.signature(cls).parameters, "learning_rate_scaler"]
-        for key in options:
+        for key in given:
             if key not in known:
                 raise self._wrong(f"{name} has no '{key}'{nearest(key, known)}")
+        optimizer = given.get("optimizer_class", "torch.optim.SGD")
+        if not isinstance(optimizer, str) or not optimizer.startswith("torch."):
+            raise self._wrong(f"{name}: optimizer_class is {optimizer!r}, not as 'torch.optim.SGD'")
+
+    def _check_model(
+        self, name: str, cls: Any, given: Given, model: nn.Module, inputs: Tensor, backbone: str
+    ) -> None:
         if not issubclass(cls, Strategy):
             return
         if cls.row.view == "dualcopy" and backbone == "baseline":
             line = without_gates(BASELINE, self.about.key)
             if line is not None:
-                raise self._wrong(f"{name}: {line}, by --backbone")
+                raise self._wrong(f"{name}: {line}")
+        own = {key: given[key] for key in known_options(cls.row) if key in given}
+        private = {key: given[key] for key in inspect.signature(cls.privacy).parameters if key in given}
         try:
-            cls.privacy(**{key: options[key] for key in PRIVACY if key in options})
-            own = {key: options[key] for key in known_options(cls.row) if key in options}
-            viewed, *_ = cls.viewed(model, own)
-            if isinstance(viewed, DualCopy):
-                with torch.no_grad():
+            privacy = cls.privacy(**private)
+            with in_terms(_TERMS), torch.no_grad():
+                viewed, *_ = cls.viewed(model, own)
+                if privacy is not None:
+                    privacy.refuse_model(cls.row, viewed)
+                if isinstance(viewed, DualCopy):
                     viewed.eval()(inputs)  # finds the activations that are no modules
         except FedSQError as error:
-            line = str(error) if str(error).startswith(name) else f"{name}: {error}"
-            line = line.replace("by name: accept=[", "by name: gate_accept: [")
-            raise type(error)(f"configuration {self.file}: {line}") from None
+            raise type(error)(f"configuration {self.file}: {name}: {error}") from None
+        except RuntimeError as error:
+            raise self._wrong(f"{name}: the model does not run on a sample ({first_line(error)})") from None
 
     def _wrong(self, what: str) -> ConfigError:
         return ConfigError(f"configuration {self.file}: {what}")

@@ -86,14 +86,19 @@ class FlambyPackage:
         return int(self.module.NUM_CLIENTS)
 
     def require_all(self) -> None:
-        """Raise ConfigError where a part of the data, of any centre, or their licence is missing."""
-        for train in (True, False):
-            self.samples(train, pooled=True)
+        """Raise ConfigError where the data, those of a centre, or their licence are missing."""
+        self.samples(train=True, pooled=True)
         there, trained = self.centres(), self.module.NUM_CLIENTS
         if there != trained:
             raise ConfigError(
                 f"{self.about.key}: the data have {there} centres, and FLamby trains {trained}; {self._how()}"
             )
+        for train, split in ((True, "training"), (False, "test")):
+            for centre in range(trained):
+                if not len(self.samples(train, centre)):  # type: ignore[arg-type]
+                    raise ConfigError(
+                        f"{self.about.key}: centre {centre} has no {split} sample; {self._how()}"
+                    )
 
     def require_device(self, gpu: bool) -> None:
         """Raise ConfigError where a GPU is needed and none is to be used."""

@@ -49,6 +49,13 @@ class Privacy:
         if why:
             raise ConfigError(f"{row.name} cannot train with differential privacy (dp_…): {why}")
 
+    def refuse_model(self, row: Algorithm, model: nn.Module) -> None:
+        """Raise ConfigError for what opacus has no gradients of samples for, as BatchNorm."""
+        from opacus.validators import ModuleValidator
+
+        if found := ModuleValidator.validate(model.train(), strict=False):
+            raise ConfigError(f"{row.name}: differential privacy: {' '.join(str(found[0]).split())}")
+
     def warn(self, loaders: Sequence[Any], updates: int) -> None:
         """Say where FLamby's way of counting, which this follows, promises too much."""
         if any(updates > len(loader) for loader in loaders):
@@ -70,13 +77,13 @@ class Privacy:
     ) -> torch.optim.Optimizer:
         """The optimizer of a client that noises its gradients; the model's modules get opacus' hooks."""
         from opacus import PrivacyEngine
-        from opacus.validators.errors import UnsupportedModuleError
 
         model.to(device).train()
+        plain = optimizer_class(model.parameters(), lr=learning_rate)
         try:
             _, optimizer, _ = PrivacyEngine().make_private_with_epsilon(
                 module=model,
-                optimizer=optimizer_class(model.parameters(), lr=learning_rate),
+                optimizer=plain,
                 data_loader=loader,
                 epochs=rounds,
                 target_epsilon=self.epsilon,
@@ -84,7 +91,7 @@ class Privacy:
                 max_grad_norm=self.max_grad_norm,
                 noise_generator=torch.Generator(device).manual_seed(seed),
             )
-        except (UnsupportedModuleError, ValueError) as error:
+        except ValueError as error:
             raise ConfigError(f"differential privacy: {' '.join(str(error).split())}") from None
         made: torch.optim.Optimizer = optimizer
         return made

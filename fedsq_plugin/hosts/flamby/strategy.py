@@ -18,7 +18,7 @@ from ...algorithms.coordinator import Coordinator
 from ...algorithms.fits import refuse_misfit
 from ...algorithms.options import Options
 from ...algorithms.view import VIEWS
-from ...config import OPTIONS, Config, family_of, validated
+from ...config import Config, family_of, validated
 from ...dualcopy import DualCopy
 from ...errors import ConfigError, nearest
 from ...federation.local import LocalTraining, OptimizerClass, trains
@@ -133,13 +133,10 @@ class Strategy:
                 raise ConfigError(f"{row.name}: training_dataloaders[{number}] has no samples: leave it out")
         self.nrounds, self.num_updates = nrounds, num_updates
         self.bits_counting_function = bits_counting_function
-        private = {"dp_target_epsilon": dp_target_epsilon, "dp_target_delta": dp_target_delta}
-        private["dp_max_grad_norm"] = dp_max_grad_norm
-        privacy = self.privacy(**private, num_fine_tuning_steps=num_fine_tuning_steps)
-        # Whoever knows the seed of the noise can take it away.
-        noise_seed = secrets.randbits(63) if seed is None else seed
+        privacy = self.privacy(dp_target_epsilon, dp_target_delta, dp_max_grad_norm, num_fine_tuning_steps)
         viewed, chosen, keep_gates = self.viewed(model, options)
-        seed = torch.initial_seed() if seed is None else seed
+        if privacy is not None:
+            privacy.refuse_model(row, viewed)
         self.training_dataloaders_with_memory = [EndlessBatches(loader) for loader in training_dataloaders]
         self._fine_tuning = [self._steps(loader, num_fine_tuning_steps) for loader in training_dataloaders]
         if privacy is not None:
@@ -150,6 +147,8 @@ class Strategy:
             own: nn.Module = copy.deepcopy(viewed).to(device)
             optimizer = optimizer_class
             if privacy is not None:
+                # Whoever knows the seed of the noise can take it away.
+                noise_seed = secrets.randbits(63) if seed is None else seed
                 made = privacy.optimizer(
                     own, optimizer_class, learning_rate, batches.loader, nrounds, noise_seed, device
                 )
@@ -175,7 +174,7 @@ class Strategy:
             chosen,
             state_of(viewed),
             roles(viewed, chosen.head),
-            seed,
+            torch.initial_seed() if seed is None else seed,
             structural=isinstance(viewed, DualCopy),
             mean=MeanOfDifferences,
         )
@@ -253,8 +252,7 @@ def _options(row: Algorithm, given: dict[str, Any]) -> tuple[Options, bool]:
         if key not in known_options(row):
             raise ConfigError(f"{row.name} has no option '{key}'{nearest(key, known_options(row))}")
     valid, found = validated(given)
-    lines = {f.key: f.line.removeprefix(f"{family_of(f.key)}.") for f in found if f.key in OPTIONS}
-    if wrong := [line for key, line in lines.items() if key in given]:
+    if wrong := [f.line.removeprefix(f"{family_of(f.key)}.") for f in found if f.key in given]:
         raise ConfigError(f"{row.name}: {'; '.join(wrong)}")
     chosen = {key: valid[key] for key in given}
     keep_gates = bool(chosen.pop("keep_gates", False))

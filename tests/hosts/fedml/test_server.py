@@ -473,6 +473,7 @@ def test_one_that_is_started_anew_before_the_first_round_needs_no_quorum(make_ar
     bench.come(1, process="second")
     bench.come(2)
     assert bench.there == {1, 2} and len(bench.tasks()) == 2
+    assert bench.server._round.record.notes == ["rank 1 was started anew before the first round"]
 
 
 def test_one_that_was_silent_without_a_task_is_taken_back(

@@ -125,7 +125,7 @@ def test_an_mlp_fits_the_data_set(fake: Path) -> None:
     ("model", "dataset", "said"),
     [
         ("mlp", "flamby/fed_isic2019", "use the model resnet18 or alexnet"),
-        ("mlp", "flamby/fed_ixi", "use model: flamby/baseline"),
+        ("mlp", "flamby/fed_ixi", "use the model flamby/baseline"),
         ("mlp", "digits", "is made for one of FLamby's data sets"),
         ("flamby/baseline", "digits", "is made for one of FLamby's data sets"),
     ],
@@ -187,6 +187,20 @@ class Unreadable:
 def FedClass(center=0, train=True, pooled=False, data_path=None):
     return Unreadable()
 """
+
+
+def test_every_centre_must_have_samples(fake: Path, tmp_path: Path) -> None:
+    (tmp_path / "processed.va.data").touch()
+    FlambyPackage(HEART, str(tmp_path)).require_all()
+    empty = "torch.full((0 if center == 2 and not train and not pooled else 5, 13)"
+    fake.write_text(
+        CENTRE.replace("torch.full((5, 13)", empty).replace(
+            "torch.zeros(5, 1)", "torch.zeros(0 if center == 2 and not train and not pooled else 5, 1)"
+        )
+    )
+    sys.modules.pop("flamby.datasets.fed_heart_disease")
+    with pytest.raises(ConfigError, match="centre 2 has no test sample; get them by: cd "):
+        FlambyPackage(HEART, str(tmp_path)).require_all()
 
 
 def test_a_sample_that_cannot_be_read_is_one_line(fake: Path, tmp_path: Path) -> None:

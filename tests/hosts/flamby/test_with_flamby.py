@@ -223,9 +223,9 @@ def test_flambys_benchmark_runs_our_rows_and_finds_them_again(config: Path) -> N
     first[:-3].to_csv(config.with_name("results.csv"), index=False)
     again = bench(config).set_index(["Method", "seed", "Test"])["Metric"]
     pd.testing.assert_series_equal(again.sort_index(), metrics.sort_index())
-    with pytest.raises(ConfigError, match=r"results.csv has results with --backbone mlp --debug yes: name"):
+    with pytest.raises(ConfigError, match=r"results.csv has results with --backbone mlp --debug: name"):
         bench(config, backbone="mlp_bn")
-    with pytest.raises(ConfigError, match=r"results.csv has results with --backbone mlp --debug yes: name"):
+    with pytest.raises(ConfigError, match=r"results.csv has results with --backbone mlp --debug: name"):
         benchmark.fed_benchmark(config, [], "mlp", None, [0])
 
 
@@ -261,6 +261,14 @@ def test_a_baseline_alone_asks_for_no_strategy(config: Path) -> None:
         (("--strategy", "FedProx"), "you should provide a value for mu"),
         (("--strategy", "FedSq2"), "unknown strategy 'FedSq2'; did you mean 'FedSQ'"),
         (("-s", "FedSQ", "-slr", "1.0"), "server_learning_rate"),
+        (("-s", "fed_avg"), "'fed_avg' is no strategy; did you mean 'FedAvg'"),
+        (("-s", "FedAdam+FedYogi"), "FedAdam and FedYogi"),
+        (("-slr", "0.1"), "--server_learning_rate is for one strategy"),
+        (("-mu", "0.1"), "--mu is for one strategy"),
+        (("-opt", "torch.optim.Adam"), "--optimizer-class is for one strategy"),
+        (("-d",), "--deterministic is for one strategy"),
+        (("-dpe", "1.0"), "needs dp_target_epsilon, dp_target_delta and dp_max_grad_norm together"),
+        (("-scb", "Local", "--nlocal", "9"), "--nlocal 9: the centres are 0 to 3"),
         (("-lr", "0.1"), "--learning_rate is for one strategy: give --strategy as well"),
     ],
 )
@@ -277,6 +285,10 @@ def test_wrong_arguments_are_one_line(config: Path, arguments: tuple[str, ...], 
         ({"strategies": {"FedSq2": {}}}, "unknown strategy 'FedSq2'; did you mean 'FedSQ'?"),
         ({"strategies": {"FedSQ": {"fedprox_mu": 1}}}, "FedSQ has no 'fedprox_mu'"),
         ({"strategies": []}, "'strategies' is missing or wrong"),
+        (
+            {"strategies": {"FedAvg": {"optimizer_class": "SGD"}}},
+            "optimizer_class is 'SGD', not as 'torch.op",
+        ),
         ({"strategies": {"FedSQ": None}}, "the options of FedSQ are no object, as {}"),
         ({"strategies": {"FedProx": {}}}, "you should provide a value for mu"),
         ({"strategies": {"FedSQ": {"optimizer_class": "torch.optim.SDG"}}}, "has no attribute 'SDG'"),
@@ -288,7 +300,7 @@ def test_wrong_arguments_are_one_line(config: Path, arguments: tuple[str, ...], 
         ({"strategies": {"PluginFedProx": {**PRIVATE_OPTIONS}}}, "PluginFedProx: FedProx cannot train with"),
         ({"dataset": "fed_kits19"}, "flamby/fed_kits19: the data are not there; get them by: git clone"),
         ({"strategies": {"FedAvg": SGD, "FedSQ": {"structural_rounds": 0}}}, "FedSQ: structural_rounds is 0"),
-        ({"strategies": {"FedAvg": SGD, "FedRep": SGD}}, "json: FedRep treats the head apart"),
+        ({"strategies": {"FedAvg": SGD, "FedRep": SGD}}, "FedRep treats the head apart"),
     ],
 )
 def test_a_wrong_configuration_is_one_line(config: Path, change: dict[str, Any], said: str) -> None:
@@ -299,11 +311,30 @@ def test_a_wrong_configuration_is_one_line(config: Path, change: dict[str, Any],
 
 
 def test_what_cannot_be_gated_is_said_before_any_other_strategy_runs(config: Path) -> None:
-    with pytest.raises(FedSQError, match=r"FedSQ: FLamby's own for .* without a gate; use the model mlp, by"):
+    with pytest.raises(FedSQError, match=r"FedSQ: FLamby's own for .* without a gate; use the model mlp"):
         bench(config, backbone="baseline")
     assert not config.with_name("results.csv").exists()
     with pytest.raises(ConfigError, match="fed_heart_disease can have baseline, mlp, mlp_bn"):
         bench(config, backbone="resnet18")
+
+
+@pytest.mark.parametrize("arguments", [("--strategy", "FedAvg"), ("-scb", "Pooled")])
+def test_a_typo_is_one_line_though_another_strategy_is_asked_for(
+    config: Path, arguments: tuple[str, ...]
+) -> None:
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps({**content, "strategies": {"FedAvg": {}, "FedSW": {}}}))
+    with pytest.raises(ConfigError, match="unknown strategy 'FedSW'; did you mean 'FedSQ'"):
+        bench(config, *arguments)
+
+
+def test_what_opacus_refuses_is_said_before_any_strategy_runs(config: Path) -> None:
+    content = json.loads(config.read_text())
+    rows = {"FedAvg": SGD, "PluginFedAvg": {**SGD, **PRIVATE_OPTIONS}}
+    config.write_text(json.dumps({**content, "strategies": rows}))
+    with pytest.raises(ConfigError, match=r"PluginFedAvg: FedAvg: differential privacy: .*BatchNorm"):
+        bench(config, backbone="mlp_bn")
+    assert not config.with_name("results.csv").exists()
 
 
 def test_a_row_that_is_not_asked_for_may_be_one_that_cannot_run(config: Path) -> None:

@@ -15,7 +15,7 @@ class Lost(Enum):
 
     FOR_GOOD = "only a new process brings it back"
     LATE = "it has a task, and may answer yet"
-    SILENT = "it has no task, and may show life again"
+    SILENT = "it has no task, or did not get it, and may show life again"
 
 
 class Attendance:

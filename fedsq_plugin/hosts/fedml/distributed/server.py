@@ -151,8 +151,9 @@ class Server(FedMLCommManager):  # type: ignore[misc]
             return
         if self._attendance.is_there(rank, process):
             return  # sent again, because its arrival was not confirmed in time
-        if rank in self._attendance.online and self._stage != "start":
-            # A process that came back knows nothing of what it was told.
+        if rank in self._attendance.online and self._stage == "start":
+            self._note(f"rank {rank} was started anew before the first round")
+        elif rank in self._attendance.online:  # a process that came back knows nothing of what it was told
             self._lose(rank, "its process was started anew")
         self._samples.update(counts)
         self._welcome(rank, process)
