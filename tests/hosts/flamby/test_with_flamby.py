@@ -28,6 +28,7 @@ from fedsq_plugin.hosts.flamby.catalogue import CATALOGUE
 from fedsq_plugin.hosts.flamby.configuration import Configuration
 from fedsq_plugin.hosts.flamby.hook import register
 from fedsq_plugin.hosts.flamby.package import FlambyPackage
+from fedsq_plugin.hosts.flamby.privacy import Privacy
 
 from . import standins
 from .task import equal, made, model, run
@@ -90,6 +91,30 @@ def test_fedsq_is_flambys_fedavg_on_a_dualcopy(strategies: Any) -> None:
 def test_noise_without_a_seed_is_not_repeated(strategies: Any) -> None:
     unseeded = {**PRIVATE, "seed": None}
     assert not equal(run(cls=strategies.FedSQ, **unseeded)[0], run(cls=strategies.FedSQ, **unseeded)[0])
+
+
+@pytest.mark.parametrize(("seed", "different"), [(None, 3), (3, 1)])
+def test_without_a_seed_every_client_has_noise_of_its_own(
+    strategies: Any, monkeypatch: pytest.MonkeyPatch, seed: int | None, different: int
+) -> None:
+    seeds: list[int] = []
+
+    def optimizer(
+        self: Privacy,
+        model: nn.Module,
+        cls: Any,
+        rate: float,
+        loader: Any,
+        rounds: int,
+        seed: int,
+        device: Any,
+    ) -> Any:
+        seeds.append(seed)
+        return cls(model.parameters(), lr=rate)
+
+    monkeypatch.setattr(Privacy, "optimizer", optimizer)
+    made(cls=strategies.FedSQ, **{**PRIVATE, "centres": 3, "seed": seed})
+    assert len(seeds) == 3 and len(set(seeds)) == different
 
 
 def test_a_budget_that_cannot_be_kept_is_one_line(strategies: Any) -> None:
@@ -369,6 +394,8 @@ def test_recipes_are_accepted(strategies: Any, name: str) -> None:
         bare = replace(found, strategies={"FedAvg": {}, "FedSQ": {}})
         with pytest.raises(GateError, match=r"FedSQ: cannot gate .* by name: gate_accept: \['attention_V"):
             bare.check(strategies, net, inputs, backbone, asked)
+        with pytest.raises(ConfigError, match="FedSQ: the model does not run on a sample"):
+            found.check(strategies, net, inputs[..., :768], backbone, asked)
 
 
 def test_the_solver_for_benchopt_drives_rounds_by_itself(
