@@ -50,7 +50,8 @@ class Privacy:
             raise ConfigError(f"{row.name} cannot train with differential privacy (dp_…): {why}")
 
     def refuse_model(self, row: Algorithm, model: nn.Module) -> None:
-        """Raise ConfigError for what opacus has no gradients of samples for, as BatchNorm."""
+        """Raise ConfigError for what opacus has no gradients of samples for, as BatchNorm, before `optimizer`
+        does."""
         from opacus.validators import ModuleValidator
 
         if found := ModuleValidator.validate(model.train(), strict=False):

@@ -135,8 +135,6 @@ class Strategy:
         self.bits_counting_function = bits_counting_function
         privacy = self.privacy(dp_target_epsilon, dp_target_delta, dp_max_grad_norm, num_fine_tuning_steps)
         viewed, chosen, keep_gates = self.viewed(model, options)
-        if privacy is not None:
-            privacy.refuse_model(row, viewed)
         self.training_dataloaders_with_memory = [EndlessBatches(loader) for loader in training_dataloaders]
         self._fine_tuning = [self._steps(loader, num_fine_tuning_steps) for loader in training_dataloaders]
         if privacy is not None:
