@@ -62,6 +62,12 @@ CASES: dict[str, Case] = {
         f"structural copy {how}": _row("FedSQ", structural_copy=how, structural_rounds=2, **PARTIAL)
         for how in ("refresh", "ema", "unfreeze")
     },
+    "FedSQ+FrozenBN": _row("FedSQ+FrozenBN"),
+    **{
+        f"{name}, structural copy {how}": _row(name, structural_copy=how, structural_rounds=2, **PARTIAL)
+        for name in ("FedSQ+FedMR", "FedSQ+FrozenBN")
+        for how in ("refresh", "ema", "unfreeze")
+    },
     "silos' own models": _row("FedAvg", silo_evaluation=True, finetune_epochs=2, finetune_part="head"),
     "buffers kept": _row("FedSQ", buffers="keep"),
     "an empty silo": Case(

@@ -22,7 +22,7 @@ from fedsq_plugin import launch
 from fedsq_plugin.config import OPTIONS, family_of
 from fedsq_plugin.federation.seeding import sample_clients
 
-from . import several
+from . import golden, several
 from .cases import CASES, Case
 from .conftest import HEAD, MPIRUN, NORM, WHOLE, environment, turn_off_security
 from .several import SEED, rows, script
@@ -97,6 +97,22 @@ def scripts_in_one_process(
     yield {name: script(case, folder, number=n) for n, (name, case) in enumerate(CASES.items())}
     sys.argv, logging.root.handlers = argv, root
     turn_off_security()
+
+
+def test_the_figures_are_those_that_were_written_down(scripts_in_one_process: Any) -> None:
+    """Equal in every digit on a machine like the one that wrote them, nearly equal elsewhere."""
+    written = json.loads(golden.FILE.read_text())
+    found = json.loads(json.dumps(scripts_in_one_process))
+    assert found.keys() == written["runs"].keys()
+    if golden.machine() == written["machine"]:
+        assert found == written["runs"]
+        return
+    for name, (rounds, _) in written["runs"].items():
+        assert len(found[name][0]) == len(rounds), name
+        for ours, theirs in zip(found[name][0], rounds, strict=True):
+            assert (ours["bytes"], ours["notes"]) == (theirs["bytes"], theirs["notes"]), name
+            for one, other in zip(ours["metrics"], theirs["metrics"], strict=True):
+                assert one == (other and pytest.approx(other, abs=golden.TOLERANCE, nan_ok=True)), name
 
 
 @pytest.mark.parametrize("backend", ROADS)
