@@ -15,7 +15,7 @@ from .hosts.fedml.distributed.mpi import abort
 from .hosts.fedml.offline import require_home
 
 if TYPE_CHECKING:
-    from .recipe import Families
+    from .settings.recipe import Families
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -46,8 +46,8 @@ def _begun_or_new(
 ) -> tuple[Families, Path, dict[str, Any]]:
     """The recipe, the run directory, and the summary of a run that goes on."""
     require_home()
-    from . import runs
-    from .recipe import overridden, read_yaml
+    from .run import run as runs
+    from .settings.recipe import overridden, read_yaml
 
     if resume is None:
         if recipe is None:
@@ -76,7 +76,7 @@ def cli(context: click.Context) -> None:
 def run(recipe: Path | None, settings: tuple[str, ...], out: Path | None, resume: Path | None) -> None:
     """Run RECIPE, a FedML YAML, and write its metrics, tables and pictures."""
     families, out, summary = _begun_or_new(recipe, settings, out, resume)
-    from . import runs
+    from .run import run as runs
 
     if "algorithms_compared" in summary:
         raise ConfigError(f"--resume {resume}: it is a comparison; use fedsq compare --resume {resume}")
@@ -118,7 +118,7 @@ def launch(
 def node(recipe: Path, rank: int | None, plain: bool, resume: bool, out: Path) -> None:
     """One process of a launched run."""
     from . import launch as launcher
-    from .recipe import read_yaml
+    from .settings.recipe import read_yaml
 
     launcher.node(read_yaml(recipe), rank, out, _console(plain), resume)
 
@@ -145,7 +145,7 @@ def compare(
 ) -> None:
     """Run RECIPE with several algorithms and seeds, all else equal, and compare them."""
     families, out, summary = _begun_or_new(recipe, settings, out, resume)
-    from . import runs
+    from .run import run as runs
 
     if resume is not None:
         if "algorithms_compared" not in summary:
@@ -165,7 +165,7 @@ def compare(
 @click.option("--days", type=click.IntRange(min=1, max=3650), default=30, show_default=True, help="Validity.")
 def certificates(directory: Path, clients: int, days: int) -> None:
     """Make certificates and keys in DIRECTORY for a GRPC run under mutual TLS."""
-    from .certificates import write
+    from .wire.certificates import write
 
     write(directory, clients, days)
     click.echo(
@@ -178,8 +178,8 @@ def certificates(directory: Path, clients: int, days: int) -> None:
 @click.argument("directory", type=click.Path(path_type=Path))
 def report(directory: Path) -> None:
     """Make tables and pictures anew from the metrics in DIRECTORY."""
-    from .analysis.report import write_report
-    from .analysis.rundir import RunDirectory
+    from .results.report import write_report
+    from .results.rundir import RunDirectory
 
     console = _console()
     console.print(write_report(RunDirectory.open(directory)))
@@ -191,9 +191,9 @@ def report(directory: Path) -> None:
 @_settings
 def check(recipe: Path, settings: tuple[str, ...]) -> None:
     """Say everything that is wrong with RECIPE, at once. Nothing is trained or downloaded."""
-    from . import check as checks
-    from .hosts.fedml.unused import compiled_for_cpu, untrained_gates
-    from .recipe import flat, overridden, read_loosely
+    from .run import check as checks
+    from .run.unused import compiled_for_cpu, untrained_gates
+    from .settings.recipe import flat, overridden, read_loosely
 
     families, repeated = read_loosely(recipe)
     families = overridden(families, settings)

@@ -19,13 +19,13 @@ from typing import IO, TYPE_CHECKING
 
 import yaml
 
-from . import certificates
-from .check import check
 from .errors import ConfigError, RunError
 from .hosts.fedml.devices import device_name
-from .hosts.fedml.distributed.tls import credentials
 from .hosts.fedml.names import with_host_defaults
-from .recipe import Families, flat, overridden, resolve
+from .run.check import check
+from .settings.recipe import Families, flat, overridden, resolve
+from .wire import certificates
+from .wire.tls import credentials
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -97,8 +97,8 @@ def _terminated(number: int, frame: object) -> None:
 
 def node(families: Families, rank: int | None, out: Path, console: Console, resume: bool) -> None:
     """One process of a launched run: the server where `rank` is 0."""
-    from . import runs
-    from .hosts.fedml.run import serve
+    from .hosts.fedml.host import serve
+    from .run import run as runs
 
     if rank is None:
         from mpi4py import MPI
@@ -207,7 +207,7 @@ def _logged_reason(out: Path) -> str | None:
     told = None
     for log in sorted(out.glob("*.log"), reverse=True):  # the server's first
         for line in log.read_text(errors="replace").splitlines():
-            _, found, reason = line.partition(" ERROR fedsq_plugin.hosts.fedml.run: ")
+            _, found, reason = line.partition(" ERROR fedsq_plugin.hosts.fedml.host: ")
             if found and TOLD not in reason:
                 return reason
             # A client that was told of the end may end all before the server has said why.

@@ -277,7 +277,7 @@ def test_our_recipes_have_nothing_wrong(
 
 
 def test_the_readme_lists_every_option() -> None:
-    from fedsq_plugin.config import reference
+    from fedsq_plugin.settings.config import reference
 
     assert reference() in (ROOT / "README.md").read_text()
 
@@ -318,7 +318,7 @@ def test_help_and_import_stay_light() -> None:
 def test_the_core_needs_no_host() -> None:
     code = (
         "import sys\n"
-        "import fedsq_plugin.dualcopy, fedsq_plugin.algorithms, fedsq_plugin.federation.warm_start\n"
+        "import fedsq_plugin.dualcopy, fedsq_plugin.algorithms, fedsq_plugin.run.warm_start\n"
         "heavy = {'fedml', 'flamby', 'torchvision', 'pandas', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

@@ -11,9 +11,9 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from fedsq_plugin.check import notes
 from fedsq_plugin.errors import ConfigError
-from fedsq_plugin.recipe import overridden, problems, read_loosely
+from fedsq_plugin.run.check import notes
+from fedsq_plugin.settings.recipe import overridden, problems, read_loosely
 
 RECIPES = [path.read_text() for path in sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))]
 WORDS = (

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from fedsq_plugin.algorithms import Algorithm, algorithm
-from fedsq_plugin.algorithms.client import Worker
-from fedsq_plugin.algorithms.coordinator import Coordinator
 from fedsq_plugin.algorithms.options import Options
 from fedsq_plugin.algorithms.view import VIEWS
+from fedsq_plugin.data.partition import partition
 from fedsq_plugin.dualcopy import DualCopy
+from fedsq_plugin.federation.client import Worker
 from fedsq_plugin.federation.evaluate import Metrics, evaluate
 from fedsq_plugin.federation.local import LocalTraining, trains
 from fedsq_plugin.federation.messages import Update, packed, unpacked, update_of, with_sums
-from fedsq_plugin.federation.partition import partition
 from fedsq_plugin.federation.roles import roles
 from fedsq_plugin.federation.seeding import isolated
+from fedsq_plugin.federation.server import Coordinator
 from fedsq_plugin.federation.state import State, state_of
 from fedsq_plugin.federation.updates import problem
 

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from fedsq_plugin.algorithms import algorithm
 from fedsq_plugin.algorithms.class_means import apply, collect, expected
-from fedsq_plugin.algorithms.client import Worker
-from fedsq_plugin.algorithms.coordinator import Coordinator, added
 from fedsq_plugin.dualcopy import DualCopy
 from fedsq_plugin.errors import ConfigError, UpdateError
+from fedsq_plugin.federation.client import Worker
 from fedsq_plugin.federation.evaluate import evaluate
 from fedsq_plugin.federation.messages import Update
 from fedsq_plugin.federation.roles import roles
 from fedsq_plugin.federation.seeding import isolated
+from fedsq_plugin.federation.server import Coordinator, added
 from fedsq_plugin.federation.state import fingerprint, state_of
 
 from .task import OPTIONS, Batches, Federation, corners, mlp, silos

@@ -8,11 +8,11 @@ from torch import nn
 from torchvision.models import resnet18
 
 from fedsq_plugin.algorithms import Algorithm
-from fedsq_plugin.algorithms.coordinator import Coordinator
 from fedsq_plugin.algorithms.exchange import EXCHANGES, personal
 from fedsq_plugin.algorithms.options import Options
 from fedsq_plugin.federation.messages import Update
 from fedsq_plugin.federation.roles import Role, roles
+from fedsq_plugin.federation.server import Coordinator
 from fedsq_plugin.federation.state import State, state_of
 
 

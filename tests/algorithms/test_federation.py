@@ -332,9 +332,9 @@ def test_state_without_the_clients_would_not_do(tmp_path: Path) -> None:
 def test_core_needs_no_host() -> None:
     code = (
         "import sys, fedsq_plugin.algorithms.view, fedsq_plugin.algorithms.server,"
-        "fedsq_plugin.algorithms.client, fedsq_plugin.algorithms.coordinator,"
-        "fedsq_plugin.federation.local, fedsq_plugin.federation.warm_start,"
-        "fedsq_plugin.federation.partition, fedsq_plugin.federation.updates;"
+        "fedsq_plugin.federation.client, fedsq_plugin.federation.server,"
+        "fedsq_plugin.federation.local, fedsq_plugin.run.warm_start,"
+        "fedsq_plugin.data.partition, fedsq_plugin.federation.updates;"
         "sys.exit(' '.join({'fedml', 'torchvision', 'sklearn'} & set(sys.modules)) or None)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

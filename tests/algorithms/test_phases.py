@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from fedsq_plugin.algorithms import Algorithm
 from fedsq_plugin.algorithms.class_means import apply, collect
-from fedsq_plugin.algorithms.client import Worker
 from fedsq_plugin.algorithms.options import Options
 from fedsq_plugin.algorithms.phases import PHASES
 from fedsq_plugin.dualcopy import DualCopy
 from fedsq_plugin.errors import ConfigError
+from fedsq_plugin.federation.client import Worker
 from fedsq_plugin.federation.local import LocalTraining, Phase, Statistics
 from fedsq_plugin.federation.roles import Role
 from fedsq_plugin.federation.seeding import isolated

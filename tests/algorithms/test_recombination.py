@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedsq_plugin.algorithms import algorithm
-from fedsq_plugin.algorithms.coordinator import Coordinator
 from fedsq_plugin.algorithms.options import Options
 from fedsq_plugin.algorithms.recombination import recombine, recombined
 from fedsq_plugin.federation.messages import Update
 from fedsq_plugin.federation.roles import roles
 from fedsq_plugin.federation.seeding import derive, isolated
+from fedsq_plugin.federation.server import Coordinator
 from fedsq_plugin.federation.server_state import ServerState
 from fedsq_plugin.federation.state import State, fingerprint, state_of
 

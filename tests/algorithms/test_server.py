@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedsq_plugin.algorithms import ALGORITHMS, Algorithm
-from fedsq_plugin.algorithms.coordinator import Coordinator
 from fedsq_plugin.algorithms.options import Options
 from fedsq_plugin.algorithms.recombination import recombine
 from fedsq_plugin.algorithms.server import SERVERS, Server, average
@@ -25,6 +24,7 @@ from fedsq_plugin.algorithms.server_optimizers import adam, momentum, yogi
 from fedsq_plugin.errors import UpdateError
 from fedsq_plugin.federation.messages import Update
 from fedsq_plugin.federation.roles import Role
+from fedsq_plugin.federation.server import Coordinator
 from fedsq_plugin.federation.server_state import ServerState
 from fedsq_plugin.federation.state import State, fingerprint
 

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from fedsq_plugin.algorithms import Algorithm, algorithm
-from fedsq_plugin.algorithms.client import Worker
-from fedsq_plugin.algorithms.coordinator import Coordinator
 from fedsq_plugin.algorithms.options import Options
 from fedsq_plugin.algorithms.structural import next_structural
 from fedsq_plugin.dualcopy import DualCopy
 from fedsq_plugin.errors import UpdateError
+from fedsq_plugin.federation.client import Worker
 from fedsq_plugin.federation.local import LocalTraining
 from fedsq_plugin.federation.messages import Announcement, packed, unpacked
 from fedsq_plugin.federation.roles import Role
+from fedsq_plugin.federation.server import Coordinator
 from fedsq_plugin.federation.state import State, fingerprint, nbytes, state_of
 
 from .task import OPTIONS, Federation, corners, mlp

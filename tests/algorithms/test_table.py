@@ -16,10 +16,10 @@ from fedsq_plugin.algorithms.exchange import EXCHANGES, personal
 from fedsq_plugin.algorithms.options import Options
 from fedsq_plugin.algorithms.phases import PHASES
 from fedsq_plugin.algorithms.table import CHOICES
-from fedsq_plugin.config import OPTIONS
 from fedsq_plugin.errors import ConfigError
 from fedsq_plugin.federation.local import LocalTraining, Phase
 from fedsq_plugin.federation.roles import Role
+from fedsq_plugin.settings.config import OPTIONS
 
 # view, objective, phases, exchange, server
 TABLE = {

@@ -69,8 +69,8 @@ def test_a_metric_without_comparable_samples_is_nan() -> None:
 
 def test_a_worker_trains_on_the_tasks_loss() -> None:
     from fedsq_plugin.algorithms import algorithm
-    from fedsq_plugin.algorithms.client import Worker
     from fedsq_plugin.algorithms.options import Options
+    from fedsq_plugin.federation.client import Worker
     from fedsq_plugin.federation.local import LocalTraining
 
     model = nn.Linear(1, 1, bias=False)

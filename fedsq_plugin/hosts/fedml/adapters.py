@@ -18,20 +18,20 @@ from fedml.core.dp.fedml_differential_privacy import FedMLDifferentialPrivacy
 from fedml.core.security.fedml_defender import FedMLDefender
 from torch import Tensor, nn
 
-from ...algorithms.client import Worker
-from ...algorithms.coordinator import Coordinator, added
 from ...algorithms.exchange import EVERYTHING, EXCHANGES
 from ...dualcopy import DualCopy
 from ...errors import UpdateError
+from ...federation.client import Worker
 from ...federation.evaluate import evaluate
 from ...federation.local import trains
 from ...federation.mean import WeightedMean
 from ...federation.messages import packed, unpacked, update_of, with_sums
 from ...federation.roles import NORMALISATION, Role, roles, with_roles
 from ...federation.seeding import derive, isolated
+from ...federation.server import Coordinator, added
 from ...federation.server_state import ServerState
 from ...federation.state import State, clone, state_of
-from .plan import Plan
+from ...run.plan import Plan
 from .security import check_security, security_enabled
 
 log = logging.getLogger(__name__)

@@ -8,12 +8,12 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from ...agreement import kept_options
 from ...errors import ConfigError, WeightsError
 from ...federation.server_state import ServerState
 from ...federation.snapshots import ServerSnapshots, SiloSnapshots, refuse_started
+from ...run.plan import Plan
+from ...settings.agreement import kept_options
 from .adapters import FedSQAggregator, FedSQTrainer
-from .plan import Plan
 from .security import security_enabled
 
 log = logging.getLogger(__name__)

@@ -16,24 +16,34 @@ import torch
 
 from ... import models
 from ...algorithms import algorithm, known, rows
-from ...config import OPTIONS, OURS, Config
+from ...data.flamby.backbones import MODELS
+from ...data.flamby.catalogue import CATALOGUE
+from ...data.flamby.centres import load_centres
+from ...data.flamby.package import is_flamby
+from ...data.ours import DATASETS, FEDML_DATASETS
+from ...data.ours import load as load_ours
 from ...dualcopy.precision import refuse_unsupported
 from ...errors import ConfigError, in_one_line, nearest
 from ...federation.seeding import derive, isolated
 from ...models.backbones import PREFIX
-from ...recipe import flat, misplaced, read_loosely
-from ..flamby.backbones import MODELS
-from ..flamby.catalogue import CATALOGUE
-from ..flamby.package import is_flamby
+from ...run.dry_run import tried
+from ...run.plan import (
+    FINDINGS,
+    HostName,
+    algorithm_of,
+    config_of,
+    created,
+    plan_of,
+    task_of,
+    viewed,
+    warm_start,
+)
+from ...run.unused import compiled_for_cpu, untrained_gates, unused
+from ...settings.config import OPTIONS, OURS, Config
+from ...settings.recipe import flat, misplaced, read_loosely
 from . import offline
-from .centres import load_centres
-from .data import DATASETS, FEDML_DATASETS
-from .data import load as load_ours
 from .devices import NO_GPU, device_of
 from .names import FEDML_MODELS, NATIVE_SP, ROADS, broken_road, refused_road
-from .plan import FINDINGS, HostName, algorithm_of, config_of, created, plan_of, task_of, viewed, warm_start
-from .trial import tried
-from .unused import compiled_for_cpu, untrained_gates, unused
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from ...federation.seeding import derive, isolated, sample_clients
 from ...federation.server_state import ServerState
 from ...federation.state import State, clone, nbytes
 from ...federation.updates import problem
+from ...run.plan import Plan
 from .adapters import FedSQAggregator
-from .plan import Plan
 from .security import security_enabled
 
 log = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from ...federation.messages import packed
 from ...federation.record import RoundRecord
 from ...federation.seeding import derive, isolated
 from ...federation.state import State, fingerprint
+from ...run.plan import Plan
 from .adapters import FedSQAggregator
-from .plan import Plan
 
 log = logging.getLogger(__name__)
 

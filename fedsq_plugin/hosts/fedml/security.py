@@ -11,11 +11,11 @@ from fedml.core.security.attack.label_flipping_attack import LabelFlippingAttack
 from fedml.core.security.fedml_attacker import FedMLAttacker
 from fedml.core.security.fedml_defender import FedMLDefender
 
-from ...algorithms.coordinator import Coordinator
 from ...algorithms.phases import PHASES
 from ...errors import ConfigError, nearest
 from ...federation.local import trains
-from .plan import Plan
+from ...federation.server import Coordinator
+from ...run.plan import Plan
 
 log = logging.getLogger(__name__)
 

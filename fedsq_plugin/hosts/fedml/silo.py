@@ -11,9 +11,9 @@ from ...errors import ConfigError
 from ...federation.evaluate import Metrics, evaluate
 from ...federation.seeding import derive, isolated
 from ...federation.state import State, clone
+from ...run.plan import Plan
 from .adapters import FedSQTrainer
 from .checkpoints import SiloCheckpoints
-from .plan import Plan
 from .round import drawn
 from .security import label_flipping
 

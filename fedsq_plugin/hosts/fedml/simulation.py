@@ -22,10 +22,10 @@ from ...errors import ConfigError
 from ...federation.evaluate import Metrics, pooled
 from ...federation.record import RoundRecord
 from ...federation.state import clone
+from ...run.plan import Plan, in_recipe_terms
 from .adapters import FedSQAggregator, FedSQTrainer
 from .checkpoints import ServerCheckpoints
 from .names import OTHER_LOSSES
-from .plan import Plan, in_recipe_terms
 from .round import Round, drawn, with_data
 from .scoring import Scoring, structural_fingerprint
 from .silo import Silos

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
+from ...data.flamby.backbones import factory
+from ...data.flamby.package import FlambyPackage, imported
 from ...errors import ConfigError
 from ...federation.files import atomic_write
 from ...federation.seeding import isolated
-from .backbones import factory
 from .configuration import Configuration, read_json
 from .hook import register
-from .package import FlambyPackage, imported
 from .privacy import Privacy
 
 FLAGS = ("debug", "hard_debug", "use_ssl_features")

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...data.flamby.backbones import without_gates
+from ...data.flamby.catalogue import BASELINE, CATALOGUE, FlambyData
+from ...data.flamby.package import imported
 from ...dualcopy import DualCopy
 from ...errors import ConfigError, FedSQError, first_line, in_one_line, in_terms, nearest
-from .backbones import without_gates
-from .catalogue import BASELINE, CATALOGUE, FlambyData
-from .package import imported
 from .strategy import Strategy, known_options
 
 Given = Mapping[str, Any]

@@ -13,19 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from ...algorithms import Algorithm
-from ...algorithms.client import Worker
-from ...algorithms.coordinator import Coordinator
 from ...algorithms.fits import refuse_misfit
 from ...algorithms.options import Options
 from ...algorithms.view import VIEWS
-from ...config import Config, family_of, validated
 from ...dualcopy import DualCopy
 from ...errors import ConfigError, nearest
+from ...federation.client import Worker
 from ...federation.local import LocalTraining, OptimizerClass, trains
 from ...federation.mean import MeanOfDifferences
 from ...federation.messages import Assignment, Update
 from ...federation.roles import roles
+from ...federation.server import Coordinator
 from ...federation.state import State, state_of
+from ...settings.config import Config, family_of, validated
 from .batches import EndlessBatches, Updates
 from .privacy import Privacy
 from .steplog import StepLog

@@ -17,9 +17,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fedsq_plugin
-from fedsq_plugin import certificates
-from fedsq_plugin.config import OPTIONS, family_of
 from fedsq_plugin.federation.state import State, clone, state_of
+from fedsq_plugin.settings.config import OPTIONS, family_of
+from fedsq_plugin.wire import certificates
 
 from . import nursery
 

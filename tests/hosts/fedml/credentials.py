@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedsq_plugin import certificates
-from fedsq_plugin.config import Config
+from fedsq_plugin.settings.config import Config
+from fedsq_plugin.wire import certificates
 
 NEEDED = {
     **{"dataset": "digits", "model": "resnet18", "federated_optimizer": "FedSQ", "comm_round": 1},

@@ -19,7 +19,7 @@ from typing import Any
 
 
 def install(arguments: Sequence[str]) -> None:
-    from fedsq_plugin import runs
+    from fedsq_plugin.run import run as runs
 
     wanted, folder = json.loads(os.environ["FAULTS"]), Path(os.environ["FAULTS_FOLDER"])
     runs.write_report = lambda directory: "pictures take a second"
@@ -69,14 +69,14 @@ def _do(what: str, mark: Path, go: Path) -> None:
 
 def _at(when: str, number: int, act: Callable[[], None]) -> None:
     """Let `act` happen once, in round `number` (1-based) where there are rounds."""
-    from fedsq_plugin import runs
+    from fedsq_plugin.hosts.fedml import host as run
     from fedsq_plugin.hosts.fedml import round as rounds
-    from fedsq_plugin.hosts.fedml import run
     from fedsq_plugin.hosts.fedml.adapters import FedSQTrainer
     from fedsq_plugin.hosts.fedml.distributed.client import Client
     from fedsq_plugin.hosts.fedml.distributed.server import Server
     from fedsq_plugin.hosts.fedml.distributed.transport import Transport
     from fedsq_plugin.hosts.fedml.scoring import Scoring
+    from fedsq_plugin.run import run as runs
 
     done: list[bool] = []
 

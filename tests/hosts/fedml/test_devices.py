@@ -9,11 +9,11 @@ import pytest
 import torch
 import yaml
 
-from fedsq_plugin.agreement import MUST_AGREE
 from fedsq_plugin.dualcopy import DualCopy
 from fedsq_plugin.errors import ConfigError
 from fedsq_plugin.hosts.fedml.devices import device_name, gpus
 from fedsq_plugin.hosts.fedml.names import with_host_defaults
+from fedsq_plugin.settings.agreement import MUST_AGREE
 
 from .conftest import MakeArgs, simulate
 

@@ -15,9 +15,10 @@ import pandas as pd
 import pytest
 import yaml
 
-from fedsq_plugin import certificates, launch
+from fedsq_plugin import launch
 from fedsq_plugin.errors import ConfigError, RunError
-from fedsq_plugin.hosts.fedml.distributed.tls import Credentials, credentials
+from fedsq_plugin.wire import certificates
+from fedsq_plugin.wire.tls import Credentials, credentials
 
 from .credentials import config
 from .several import rows

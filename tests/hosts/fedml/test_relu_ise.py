@@ -87,8 +87,8 @@ def test_a_gated_name_of_a_smooth_network_says_what_to_use(fedml: Any, make_args
 
 
 def test_a_data_set_of_fedmls_has_no_public_split(fedml: Any, make_args: MakeArgs) -> None:
-    from fedsq_plugin.config import parse
-    from fedsq_plugin.hosts.fedml.plan import refuse_warm_start
+    from fedsq_plugin.run.plan import refuse_warm_start
+    from fedsq_plugin.settings.config import parse
 
     args = make_args(**{**GELUNET, "dataset": "cifar10", "warm_start": "none"})
     config, found = parse(vars(args))

@@ -19,12 +19,13 @@ import yaml
 from rich.console import Console
 from torch import Tensor
 
-from fedsq_plugin import cli, launch, runs
+from fedsq_plugin import cli, launch
 from fedsq_plugin.dualcopy import DualCopy
 from fedsq_plugin.errors import ConfigError, RunError, WeightsError
 from fedsq_plugin.federation.record import RoundRecord
 from fedsq_plugin.federation.state import fingerprint
-from fedsq_plugin.hosts.fedml.run import Outcome, execute
+from fedsq_plugin.hosts.fedml.host import Outcome, execute
+from fedsq_plugin.run import run as runs
 
 from .test_distributed import FEDSQ, LIMIT_S, ROADS, ended, recipe, start, wait_for
 

@@ -252,7 +252,7 @@ def test_a_trainer_that_fedml_would_ignore_is_an_error(fedml: Any, make_args: Ma
 
 def test_user_hooks_see_all_updates_together(fedml: Any, make_args: MakeArgs) -> None:
     from fedsq_plugin.hosts.fedml.adapters import FedSQAggregator
-    from fedsq_plugin.hosts.fedml.plan import config_of, plan_of
+    from fedsq_plugin.run.plan import config_of, plan_of
 
     seen: list[int] = []
 
@@ -406,7 +406,7 @@ def test_the_users_model_object_is_the_quantitative_copy(fedml: Any, make_args: 
 def test_keeping_gates_changes_the_work_and_not_the_result(
     fedml: Any, make_args: MakeArgs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedsq_plugin.algorithms import client
+    from fedsq_plugin.federation import client
 
     kept: list[Any] = []
     cache = client.GateCache

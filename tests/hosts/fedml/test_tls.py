@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from fedsq_plugin import certificates
-from fedsq_plugin.config import Config, parse
 from fedsq_plugin.errors import ConfigError
-from fedsq_plugin.hosts.fedml.distributed.tls import credentials
-from fedsq_plugin.hosts.fedml.unused import unused
+from fedsq_plugin.run.unused import unused
+from fedsq_plugin.settings.config import Config, parse
+from fedsq_plugin.wire import certificates
+from fedsq_plugin.wire.tls import credentials
 
 from .credentials import NEEDED, config
 

@@ -20,11 +20,11 @@ import pytest
 import torch
 import yaml
 
-from fedsq_plugin.check import check
-from fedsq_plugin.config import OPTIONS, Config, family_of
 from fedsq_plugin.errors import ConfigError
 from fedsq_plugin.federation.evaluate import evaluate
 from fedsq_plugin.federation.seeding import isolated
+from fedsq_plugin.run.check import check
+from fedsq_plugin.settings.config import OPTIONS, Config, family_of
 
 from . import standins
 
@@ -80,7 +80,7 @@ def config(recipe: dict[str, dict[str, Any]]) -> Config:
 
 def run(recipe: dict[str, dict[str, Any]], folder: Path) -> tuple[list[Any], Any]:
     """The records of the rounds, and the outcome."""
-    from fedsq_plugin.hosts.fedml.run import execute
+    from fedsq_plugin.hosts.fedml.host import execute
 
     assert check(recipe) == []
     records: list[Any] = []
@@ -110,7 +110,7 @@ def in_one_process(
 
 @needs_heart
 def test_the_8_tuple_is_flambys_own_split(datasets: Path, heart: Path) -> None:
-    from fedsq_plugin.hosts.fedml.centres import load_centres
+    from fedsq_plugin.data.flamby.centres import load_centres
 
     flamby = package("fed_heart_disease")
     data, outputs = load_centres(config(heart_recipe(heart)))
@@ -130,7 +130,7 @@ def test_the_8_tuple_is_flambys_own_split(datasets: Path, heart: Path) -> None:
 
 @needs_heart
 def test_the_recipes_batch_size_goes_before_flambys(datasets: Path, heart: Path) -> None:
-    from fedsq_plugin.hosts.fedml.centres import load_centres
+    from fedsq_plugin.data.flamby.centres import load_centres
 
     package("fed_heart_disease")
     data, _ = load_centres(config(heart_recipe(heart, batch_size=10)))
@@ -255,7 +255,7 @@ def test_a_round_on_stand_in_files(name: str, datasets: Path, plain_path: Path, 
     assert math.isfinite(found.loss) and 0 <= found.accuracy <= 1
     tested = options["client_num_in_total"] if options.get("silo_evaluation", True) else 0
     assert list(records[-1].by_silo) == list(range(tested))
-    from fedsq_plugin.hosts.fedml.centres import load_centres
+    from fedsq_plugin.data.flamby.centres import load_centres
 
     utils = importlib.import_module("flamby.benchmarks.benchmark_utils")
     evaluate_func, test_batch, _ = utils.set_dataset_specific_config(name, use_gpu=False)
@@ -324,7 +324,7 @@ def test_what_only_a_gpu_can_do_is_one_line(datasets: Path, tmp_path: Path) -> N
 
 
 def test_a_data_set_that_a_script_took_apart_is_refused(datasets: Path) -> None:
-    from fedsq_plugin.hosts.fedml.plan import task_of
+    from fedsq_plugin.run.plan import task_of
 
     recipe = config(heart_recipe(Path("x")))
     with pytest.raises(ConfigError, match="the loss and the metric of flamby/fed_heart_disease are lost"):

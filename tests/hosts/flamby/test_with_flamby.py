@@ -21,13 +21,13 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fedsq_plugin import DualCopy
+from fedsq_plugin.data.flamby.backbones import factory
+from fedsq_plugin.data.flamby.catalogue import CATALOGUE
+from fedsq_plugin.data.flamby.package import FlambyPackage
 from fedsq_plugin.errors import ConfigError, FedSQError, GateError
 from fedsq_plugin.hosts.flamby import benchmark
-from fedsq_plugin.hosts.flamby.backbones import factory
-from fedsq_plugin.hosts.flamby.catalogue import CATALOGUE
 from fedsq_plugin.hosts.flamby.configuration import Configuration
 from fedsq_plugin.hosts.flamby.hook import register
-from fedsq_plugin.hosts.flamby.package import FlambyPackage
 from fedsq_plugin.hosts.flamby.privacy import Privacy
 
 from . import standins

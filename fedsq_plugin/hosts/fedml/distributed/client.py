@@ -11,10 +11,10 @@ from fedml.core.distributed.communication.constants import CommunicationConstant
 from fedml.core.distributed.communication.message import Message
 from fedml.core.distributed.fedml_comm_manager import FedMLCommManager
 
-from ....agreement import shared_options
 from ....errors import RunError, in_one_line
 from ....federation.updates import brief
-from ..plan import in_recipe_terms
+from ....run.plan import in_recipe_terms
+from ....settings.agreement import shared_options
 from ..silo import Silos
 from .protocol import ALIVE, END, FAILED, MARGIN_S, ONLINE, RESULT, SILENCE_S, TASK, message
 from .transport import SEND_S

@@ -20,8 +20,8 @@ import grpc
 from fedml.core.distributed.communication.grpc import grpc_comm_manager_pb2, grpc_comm_manager_pb2_grpc
 
 from ....errors import ConfigError, RunError
+from ....wire.tls import Credentials, name_of
 from .addresses import addresses
-from .tls import Credentials, name_of
 from .transport import SEND_S, Transport
 
 log = logging.getLogger(__name__)

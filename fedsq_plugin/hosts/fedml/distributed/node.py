@@ -6,20 +6,20 @@ from typing import Any
 
 from torch import nn
 
-from ....config import Config
 from ....dualcopy.reluise import replace_by_lambda, replace_by_relu
 from ....errors import ConfigError
 from ....federation.state import nbytes, state_of
+from ....run.plan import Plan
+from ....settings.config import Config
+from ....wire.tls import credentials
 from ..adapters import FedSQAggregator, FedSQTrainer
 from ..checkpoints import ServerCheckpoints, SiloCheckpoints
-from ..plan import Plan
 from ..scoring import Scoring
 from ..silo import Silos
 from .addresses import addresses
 from .client import Client
 from .protocol import MARGIN_S
 from .server import Server, rank_of
-from .tls import credentials
 from .transport import SEND_S, MpiTransport
 
 MIB = 2**20

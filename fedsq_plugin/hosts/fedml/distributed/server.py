@@ -12,15 +12,15 @@ from fedml.core.distributed.communication.message import Message
 from fedml.core.distributed.fedml_comm_manager import FedMLCommManager
 from torch import Tensor
 
-from ....agreement import disagreement, shared_options
 from ....errors import RunError
 from ....federation.evaluate import Metrics, pooled
 from ....federation.record import RoundRecord
 from ....federation.state import State
 from ....federation.updates import brief, changed_count, counts_problem, metrics_of, metrics_problem
+from ....run.plan import Plan, in_recipe_terms
+from ....settings.agreement import disagreement, shared_options
 from ..adapters import FedSQAggregator
 from ..checkpoints import ServerCheckpoints
-from ..plan import Plan, in_recipe_terms
 from ..round import Round, drawn, note, with_data
 from ..scoring import Scoring, structural_fingerprint
 from .attendance import Attendance, Lost

@@ -18,7 +18,7 @@ from fedml.core.distributed.communication.constants import CommunicationConstant
 from fedml.core.distributed.communication.message import Message
 
 from ....errors import RunError, UpdateError
-from ....federation import wire
+from ....wire import message as wire
 from .mpi import leave_within
 
 log = logging.getLogger(__name__)

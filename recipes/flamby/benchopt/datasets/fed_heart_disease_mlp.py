@@ -9,8 +9,8 @@ from benchopt import safe_import_context
 with safe_import_context() as import_ctx:
     from flamby.datasets.fed_heart_disease import NUM_CLIENTS, Baseline, BaselineLoss, FedHeartDisease, metric
 
-    from fedsq_plugin.hosts.flamby.backbones import factory
-    from fedsq_plugin.hosts.flamby.catalogue import CATALOGUE
+    from fedsq_plugin.data.flamby.backbones import factory
+    from fedsq_plugin.data.flamby.catalogue import CATALOGUE
 
 
 class Dataset(FLambyDataset):

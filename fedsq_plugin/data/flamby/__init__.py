@@ -1,0 +1,1 @@
+"""FLamby's packages as a source of data."""

@@ -1,0 +1,1 @@
+"""Runs of a recipe: plan, warm start, dry run, check, run, compare."""

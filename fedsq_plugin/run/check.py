@@ -1,0 +1,325 @@
+"""`fedsq check`: everything wrong with a recipe, found without training, downloads or FedML.
+
+Every check runs where the options that it reads are valid, whatever else is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, FedSQError, first_line, in_one_line, nearest
+from ..settings.config import OPTIONS, Config, family_of, validated
+from ..settings.recipe import Families, flat, problems
+
+if TYPE_CHECKING:
+    from torch import nn
+
+MODEL = ("model", "small_images", "model_seed", "random_seed", "head", "gate_accept", "gate_pooling")
+"""What building a model of ours reads."""
+DATA = (
+    *("dataset", "data_cache_dir", "partition_method", "partition_alpha", "client_num_in_total"),
+    *("min_client_samples", "batch_size", "image_size", "data_seed", "random_seed"),
+    *("warm_start", "warm_start_public", "warm_start_batch_size", "relu_ise"),
+)
+"""What loading a data set of ours reads."""
+FLAMBY = ("data_cache_dir", "client_num_in_total", "batch_size", "using_gpu", "data_seed", "random_seed")
+"""What loading a data set of FLamby's reads."""
+HOST_DEVICE = ("device_type", "gpu_util_parse")
+"""What FedML reads beside our options to find a device."""
+ONE_SILO = {
+    **{"client_num_in_total": 1, "partition_method": "homo", "partition_alpha": 1.0},
+    **{"min_client_samples": 0, "batch_size": 32, "warm_start": "none", "relu_ise": False},
+}
+"""In place of a partition that cannot be had, so that the model still meets the images."""
+LARGEST_BATCH = 32
+"""Samples of a trial batch; `batch_size: -1` can mean thousands."""
+
+
+def check(families: Families) -> list[str]:
+    """One line per problem; empty when `fedsq run` may start."""
+    found = [str(finding) for finding in problems(families)[1]]
+    values = flat(families)
+    valid = validated(values)[0]
+    found += _names(valid)
+    found += _host(values, valid)
+    found += _trial(valid)
+    return list(dict.fromkeys(found))
+
+
+def notes(families: Families) -> list[str]:
+    """One line per option that would silently do nothing. Recipes for `compare` have such options: some
+    algorithms read them, others do not."""
+    from ..algorithms import known
+    from ..hosts.fedml.names import NATIVE_SP
+    from .unused import unused
+
+    valid = validated(flat(families))[0]
+    name = valid.get("federated_optimizer", "")
+    return unused(valid, ours=known(name) or name not in NATIVE_SP)
+
+
+def _names(valid: dict[str, Any]) -> Iterator[str]:
+    from .. import models
+    from ..algorithms import algorithm, known, rows
+    from ..data.flamby.backbones import MODELS
+    from ..data.flamby.catalogue import CATALOGUE
+    from ..data.ours import DATASETS, FEDML_DATASETS
+    from ..data.partition import METHODS
+    from ..hosts.fedml.names import FEDML_MODELS, NATIVE_SP
+    from ..models.backbones import PREFIX
+
+    lists = {
+        "federated_optimizer": [*rows()],
+        "dataset": [*DATASETS, *CATALOGUE, *FEDML_DATASETS],
+        "model": [*models.names(), *MODELS, *FEDML_MODELS],
+    }
+    for key, names in lists.items():
+        if key not in valid or valid[key] in names:
+            continue
+        if key == "federated_optimizer" and (known(valid[key]) or "+" in valid[key]):
+            try:
+                algorithm(valid[key])
+            except ConfigError as error:
+                yield f"{family_of(key)}.{key}: {error}"
+            continue
+        what = f"is unknown{nearest(valid[key], names)}"
+        if key == "model" and valid[key].startswith(PREFIX):
+            try:
+                models.head(valid[key])
+            except ConfigError as error:
+                what = f"is no model of ours: {error}"
+        if key == "federated_optimizer" and valid[key] in NATIVE_SP:
+            what = f"is FedML's own: run it by `python -m fedsq_plugin main.py`, or use {', '.join(rows())}"
+        yield f"{family_of(key)}.{key} '{valid[key]}' {what}"
+    method = valid.get("partition_method", "homo")
+    if valid.get("dataset") in DATASETS and method not in METHODS:
+        yield f"data_args.partition_method '{method}' is unknown; {' or '.join(METHODS)}"
+
+
+def _host(values: dict[str, Any], valid: dict[str, Any]) -> Iterator[str]:
+    """What FedML, or our use of it, is known to refuse."""
+    from .. import models
+    from ..algorithms import find
+    from ..data.ours import FEDML_DATASETS
+    from ..hosts.fedml.names import FEDML_MODELS, NO_COLOUR_IMAGES, OTHER_LOSSES, WITHOUT_GATES, refused_road
+
+    dataset, model = valid.get("dataset", ""), valid.get("model", "")
+    row = find(valid.get("federated_optimizer", ""))
+    training, backend = valid.get("training_type", "simulation"), valid.get("backend", "sp")
+    reason = refused_road(training, backend, str(values.get("scenario", "horizontal")))
+    if reason is not None:
+        yield reason
+    elif backend != "sp":
+        yield from _packages(backend)
+    if dataset in FEDML_DATASETS:
+        for key in ("data_cache_dir", "partition_method", "partition_alpha", "batch_size"):
+            if key not in values:
+                yield f"{family_of(key)}.{key} is missing; FedML's loader of {dataset} has no default for it"
+    if dataset and model in FEDML_MODELS and FEDML_MODELS[model] and dataset not in FEDML_MODELS[model]:
+        homes = ", ".join(FEDML_MODELS[model])
+        yield f"model_args.model {model} is FedML's for {homes}, not for {dataset}"
+    if dataset in NO_COLOUR_IMAGES and model in models.names():
+        yield f"model_args.model {model} takes images of three channels, {dataset} has none"
+    if dataset in OTHER_LOSSES:
+        yield f"data_args.dataset {dataset} is no classification task; pass a trainer of your own in main.py"
+    if row is not None and row.view == "dualcopy" and model in WITHOUT_GATES:
+        yield f"model_args.model {model} has no ReLU-like activation that {row.name} could gate"
+    if row is not None and row.needs_head and not valid.get("head", "?") and model in FEDML_MODELS:
+        yield f"{row.name} treats the head apart from the body: set fedsq_args.head, {model}'s last layer"
+    yield from _device({**{key: values.get(key) for key in HOST_DEVICE if key in values}, **valid})
+    if values.get("enable_wandb") and not values.get("wandb_project"):
+        yield "tracking_args.wandb_project is missing; enable_wandb: true needs it"
+    for key in ("enable_fhe", "enable_contribution"):
+        if values.get(key):
+            yield f"{key} is true, which this plugin's algorithms do not support"
+
+
+def _packages(backend: str) -> Iterator[str]:
+    module = {"MPI": "mpi4py", "GRPC": "grpc"}[backend]
+    if find_spec(module) is None:
+        yield f"comm_args.backend {backend} needs {module}: pip install 'fedsq-plugin[{backend.lower()}]'"
+
+
+def _device(values: dict[str, Any]) -> Iterator[str]:
+    """Of this machine; a mapping may be for others, where each process checks its own."""
+    from ..dualcopy.precision import refuse_unsupported
+    from ..hosts.fedml.devices import UNMAPPED, device_name, gpus
+
+    try:
+        mapped = values.get("using_gpu") and gpus(values) is not None
+        device = device_name({**values, **UNMAPPED} if mapped else values)
+    except ConfigError as error:
+        yield str(error)
+        return
+    for key in ("precision", "structural_precision"):
+        try:
+            refuse_unsupported(values.get(key, "fp32"), device, f"fedsq_args.{key}")
+        except ConfigError as error:
+            yield str(error)
+
+
+def _trial(valid: dict[str, Any]) -> Iterator[str]:
+    """Load the data, build the model, read the weights, and run a batch through what is there."""
+    from .. import models
+    from ..algorithms import find
+    from ..data.flamby.backbones import MODELS, fetched
+    from ..data.flamby.catalogue import CATALOGUE
+    from ..data.flamby.centres import load_centres
+    from ..data.ours import DATASETS, load
+    from ..dualcopy.reluise import replace_by_lambda, replace_by_relu
+    from .plan import created, public_split, refuse_warm_start
+
+    config = Config.model_construct(**valid)
+    data, classes = None, 10
+    model: nn.Module | None = None
+    folders = list(_missing_folders(config)) if _all_in(valid, "dataset", "data_cache_dir") else []
+    yield from folders
+    if valid.get("dataset") in DATASETS and not folders:
+        for options in ({}, ONE_SILO):
+            if data is None and _all_in({**valid, **options}, *DATA):
+                try:
+                    data, classes = load(config.model_copy(update=options))
+                    if not options and config.has_public_split:
+                        public_split(data, config)
+                except FedSQError as error:
+                    yield str(error)
+    if valid.get("dataset") in CATALOGUE and _all_in(valid, *FLAMBY):
+        try:
+            data, classes = load_centres(config)
+        except FedSQError as error:
+            yield str(error)
+    # Without the data set, nothing can be said of a model that is made for it.
+    buildable = valid.get("model") in models.names()
+    if valid.get("model") in MODELS:
+        row = find(valid.get("federated_optimizer", ""))
+        # What would be fetched is not built, but for the line that says that it has no gate.
+        gated = row is not None and row.view == "dualcopy"
+        buildable = data is not None and (gated or not fetched(config.model, config.dataset))
+    if buildable and _all_in(valid, *MODEL):
+        try:
+            model = created(config, classes)
+        except FedSQError as error:
+            yield str(error)
+    if _all_in(valid, "warm_start", "dataset", "model", "small_images"):
+        try:
+            refuse_warm_start(config)
+        except ConfigError as error:
+            yield str(error)
+    if config.warm_start == "file" and valid.get("warm_start_file"):
+        yield from _weights(config, model)
+    if model is not None and config.relu_ise:
+        try:
+            replace_by_lambda(model)
+            replace_by_relu(model)
+        except ConfigError as error:
+            yield f"warm_start_args.relu_ise: {error}"
+    if model is not None:
+        yield from _forward(config, valid, model, data)
+
+
+def _all_in(valid: dict[str, Any], *keys: str) -> bool:
+    return all(key in valid for key in keys)
+
+
+def _missing_folders(config: Config) -> Iterator[str]:
+    if config.dataset != "image_folder":
+        return
+    if not config.data_cache_dir:
+        yield "data_args.data_cache_dir is missing; image_folder reads train/<class>/ and test/<class>/ in it"
+        return
+    for split in ("train", "test"):
+        folder = Path(config.data_cache_dir).expanduser() / split
+        if not folder.is_dir():
+            yield f"data_args.data_cache_dir: no folder {folder}"
+
+
+def _weights(config: Config, model: nn.Module | None) -> Iterator[str]:
+    from ..dualcopy import DualCopy
+    from ..models import read_state
+    from .plan import in_recipe_terms, load_pretrained
+
+    file = str(config.warm_start_file)
+    if not Path(file).expanduser().is_file():
+        yield f"warm_start_args.warm_start_file: no file {file}"
+        return
+    try:
+        if model is None:
+            with in_recipe_terms():
+                read_state(file)
+        else:
+            load_pretrained(model.quantitative if isinstance(model, DualCopy) else model, config)
+    except FedSQError as error:
+        yield str(error)
+
+
+def _forward(config: Config, valid: dict[str, Any], model: nn.Module, data: Any) -> Iterator[str]:
+    """The algorithm's view of the model, and a batch through it: as evaluated and as trained."""
+    from ..algorithms import find
+    from ..federation.roles import roles
+    from ..federation.seeding import isolated
+    from .plan import head_of, plan_of, viewed
+
+    try:
+        roles(model, head_of(config, model))
+    except ConfigError as error:
+        yield f"fedsq_args.{error}"
+    if find(valid.get("federated_optimizer", "")) is not None and _all_in(valid, "comm_round", "dataset"):
+        defaults = {key: option.default for key, option in OPTIONS.items() if not option.is_required()}
+        try:
+            model = viewed(model, plan_of(Config.model_construct(**{**defaults, **valid}), model))
+        except FedSQError as error:
+            yield str(error)
+            return
+    if data is None:
+        return
+    with isolated(0):
+        yield from _batches(config, model, data)
+
+
+def _batches(config: Config, model: nn.Module, data: Any) -> Iterator[str]:
+    import torch
+
+    from .plan import in_recipe_terms
+
+    # The smallest batch is the one that batch normalisation may refuse, and the quickest.
+    sizes = [
+        (len(batch), silo) for silo, loader in data[5].items() for batch in loader.batch_sampler if batch
+    ]
+    smallest, silo = min(sizes)
+    samples = data[5][silo].dataset
+    collate: Any = data[5][silo].collate_fn
+    try:
+        images = collate([samples[n] for n in range(min(smallest, LARGEST_BATCH))])[0]
+    except Exception as error:  # whatever a data set of others raises
+        yield f"data_args.dataset {config.dataset}: silo {silo} cannot be read ({in_one_line(error)})"
+        return
+    two = torch.cat([images, images])[:2]
+    size = "x".join(map(str, reversed(images.shape[2:]))) or f"{images.shape[1]} features"
+    try:
+        with in_recipe_terms(), torch.no_grad():
+            model.eval()(two)
+    except FedSQError as error:
+        yield str(error)
+        return
+    except (RuntimeError, ValueError) as error:
+        yield (
+            f"model_args.model {config.model} does not run on {size} images of {config.dataset}: "
+            f"{first_line(error)}; set fedsq_args.small_images: true, or a larger fedsq_args.image_size"
+        )
+        return
+    try:
+        with in_recipe_terms(), torch.no_grad():
+            model.train()(images)
+    except FedSQError as error:
+        yield str(error)
+    except (RuntimeError, ValueError) as error:
+        remedy = "raise train_args.batch_size"
+        if config.batch_size != 1:
+            remedy = f"silo {silo} has one sample: raise fedsq_args.min_client_samples to 2"
+        yield (
+            f"model_args.model {config.model} does not train on a batch of {smallest} {size} images: "
+            f"{first_line(error)}; {remedy if smallest == 1 else 'set fedsq_args.image_size'}"
+        )

@@ -1,0 +1,87 @@
+"""A few samples through the model before the first round: what would fail in a silo later is said at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sized
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import models
+from ..data.ours import DATASETS
+from ..dualcopy import DualCopy
+from ..dualcopy.validation import detached_copy, refuse, validate
+from ..errors import ConfigError, FedSQError, first_line
+from ..federation.evaluate import main_output
+from ..federation.seeding import isolated
+from .plan import Plan, in_recipe_terms
+
+SAMPLES = 2
+
+
+def tried(model: nn.Module, plan: Plan, dataset: Any) -> list[str]:
+    """Run a copy of the model, as evaluated, on two samples of FedML's 8-tuple.
+
+    Returns:
+        A line for everything that does not go together and still runs.
+
+    Raises:
+        GateError: the model cannot be gated.
+        ConfigError: it does not run on such samples.
+    """
+    _, _, train, test, sizes, trains, _, classes = dataset
+    config = plan.config
+    notes = list(_miscounted(config.dataset, sizes, trains))
+    samples = _samples(test)
+    if samples is None:
+        notes.append("the test set gives no batch: accuracies will be nan; lower train_args.batch_size")
+        samples = _samples(train)
+    if samples is None:
+        return notes
+    plain = model.quantitative if isinstance(model, DualCopy) else model
+    device = next((parameter.device for parameter in plain.parameters()), torch.device("cpu"))
+    samples = samples.to(device)
+    try:
+        with in_recipe_terms(), isolated(0), torch.no_grad():
+            if isinstance(model, DualCopy):
+                refuse(validate(plain, samples, plan.options.gate_accept, config.gate_pooling))
+            outputs = main_output(detached_copy(plain).eval()(samples))
+    except FedSQError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        ours = config.model in models.names() or config.dataset in DATASETS
+        remedy = "; try fedsq_args.small_images or image_size" if ours else ""
+        raise ConfigError(
+            f"model {config.model} does not run on samples of {config.dataset}, of shape "
+            f"{'x'.join(map(str, samples.shape[1:]))}: {first_line(error)}{remedy}"
+        ) from error
+    return notes + list(_other_outputs(config.model, outputs, classes))
+
+
+def _samples(batches: Any) -> Tensor | None:
+    with isolated(0):
+        batch = next(iter(batches if isinstance(batches, Iterable) else ()), None)
+    return batch[0][:SAMPLES] if batch is not None and isinstance(batch[0], Tensor) else None
+
+
+def _other_outputs(model: str, outputs: Tensor, classes: Any) -> Iterable[str]:
+    width = outputs.shape[1] if outputs.dim() > 1 else 1
+    if isinstance(classes, int) and width != classes:
+        yield (
+            f"model {model} has {width} outputs for {classes} classes: an untrained one has a loss of about "
+            f"ln {width} = {math.log(width):.1f}"
+        )
+
+
+def _miscounted(name: str, sizes: Mapping[int, int], batches: Mapping[int, Any]) -> Iterable[str]:
+    """Of silos whose number is not that of their samples: updates are weighted by it."""
+    for silo, size in sizes.items():
+        held = getattr(batches.get(silo), "dataset", None)
+        if isinstance(held, Sized) and size != len(held):
+            yield (
+                f"data set {name} says that silo {silo} has {size} samples, its loader has {len(held)}: "
+                "updates are weighted by what the data set says"
+            )
+            return

@@ -1,0 +1,181 @@
+"""ReLU-isation: the server turns a smooth backbone into one with ReLU, which FedSQ can gate.
+
+Its activations become λ-activations (arXiv 2603.21991), whose λ is first learned with the weights, then
+hardened step by step toward a target while the weights go on learning, and which are then replaced by ReLU.
+The protocol is reconstructed: the paper publishes neither schedule, nor target, nor learning-rate factor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ..dualcopy.reluise import lambdas, replace_by_lambda, replace_by_relu
+from ..dualcopy.smooth import GATES, target_lambda
+from ..errors import ConfigError, nearest
+from ..federation.local import LocalTraining, Phase, local_update
+from ..federation.roles import Role, check_finite, roles
+from ..federation.seeding import derive
+
+Schedule = Literal["linear", "geometric", "cosine"]
+
+
+@dataclass(frozen=True)
+class Hardening:
+    """How λ is learned, and hardened. Every default is a choice: none of them is published.
+
+    Raises:
+        ConfigError: a value out of its range.
+    """
+
+    tolerance: float = 0.01
+    """ε of the target λ* = area/ε, see `target_lambda`; below 0.79, so that every λ* is above 1."""
+    schedule: Schedule = "geometric"
+    learn_epochs: int = 2
+    """In which weights and λ are trained together."""
+    harden_epochs: int = 4
+    """In which λ is set and the weights are trained; the last one is at λ*."""
+    factor: float = 10.0
+    """Of the learning rate, for λ's parameter. At exactly 1 that parameter has the weight decay too."""
+    initial: float = 1.01
+    """λ at the start, above 1."""
+    temperature: float = 0.1
+    """t of λ = 1 + softplus(s/t)."""
+
+    def __post_init__(self) -> None:
+        if self.schedule not in get_args(Schedule):
+            hint = nearest(str(self.schedule), get_args(Schedule))
+            raise ConfigError(f"hardening schedule is '{self.schedule}'{hint}")
+        smallest = min(gate.area for gate in GATES.values())
+        for name, holds, expected in (
+            ("tolerance", 0 < self.tolerance < smallest, "above 0 and below 0.79, as 0.01"),
+            ("learn_epochs", self.learn_epochs >= 0, "0 or more"),
+            ("harden_epochs", self.harden_epochs >= 1, "1 or more: the last epoch is at the target"),
+            ("factor", 0 <= self.factor < math.inf, "0 or more"),
+            ("initial", 1 < self.initial < math.inf, "above 1, as 1.01"),
+            ("temperature", 0 < self.temperature < math.inf, "above 0, as 0.1"),
+        ):
+            if not holds:
+                raise ConfigError(f"hardening's {name} is {getattr(self, name)}; it must be {expected}")
+
+    def at(self, epoch: int, learned: float, target: float) -> float:
+        """λ of a hardening epoch, counted from 0; with p = (epoch + 1)/harden_epochs,
+
+        linear: learned + (target − learned)·p; geometric: learned·(target/learned)^p; cosine: the linear one
+        with (1 − cos(πp))/2 for p. At the last epoch, target.
+        """
+        p = (epoch + 1) / self.harden_epochs
+        if p == 1:
+            return target
+        if self.schedule == "geometric":
+            return learned * math.pow(target / learned, p)
+        if self.schedule == "cosine":
+            p = (1 - math.cos(math.pi * p)) / 2
+        return learned + (target - learned) * p
+
+
+@dataclass(frozen=True)
+class Reluised:
+    """What ReLU-isation did. Accuracies are whatever `evaluate` gave; paths are of λ-activations."""
+
+    original: float
+    """Accuracy of the smooth model, before anything."""
+    hardened: float
+    """At the target λ, after the last epoch."""
+    relu: float
+    """Of the same weights with ReLU."""
+    history: list[dict[str, float]]
+    """λ by path: at the start, then after each epoch."""
+    learned: dict[str, float]
+    target: dict[str, float]
+    """λ at the replacement: λ*, or the learned λ where that is above it already."""
+
+    @property
+    def drop(self) -> float:
+        """What the replacement itself cost: hardened − relu."""
+        return self.hardened - self.relu
+
+
+def relu_ise(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    training: LocalTraining,
+    schedule: Hardening,
+    *,
+    seed: int,
+    device: torch.device | str = "cpu",
+    evaluate: Callable[[nn.Module], float],
+) -> Reluised:
+    """Turn `model` in place, on public data, into one with nn.ReLU for every smooth activation module.
+
+    Every epoch has a fresh optimizer. `model` ends in training mode, on the device it came on, with the
+    state-dict keys it came with.
+
+    Args:
+        batches: iterated once per epoch; (inputs, labels).
+        training: its schedule over rounds is one over the epochs here, learning and hardening together.
+        seed: all randomness of the training comes from it.
+        device: to train on.
+        evaluate: accuracy, on data that was not trained on; has to see to evaluation mode and device itself.
+            Called three times: on the smooth model, at the target λ, on the model with ReLU.
+
+    Raises:
+        ConfigError: there is no activation to replace, no batch in an epoch, or the training diverged.
+    """
+    home = next((p.device for p in model.parameters()), torch.device("cpu"))
+    original = evaluate(model)
+    layers = replace_by_lambda(model, schedule.initial, schedule.temperature)
+    known = roles(model)
+    factors = {f"{path}.s": schedule.factor for path in layers}
+    history = [lambdas(model)]
+
+    def train(epoch: int) -> None:
+        result = local_update(
+            model,
+            batches,
+            training,
+            (Phase(1, frozenset(Role)),),
+            known,
+            round=epoch,
+            seed=derive("relu-ise", seed, epoch),
+            device=device,
+            factors=factors,
+        )
+        _check(model, result.steps, epoch)
+        history.append(lambdas(model))
+
+    for epoch in range(schedule.learn_epochs):
+        train(epoch)
+    learned = history[-1]
+    target = {
+        path: max(target_lambda(layer.kind, schedule.tolerance), learned[path])
+        for path, layer in layers.items()
+    }
+    for layer in layers.values():
+        layer.s.requires_grad_(False)
+    for epoch in range(schedule.harden_epochs):
+        for path, layer in layers.items():
+            layer.set_lambda(schedule.at(epoch, learned[path], target[path]))
+        train(schedule.learn_epochs + epoch)
+    hardened = evaluate(model)
+    replace_by_relu(model)
+    relu = evaluate(model)
+    model.to(home)
+    return Reluised(original, hardened, relu, history, learned, target)
+
+
+def _check(model: nn.Module, steps: int, epoch: int) -> None:
+    if not steps:
+        raise ConfigError(
+            f"ReLU-isation found no batch in epoch {epoch}; batches must be there again in every epoch"
+        )
+    state: Mapping[str, Tensor] = model.state_dict()
+    if not all(check_finite(value) for value in state.values() if value.is_floating_point()):
+        raise ConfigError(
+            f"ReLU-isation diverged: weights are not finite after epoch {epoch}; lower the learning rate"
+        )

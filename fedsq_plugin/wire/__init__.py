@@ -1,0 +1,1 @@
+"""What travels between processes: the form of messages, TLS, certificates."""

@@ -1,0 +1,105 @@
+"""Mutual TLS between the processes of a run: the certificate of rank k names `rank-<k>`.
+
+Every process listens and calls, so each has a certificate, and each shows it to the other. TLS in which
+only one side is known would save no file, and is not offered.
+"""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import ConfigError
+from ..settings.config import Config
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """What one process shows, and whom it believes; each as PEM."""
+
+    certificate: bytes
+    key: bytes
+    authority: bytes
+
+
+def name_of(rank: int) -> str:
+    """The DNS name in a rank's certificate. It is no host: the address of a process may change."""
+    return f"rank-{rank}"
+
+
+def credentials(config: Config, rank: int) -> Credentials | None:
+    """The files of a process, read and tried out; None where the recipe has no TLS.
+
+    Raises:
+        ConfigError: a file is missing, broken or expired, or is not this rank's; names the option.
+    """
+    if not (config.tls_cert and config.tls_key and config.tls_ca):
+        return None
+    paths = {
+        key: getattr(config, key).replace("{rank}", str(rank)) for key in ("tls_cert", "tls_key", "tls_ca")
+    }
+    read = {key: _read(key, path) for key, path in paths.items()}
+    cert, key, ca = (f"fedsq_args.{key} {path}" for key, path in paths.items())
+    for what, pem in ((cert, read["tls_cert"]), (ca, read["tls_ca"])):
+        _trusting(ssl.PROTOCOL_TLS_CLIENT, pem, what)
+    context = _trusting(ssl.PROTOCOL_TLS_SERVER, read["tls_ca"], ca)
+    caller = _trusting(ssl.PROTOCOL_TLS_CLIENT, read["tls_ca"], ca)
+    try:
+        for side in (context, caller):
+            side.load_cert_chain(paths["tls_cert"], paths["tls_key"], password=_no_password)
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            raise ConfigError(f"{key} is not the key of tls_cert {paths['tls_cert']}") from None
+        raise ConfigError(f"{key} is no private key in PEM without a password") from None
+    names = _handshake(context, caller, f"{cert} is refused under tls_ca {paths['tls_ca']}")
+    if name_of(rank) not in names:
+        raise ConfigError(
+            f"{cert} is not issued for rank {rank}: it needs the DNS name {name_of(rank)}, "
+            f"and has {', '.join(names) or 'none'}"
+        )
+    return Credentials(read["tls_cert"], read["tls_key"], read["tls_ca"])
+
+
+def _read(key: str, path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"fedsq_args.{key} {path} cannot be read: {reason}") from None
+
+
+def _trusting(side: ssl._SSLMethod, pem: bytes, what: str) -> ssl.SSLContext:
+    context = ssl.SSLContext(side)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_REQUIRED
+    try:
+        context.load_verify_locations(cadata=pem.decode("ascii"))
+    except (ssl.SSLError, ValueError):
+        raise ConfigError(f"{what} is no certificate in PEM") from None
+    return context
+
+
+def _no_password() -> str:
+    return ""  # where OpenSSL would ask the terminal
+
+
+def _handshake(listener: ssl.SSLContext, caller: ssl.SSLContext, refused: str) -> list[str]:
+    """A process meets itself in memory, and so both its roles are judged: the DNS names that it shows."""
+    to_listener, to_caller = ssl.MemoryBIO(), ssl.MemoryBIO()
+    sides = [
+        caller.wrap_bio(to_caller, to_listener),
+        listener.wrap_bio(to_listener, to_caller, server_side=True),
+    ]
+    waiting = list(sides)
+    while waiting:
+        side = waiting.pop(0)
+        try:
+            side.do_handshake()
+        except ssl.SSLWantReadError:
+            waiting.append(side)
+        except ssl.SSLError as error:
+            reason = getattr(error, "verify_message", None) or error.reason or str(error)
+            raise ConfigError(f"{refused}: {reason}") from None
+    shown = sides[1].getpeercert() or {}
+    return [str(entry[1]) for entry in shown.get("subjectAltName", ()) if entry[0] == "DNS"]
