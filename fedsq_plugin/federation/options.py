@@ -39,5 +39,5 @@ def option(
             options that it reads; it is not asked where one of them is not valid.
         constraints: pydantic's, as ge=0.
     """
-    about = {"family": family, "agree": agree, "may_change": may_change, "idle": idle}
+    about: Any = {"family": family, "agree": agree, "may_change": may_change, "idle": idle}
     return Field(default, description=meaning, json_schema_extra=about, **constraints)

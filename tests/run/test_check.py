@@ -380,8 +380,8 @@ def test_an_option_with_an_effect_is_no_note(options: dict[str, Any]) -> None:
 def test_fedml_is_not_imported() -> None:
     code = (
         "import sys\n"
-        "from fedsq_plugin.check import check, notes\n"
-        "from fedsq_plugin.recipe import read_yaml\n"
+        "from fedsq_plugin.run.check import check, notes\n"
+        "from fedsq_plugin.settings.recipe import read_yaml\n"
         "families = read_yaml('recipes/quickstart.yaml')\n"
         "assert check(families) == notes(families) == []\n"
         "assert 'fedml' not in sys.modules"
