@@ -187,7 +187,8 @@ class FedSQAggregator(ServerAggregator):  # type: ignore[misc]
         return super().on_before_aggregation([(u.samples, self._floats(u.state)) for u in received])
 
     def aggregate(self, raw_client_model_or_grad_list: Any) -> State:
-        updates, gathered = raw_client_model_or_grad_list, None
+        updates = raw_client_model_or_grad_list
+        gathered: Any = None
         if self.server.separate:
             positions = range(len(updates)) if self.positions is None else self.positions
             gathered = {

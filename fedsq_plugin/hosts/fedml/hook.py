@@ -22,6 +22,7 @@ from ...data.flamby.centres import load_centres
 from ...data.flamby.package import is_flamby
 from ...data.ours import DATASETS, FEDML_DATASETS
 from ...data.ours import load as load_ours
+from ...data.silos import SilosData
 from ...dualcopy.precision import refuse_unsupported
 from ...errors import ConfigError, in_one_line, nearest
 from ...federation.checkpoints import ServerCheckpoints
@@ -227,7 +228,7 @@ def _init(original: Any) -> Any:
         if own == (None, None):
             for line in tried(view, plan, dataset):
                 log.warning(line)
-        parts = (args, device, dataset, view, plan, *own, checkpoints)
+        parts: Any = (args, device, _named(dataset), view, plan, *own, checkpoints)
         self.runner = Simulation(*parts) if one_process else node(*parts)
 
     return init
@@ -294,6 +295,11 @@ def _has_tls(args: Any) -> bool:
 def _asks_for_ours(args: Any) -> bool:
     """Whether a recipe for FedML's own algorithm uses what only the plugin can give."""
     return getattr(args, ASKED, False) or getattr(args, "warm_start", "none") not in ("none", None)
+
+
+def _named(dataset: Any) -> SilosData:
+    _, test_size, whole, test, sizes, train, tests, outputs = dataset
+    return SilosData(train, tests, sizes, outputs, whole, test, test_size)
 
 
 def server_checkpoints(config: Config) -> ServerCheckpoints:

@@ -50,7 +50,7 @@ class Silos:
         return int(data.sizes.get(silo) or 0) if data.train.get(silo) is not None else 0
 
     def resume(self, finished: int) -> None:
-        """Before a task that comes after so many finished rounds. Raises WeightsError where the saved parts of the silos
+        """Before a task that comes after so many finished rounds. Raises WeightsError where the silos' saved parts
         are damaged."""
         if self._checkpoints is not None:
             self._checkpoints.restore(finished)
