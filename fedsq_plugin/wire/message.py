@@ -75,6 +75,10 @@ _Text = Annotated[str, Field(max_length=MAX_TEXT)]
 _Sent = Annotated[Any, PlainValidator(_checked_state), Field(exclude=True, repr=False)]
 
 
+Kind = Literal["train", "silos", "tune"]
+"""Of a task: train a silo, test its model, or test it after a fine-tuning."""
+
+
 class _Form(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -96,7 +100,7 @@ class Online(_Message):
 
 class Task(_Message):
     type: Literal["task"] = "task"
-    kind: Literal["train", "silos", "tune"]
+    kind: Kind
     silo: _Integer
     round: _Integer
     """Counted from 0."""
@@ -111,7 +115,7 @@ class Result(_Message):
     """`state` after training, `metrics` (loss, accuracy, samples) after a test."""
 
     type: Literal["result"] = "result"
-    kind: Literal["train", "silos", "tune"]
+    kind: Kind
     silo: _Integer
     round: _Integer
     samples: _Integer
@@ -211,8 +215,8 @@ def _header(view: memoryview) -> _Header:
         whole = as_json(header.model_dump()) == raw
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise UpdateError(f"a message's header is wrong: {brief(place + ': ' + first['msg'], 200)}") from None
+        place = ".".join(map(str, (*first["loc"], first["msg"])))
+        raise UpdateError(f"a message's header is wrong: {brief(place, 200)}") from None
     except (TypeError, ValueError) as error:
         raise UpdateError(f"a message's header is wrong: {brief(str(error), 200)}") from None
     if not whole:

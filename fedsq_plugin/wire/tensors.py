@@ -70,7 +70,10 @@ def pack(state: Mapping[str, Tensor]) -> tuple[list[Any], tuple[str, ...]]:
         end = start + len(buffers[-1])
         entries[key] = _entry(_CODES[dense.dtype], [*dense.shape], start, end)
         start = end
-    table = _table(entries)
+    try:
+        table = _table(entries)
+    except UnicodeEncodeError:
+        raise ConfigError("a tensor has a name that UTF-8 cannot express") from None
     wrong = f"{len(state)} tensors, more than {MAX_TENSORS}" if len(state) > MAX_TENSORS else None
     if wrong := wrong or size_problem(table, MAX_VALUES):
         raise ConfigError(f"a state cannot be sent: its table has {wrong}")
