@@ -60,7 +60,7 @@ def notes(families: Families) -> list[str]:
 
 def _names(valid: dict[str, Any]) -> Iterator[str]:
     from .. import models
-    from ..algorithms import algorithm, known, rows
+    from ..algorithms import algorithm, algorithms, known
     from ..data.flamby.backbones import MODELS
     from ..data.flamby.catalogue import CATALOGUE
     from ..data.ours import DATASETS
@@ -68,7 +68,7 @@ def _names(valid: dict[str, Any]) -> Iterator[str]:
     from ..models.backbones import PREFIX
 
     lists = {
-        "federated_optimizer": [*rows()],
+        "federated_optimizer": [*algorithms()],
         "dataset": [*DATASETS, *CATALOGUE, *host().datasets],
         "model": [*models.names(), *MODELS, *host().models],
     }
@@ -88,7 +88,8 @@ def _names(valid: dict[str, Any]) -> Iterator[str]:
             except ConfigError as error:
                 what = f"is no model of ours: {error}"
         if key == "federated_optimizer" and valid[key] in host().algorithms:
-            what = f"is FedML's own: run it by `python -m fedsq_plugin main.py`, or use {', '.join(rows())}"
+            ours = ", ".join(algorithms())
+            what = f"is FedML's own: run it by `python -m fedsq_plugin main.py`, or use {ours}"
         yield f"{family_of(key)}.{key} '{valid[key]}' {what}"
     method = valid.get("partition_method", "homo")
     if valid.get("dataset") in DATASETS and method not in METHODS:
@@ -130,7 +131,7 @@ def _trial(valid: dict[str, Any]) -> Iterator[str]:
     if valid.get("model") in MODELS:
         row = find(valid.get("federated_optimizer", ""))
         # What would be fetched is not built, but for the line that says that it has no gate.
-        gated = row is not None and row.view == "dualcopy"
+        gated = row is not None and row.gated
         buildable = data is not None and (gated or not fetched(config.model, config.dataset))
     if buildable and _all_in(valid, *MODEL):
         try:

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ def _save(current: Session, variant: Variant, config: Config, outcome: Outcome) 
     model = outcome.model
     tensors = model.full_state_dict() if isinstance(model, DualCopy) else model.state_dict()
     about: Mapping[str, Any] = {
-        "algorithm": asdict(algorithm(config.federated_optimizer)),
+        "algorithm": algorithm(config.federated_optimizer).described(),
         "seed": config.random_seed,
         "model": config.model,
         "small_images": config.small_images,

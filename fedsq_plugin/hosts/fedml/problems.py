@@ -51,7 +51,7 @@ def problems(values: Mapping[str, Any], valid: Mapping[str, Any]) -> Iterator[st
         yield f"model_args.model {model} takes images of three channels, {dataset} has none"
     if dataset in OTHER_LOSSES:
         yield f"data_args.dataset {dataset} is no classification task; pass a trainer of your own in main.py"
-    if row is not None and row.view == "dualcopy" and model in WITHOUT_GATES:
+    if row is not None and row.gated and model in WITHOUT_GATES:
         yield f"model_args.model {model} has no ReLU-like activation that {row.name} could gate"
     if row is not None and row.needs_head and not valid.get("head", "?") and model in FEDML_MODELS:
         yield f"{row.name} treats the head apart from the body: set fedsq_args.head, {model}'s last layer"
