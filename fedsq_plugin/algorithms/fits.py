@@ -11,30 +11,42 @@ from .options import Options
 from .table import Algorithm
 
 
-def refuse_misfit(row: Algorithm, options: Options, model: nn.Module) -> None:
-    """Raise ConfigError for a row that would do nothing of its own on this model, or lacks an option that
-    only the user can give."""
+def refuse_misfit(row: Algorithm, options: Options, model: nn.Module, family: str = "") -> None:
+    """Raise ConfigError where an algorithm would do nothing of its own on this model, or lacks an option that
+    only the user can give.
+
+    Args:
+        family: what a host writes before the name of an option, as `fedsq_args.`.
+    """
     row.check()
     if row.needs_head and options.head is None:
         linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
         raise ConfigError(
-            f"{row.name} treats the head apart from the body: set head to the module path of the model's "
-            f"last layer (linear layers: {', '.join(linear) or 'none'})"
+            f"{row.name} treats the head apart from the body: set {family}head to the module path of the "
+            f"model's last layer (linear layers: {', '.join(linear) or 'none'})"
         )
-    roles(model, options.head)
-    refuse_norm_layers(row, options.structural_copy, model)
-    if row.phases == "without early layers":
+    try:
+        roles(model, options.head)
+    except ConfigError as error:
+        raise ConfigError(f"{family}{error}") from None
+    _refuse_norm_layers(row, options.structural_copy, model)
+    if "frozen_modules" in row.options:
         keys = [name for name, _ in model.named_parameters()]
         paths = [path for path, _ in model.named_modules() if path]
         if not options.frozen_modules:
-            raise ConfigError(f"{row.name}: set frozen_modules to the early modules that stay frozen")
+            raise ConfigError(
+                f"{row.name}: set {family}frozen_modules to the early modules that stay frozen, as "
+                "[conv1, layer1]"
+            )
         for path in options.frozen_modules:
             if not frozen_keys(keys, (path,)):
-                raise ConfigError(f"frozen_modules: the model has no '{path}'{nearest(path, paths)}")
+                raise ConfigError(
+                    f"{family}frozen_modules: the model has no '{path}'{nearest(path, paths)}"
+                )
 
 
-def refuse_norm_layers(row: Algorithm, structural_copy: str, model: nn.Module) -> None:
-    """Raise ConfigError where a row treats normalisation layers in a way that makes no sense here."""
+def _refuse_norm_layers(row: Algorithm, structural_copy: str, model: nn.Module) -> None:
+    """Raise ConfigError where an algorithm treats normalisation layers in a way that makes no sense here."""
     norm = any(isinstance(module, NORMALISATION) for module in model.modules())
     if "without norm layers" in (row.phases, row.exchange) and not norm:
         raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
@@ -12,17 +13,149 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import __version__
+from .. import __version__, models
+from ..data.registry import OURS
+from ..data.silos import VALIDATION, SilosData
+from ..dualcopy import DualCopy
 from ..dualcopy.reluise import replace_by_lambda, replace_by_relu
 from ..errors import ConfigError, WeightsError
 from ..federation import checkpoint
 from ..federation.evaluate import evaluate
 from ..federation.local import LocalTraining, Phase, local_update
 from ..federation.roles import Role, check_finite, roles
+from ..federation.seeding import derive
 from ..federation.state import fingerprint, state_of
+from ..models.backbones import PREFIX
+from ..settings.config import Config
+from .plan import head_of, in_recipe_terms
 from .reluise import Hardening, Reluised, relu_ise
 
+log = logging.getLogger(__name__)
+
 Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+def warm_start(model: nn.Module, config: Config, dataset: Any, device: torch.device) -> Reluised | None:
+    """Give the model its pretrained weights, and ReLUs for its smooth activations where that is asked for,
+    in place. A DualCopy's structural copy is taken anew.
+
+    Returns:
+        What ReLU-isation did.
+    """
+    plain = model.quantitative if isinstance(model, DualCopy) else model
+    refuse_warm_start(config)
+    if config.warm_start == "public":
+        _public(plain, config, dataset, device)
+    elif config.warm_start != "none":
+        load_pretrained(plain, config)
+    done = _relu_ised(plain, config, dataset, device) if config.relu_ise else None
+    if isinstance(model, DualCopy):
+        model.refresh()
+    return done
+
+
+def refuse_warm_start(config: Config) -> None:
+    """Raise ConfigError when the recipe's warm start cannot be had for its model or data set, as far as
+    their names tell."""
+    if config.has_public_split and config.dataset not in OURS:
+        what = "relu_ise" if config.relu_ise else "warm_start 'public'"
+        raise ConfigError(
+            f"warm_start_args.{what}: {config.dataset} has no public split; "
+            f"use the data sets {' or '.join(OURS)}, or warm_start: file"
+        )
+    if config.warm_start == "imagenet" and config.model not in models.names():
+        raise ConfigError(
+            f"warm_start_args.warm_start 'imagenet': there are no such weights for {config.model}; "
+            f"use {', '.join(n for n in models.names() if not n.startswith(PREFIX))}, or warm_start: file"
+        )
+    if config.warm_start == "imagenet" and config.small_images:
+        raise ConfigError(
+            "warm_start_args.warm_start 'imagenet': ImageNet's weights have torchvision's own stem; "
+            "set fedsq_args.small_images: false (and image_size for small images), or use warm_start: public"
+        )
+
+
+def load_pretrained(model: nn.Module, config: Config) -> None:
+    """ImageNet's weights, or a file's, into a plain model."""
+    weights = config.warm_start_file or "imagenet"
+    with in_recipe_terms():
+        state = models.pretrained_state(weights, config.model, config.small_images)
+        try:
+            lines = models.load_weights(model, state, head_of(config, model))
+        except WeightsError as error:
+            raise WeightsError(f"warm start from {weights}: {error}") from None
+    for line in lines:
+        log.info("warm start: %s", line)
+
+
+def _public(model: nn.Module, config: Config, dataset: Any, device: torch.device) -> None:
+    public = public_split(dataset, config)
+    training = LocalTraining(
+        learning_rate=config.warm_start_learning_rate,
+        momentum=config.warm_start_momentum,
+        augmentation=config.augmentation,
+    )
+    seed = derive("warm start", config.seed("model"))
+    cached = public_warm_start(
+        model,
+        public,
+        f"{dataset.public_content}/{config.warm_start_batch_size}",
+        training,
+        config.warm_start_epochs,
+        seed,
+        config.cache_dir,
+        device,
+    )
+    how = "read from the cache" if cached else f"trained for {config.warm_start_epochs} epochs"
+    log.info("warm start on %d public samples: %s", len(public.dataset), how)
+
+
+def _relu_ised(model: nn.Module, config: Config, dataset: Any, device: torch.device) -> Reluised:
+    public = public_split(dataset, config)
+    training = LocalTraining(
+        learning_rate=config.relu_ise_learning_rate or config.warm_start_learning_rate,
+        momentum=config.warm_start_momentum,
+        augmentation=config.augmentation,
+    )
+    hardening = Hardening(
+        config.relu_ise_tolerance,
+        config.relu_ise_schedule,
+        config.relu_ise_learn_epochs,
+        config.relu_ise_harden_epochs,
+        config.relu_ise_lr_factor,
+        config.relu_ise_initial,
+        config.relu_ise_temperature,
+    )
+    done, cached = public_relu_ise(
+        model,
+        public,
+        dataset.validation,
+        f"{dataset.public_content}/{config.warm_start_batch_size}",
+        training,
+        hardening,
+        derive("relu-ise", config.seed("model")),
+        config.cache_dir,
+        device,
+    )
+    log.info(
+        "ReLU-isation of %d activations%s: accuracy on %d public samples %.1f %% smooth, %.1f %% at the "
+        "target lambda, %.1f %% with ReLU (drop %.1f points)",
+        len(done.target), " (read from the cache)" if cached else "", len(dataset.validation.dataset),
+        100 * done.original, 100 * done.hardened, 100 * done.relu, 100 * done.drop,
+    )  # fmt: skip
+    return done
+
+
+def public_split(dataset: Any, config: Config) -> Any:
+    """The batches of the public split. Raises ConfigError where it is too small to train on."""
+    public = getattr(dataset, "public", None)
+    size = 0 if public is None else len(public.dataset)
+    if size < 2 or (config.relu_ise and dataset.validation is None):
+        raise ConfigError(
+            f"warm_start_args.warm_start_public {config.warm_start_public} leaves {size} of the training "
+            f"samples public, at least {VALIDATION if config.relu_ise else 2} are needed; raise it"
+        )
+    return public
 
 
 def public_warm_start(

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from ...errors import ConfigError, in_one_line, nearest
 from ...federation.seeding import derive, isolated
 from ...federation.task import MeanOverBatches, Metric, OfPredictions, Task
-from .catalogue import CATALOGUE, PREFIX, FlambyData
+from .catalogue import CATALOGUE, FlambyData
 
 NO_FLAMBY = (
     "FLamby is not importable, and is not on the package index: "
@@ -258,8 +258,3 @@ def _quietly() -> Iterator[None]:
             yield
         finally:
             sys.stdout = out
-
-
-def is_flamby(dataset: str) -> bool:
-    """Whether a recipe's data set is FLamby's."""
-    return dataset.startswith(PREFIX)

@@ -21,6 +21,12 @@ FEDML_MODELS: dict[str, tuple[str, ...]] = {
 }
 """What fedml.model.create knows by name, and the data sets that it has it for; none named: for all."""
 
+FEDML_DATASETS = (
+    *("mnist", "femnist", "shakespeare", "fed_shakespeare", "fed_cifar100", "stackoverflow_lr"),
+    *("stackoverflow_nwp", "ILSVRC2012", "gld23k", "gld160k", "cifar10", "cifar100", "cinic10"),
+)
+"""What fedml.data.load knows by name; any other name it takes for CIFAR-10."""
+
 WITHOUT_GATES = ("lr", "rnn")
 """Models of FedML's without a piecewise-linear activation."""
 
