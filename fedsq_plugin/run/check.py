@@ -17,6 +17,8 @@ from ..settings.recipe import Families, flat, problems
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..data.silos import SilosData
+
 MODEL = ("model", "small_images", "model_seed", "random_seed", "head", "gate_accept", "gate_pooling")
 """What building a model of ours reads."""
 DATA = (
@@ -63,17 +65,16 @@ def notes(families: Families) -> list[str]:
 
 def _names(valid: dict[str, Any]) -> Iterator[str]:
     from .. import models
-    from ..algorithms import algorithm, known, rows
+    from ..algorithms import algorithm, algorithms, known
     from ..data.flamby.backbones import MODELS
-    from ..data.flamby.catalogue import CATALOGUE
-    from ..data.ours import DATASETS, FEDML_DATASETS
     from ..data.partition import METHODS
-    from ..hosts.fedml.names import FEDML_MODELS, NATIVE_SP
+    from ..data.registry import NAMES, OURS
+    from ..hosts.fedml.names import FEDML_DATASETS, FEDML_MODELS, NATIVE_SP
     from ..models.backbones import PREFIX
 
     lists = {
-        "federated_optimizer": [*rows()],
-        "dataset": [*DATASETS, *CATALOGUE, *FEDML_DATASETS],
+        "federated_optimizer": [*algorithms()],
+        "dataset": [*NAMES, *FEDML_DATASETS],
         "model": [*models.names(), *MODELS, *FEDML_MODELS],
     }
     for key, names in lists.items():
@@ -92,10 +93,10 @@ def _names(valid: dict[str, Any]) -> Iterator[str]:
             except ConfigError as error:
                 what = f"is no model of ours: {error}"
         if key == "federated_optimizer" and valid[key] in NATIVE_SP:
-            what = f"is FedML's own: run it by `python -m fedsq_plugin main.py`, or use {', '.join(rows())}"
+            what = f"is FedML's own: run it by `python -m fedsq_plugin main.py`, or use {', '.join(algorithms())}"
         yield f"{family_of(key)}.{key} '{valid[key]}' {what}"
     method = valid.get("partition_method", "homo")
-    if valid.get("dataset") in DATASETS and method not in METHODS:
+    if valid.get("dataset") in OURS and method not in METHODS:
         yield f"data_args.partition_method '{method}' is unknown; {' or '.join(METHODS)}"
 
 
@@ -103,8 +104,14 @@ def _host(values: dict[str, Any], valid: dict[str, Any]) -> Iterator[str]:
     """What FedML, or our use of it, is known to refuse."""
     from .. import models
     from ..algorithms import find
-    from ..data.ours import FEDML_DATASETS
-    from ..hosts.fedml.names import FEDML_MODELS, NO_COLOUR_IMAGES, OTHER_LOSSES, WITHOUT_GATES, refused_road
+    from ..hosts.fedml.names import (
+        FEDML_DATASETS,
+        FEDML_MODELS,
+        NO_COLOUR_IMAGES,
+        OTHER_LOSSES,
+        WITHOUT_GATES,
+        refused_road,
+    )
 
     dataset, model = valid.get("dataset", ""), valid.get("model", "")
     row = find(valid.get("federated_optimizer", ""))
@@ -125,7 +132,7 @@ def _host(values: dict[str, Any], valid: dict[str, Any]) -> Iterator[str]:
         yield f"model_args.model {model} takes images of three channels, {dataset} has none"
     if dataset in OTHER_LOSSES:
         yield f"data_args.dataset {dataset} is no classification task; pass a trainer of your own in main.py"
-    if row is not None and row.view == "dualcopy" and model in WITHOUT_GATES:
+    if row is not None and row.gated and model in WITHOUT_GATES:
         yield f"model_args.model {model} has no ReLU-like activation that {row.name} could gate"
     if row is not None and row.needs_head and not valid.get("head", "?") and model in FEDML_MODELS:
         yield f"{row.name} treats the head apart from the body: set fedsq_args.head, {model}'s last layer"
@@ -167,28 +174,28 @@ def _trial(valid: dict[str, Any]) -> Iterator[str]:
     from ..algorithms import find
     from ..data.flamby.backbones import MODELS, fetched
     from ..data.flamby.catalogue import CATALOGUE
-    from ..data.flamby.centres import load_centres
-    from ..data.ours import DATASETS, load
+    from ..data.registry import OURS, load
     from ..dualcopy.reluise import replace_by_lambda, replace_by_relu
-    from .plan import created, public_split, refuse_warm_start
+    from .plan import created
+    from .warm_start import refuse_warm_start, with_public_split
 
     config = Config.model_construct(**valid)
-    data, classes = None, 10
+    data = None
     model: nn.Module | None = None
     folders = list(_missing_folders(config)) if _all_in(valid, "dataset", "data_cache_dir") else []
     yield from folders
-    if valid.get("dataset") in DATASETS and not folders:
+    if valid.get("dataset") in OURS and not folders:
         for options in ({}, ONE_SILO):
             if data is None and _all_in({**valid, **options}, *DATA):
                 try:
-                    data, classes = load(config.model_copy(update=options))
+                    data = load(config.model_copy(update=options))
                     if not options and config.has_public_split:
-                        public_split(data, config)
+                        with_public_split(data, config)
                 except FedSQError as error:
                     yield str(error)
     if valid.get("dataset") in CATALOGUE and _all_in(valid, *FLAMBY):
         try:
-            data, classes = load_centres(config)
+            data = load(config)
         except FedSQError as error:
             yield str(error)
     # Without the data set, nothing can be said of a model that is made for it.
@@ -196,11 +203,11 @@ def _trial(valid: dict[str, Any]) -> Iterator[str]:
     if valid.get("model") in MODELS:
         row = find(valid.get("federated_optimizer", ""))
         # What would be fetched is not built, but for the line that says that it has no gate.
-        gated = row is not None and row.view == "dualcopy"
+        gated = row is not None and row.gated
         buildable = data is not None and (gated or not fetched(config.model, config.dataset))
     if buildable and _all_in(valid, *MODEL):
         try:
-            model = created(config, classes)
+            model = created(config, 10 if data is None else data.outputs)
         except FedSQError as error:
             yield str(error)
     if _all_in(valid, "warm_start", "dataset", "model", "small_images"):
@@ -239,7 +246,8 @@ def _missing_folders(config: Config) -> Iterator[str]:
 def _weights(config: Config, model: nn.Module | None) -> Iterator[str]:
     from ..dualcopy import DualCopy
     from ..models import read_state
-    from .plan import in_recipe_terms, load_pretrained
+    from .plan import in_recipe_terms
+    from .warm_start import load_pretrained
 
     file = str(config.warm_start_file)
     if not Path(file).expanduser().is_file():
@@ -255,7 +263,7 @@ def _weights(config: Config, model: nn.Module | None) -> Iterator[str]:
         yield str(error)
 
 
-def _forward(config: Config, valid: dict[str, Any], model: nn.Module, data: Any) -> Iterator[str]:
+def _forward(config: Config, valid: dict[str, Any], model: nn.Module, data: SilosData | None) -> Iterator[str]:
     """The algorithm's view of the model, and a batch through it: as evaluated and as trained."""
     from ..algorithms import find
     from ..federation.roles import roles
@@ -279,18 +287,16 @@ def _forward(config: Config, valid: dict[str, Any], model: nn.Module, data: Any)
         yield from _batches(config, model, data)
 
 
-def _batches(config: Config, model: nn.Module, data: Any) -> Iterator[str]:
+def _batches(config: Config, model: nn.Module, data: SilosData) -> Iterator[str]:
     import torch
 
     from .plan import in_recipe_terms
 
     # The smallest batch is the one that batch normalisation may refuse, and the quickest.
-    sizes = [
-        (len(batch), silo) for silo, loader in data[5].items() for batch in loader.batch_sampler if batch
-    ]
+    sizes = [(len(batch), silo) for silo, loader in data.train.items() for batch in loader.batch_sampler if batch]
     smallest, silo = min(sizes)
-    samples = data[5][silo].dataset
-    collate: Any = data[5][silo].collate_fn
+    samples = data.train[silo].dataset
+    collate: Any = data.train[silo].collate_fn
     try:
         images = collate([samples[n] for n in range(min(smallest, LARGEST_BATCH))])[0]
     except Exception as error:  # whatever a data set of others raises

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,9 +12,6 @@ from torch import nn
 
 from .. import models
 from ..algorithms import Algorithm, algorithm, find
-from ..algorithms.fits import refuse_misfit
-from ..algorithms.options import Options
-from ..algorithms.view import VIEWS
 from ..data.flamby import backbones as flamby
 from ..dualcopy import DualCopy
 from ..errors import ConfigError, in_terms
@@ -24,14 +21,15 @@ from ..federation.task import CLASSIFICATION, Task
 from ..models.backbones import PREFIX
 from ..settings.config import Config
 
+
 @dataclass(frozen=True)
 class Plan:
     """What a run of one algorithm needs, except the model and the data."""
 
     config: Config
     algorithm: Algorithm
-    options: Options
-    """What the algorithm's choices read, the head and the accepted ungated modules included."""
+    options: Any
+    """What the algorithm reads: the config, with what is known of the model filled in."""
     training: LocalTraining
     silo_evaluation: bool
     """Whether every silo's own model is tested on its own test data."""
@@ -42,7 +40,13 @@ class Plan:
     @property
     def head(self) -> str | None:
         """Module path of the head; None: unknown."""
-        return self.options.head
+        found: str | None = self.options.head
+        return found
+
+    @property
+    def fatal(self) -> str | None:
+        """The option that makes a refused update end the run; None where it does not."""
+        return "fedsq_args.nonfinite: fail" if self.config.nonfinite == "fail" else None
 
 
 def plan_of(config: Config, model: nn.Module, task: Task = CLASSIFICATION) -> Plan:
@@ -51,37 +55,33 @@ def plan_of(config: Config, model: nn.Module, task: Task = CLASSIFICATION) -> Pl
     Raises:
         ConfigError: the algorithm or an option does not go with the model.
     """
-    row, head = algorithm(config.federated_optimizer), head_of(config, model)
-    shared = {field.name: getattr(config, field.name) for field in fields(Options)}
-    frozen = config.frozen_modules or _own_early_modules(row, config, model)
+    chosen, head = algorithm(config.federated_optimizer), head_of(config, model)
+    frozen = config.frozen_modules or _own_early_modules(chosen, config, model)
     special = {"head": head, "frozen_modules": frozen, "gate_accept": accepted(config)}
-    options = Options(**{**shared, **special})
-    refuse_misfit(row, options, model, family="fedsq_args.")
-    finetune_epochs = row.finetune_epochs if config.finetune_epochs is None else config.finetune_epochs
+    options = config.model_copy(update=special)
+    with in_terms(_MISFIT_TERMS):
+        chosen.refuse_misfit(model, options)
+    finetune_epochs = chosen.finetune_epochs if config.finetune_epochs is None else config.finetune_epochs
     if finetune_epochs and config.finetune_part == "head" and head is None:
-        raise ConfigError(
-            "finetune_part is 'head': set fedsq_args.head to the module path of the model's last layer"
-        )
+        raise ConfigError("finetune_part is 'head': set fedsq_args.head to the module path of the model's last layer")
     volumes = next((p for p, module in model.named_modules() if isinstance(module, nn.Conv3d)), None)
     if config.channels_last and volumes is not None:
-        raise ConfigError(
-            f"fedsq_args.channels_last is for images, and {volumes} convolves volumes; set it to false"
-        )
+        raise ConfigError(f"fedsq_args.channels_last is for images, and {volumes} convolves volumes; set it to false")
     return Plan(
         config,
-        row,
+        chosen,
         options,
         _training(config),
-        row.personal if config.silo_evaluation is None else config.silo_evaluation,
+        chosen.personal if config.silo_evaluation is None else config.silo_evaluation,
         finetune_epochs,
         task,
     )
 
 
-def _own_early_modules(row: Algorithm, config: Config, model: nn.Module) -> tuple[str, ...]:
+def _own_early_modules(chosen: Algorithm, config: Config, model: nn.Module) -> tuple[str, ...]:
     """The early modules of our own backbone, for an algorithm that freezes them; none where a script trains
     another model than the recipe names."""
-    if "frozen_modules" not in row.options or config.model not in models.names():
+    if "frozen_modules" not in chosen.option_names or config.model not in models.names():
         return ()
     early, named = models.early(config.model), [name for name, _ in model.named_parameters()]
     return early if all(frozen_keys(named, (path,)) for path in early) else ()
@@ -128,7 +128,7 @@ def _training(config: Config) -> LocalTraining:
 def viewed(model: nn.Module, plan: Plan) -> nn.Module:
     """The model as the algorithm trains it. The structural copy is taken here."""
     with in_recipe_terms():
-        view = VIEWS[plan.algorithm.view](model, plan.options)
+        view = plan.algorithm.view.make(model, plan.options)
     if plan.config.channels_last:
         # Convolutions follow their weights: inputs need not be touched.
         view.to(memory_format=torch.channels_last)
@@ -138,11 +138,11 @@ def viewed(model: nn.Module, plan: Plan) -> nn.Module:
 def created(config: Config, classes: int) -> nn.Module:
     """One of our backbones, initialised from the model seed; a DualCopy with the recipe's gate options."""
     if config.model in flamby.MODELS:
-        row = find(getattr(config, "federated_optimizer", ""))
-        if row is not None and row.view == "dualcopy":
+        chosen = find(getattr(config, "federated_optimizer", ""))
+        if chosen is not None and chosen.gated:
             line = flamby.without_gates(config.model, config.dataset)
             if line is not None:
-                raise ConfigError(f"model_args.model {config.model} under {row.name}: {line}")
+                raise ConfigError(f"model_args.model {config.model} under {chosen.name}: {line}")
         return flamby.create(config.model, config.dataset, classes, derive("model", config.seed("model")))
     name = config.model.removeprefix(PREFIX)
     with isolated(derive("model", config.seed("model"))):
@@ -159,6 +159,7 @@ def created(config: Config, classes: int) -> nn.Module:
 
 
 _TERMS = {
+    # what errors say in terms of Python's arguments: what they say in terms of a recipe
     "(or turn the backbone into a ReLU one first)": "or set warm_start_args.relu_ise: true",
     "accept it ungated by name: accept=[": "accept it ungated by name: fedsq_args.gate_accept: [",
     "all of them: accept=[": "all of them: fedsq_args.gate_accept: [",
@@ -171,6 +172,13 @@ _TERMS = {
     "the model has no head '": "fedsq_args.head: the model has no module '",
     "this file needs in_channels: ": "this file needs images of another number of channels: ",
 }
+_MISFIT_TERMS = {
+    "set head to ": "set fedsq_args.head to ",
+    "head '": "fedsq_args.head '",
+    "set frozen_modules to ": "set fedsq_args.frozen_modules to ",
+    "frozen_modules: ": "fedsq_args.frozen_modules: ",
+}
+"""The same for the errors of an algorithm that does not go with the model."""
 
 
 def in_recipe_terms() -> AbstractContextManager[None]:

@@ -1,4 +1,4 @@
-"""Warm start on a public split: the server trains the model before the first round."""
+"""The model before the first round: pretrained weights, training on public data, and ReLU-isation."""
 
 from __future__ import annotations
 
@@ -35,28 +35,34 @@ log = logging.getLogger(__name__)
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
-def warm_start(model: nn.Module, config: Config, dataset: Any, device: torch.device) -> Reluised | None:
-    """Give the model its pretrained weights, and ReLUs for its smooth activations where that is asked for,
-    in place. A DualCopy's structural copy is taken anew.
+def warm_start(model: nn.Module, config: Config, data: SilosData | None, device: torch.device) -> Reluised | None:
+    """Give the model its pretrained weights, and ReLUs in place of its smooth activations where `relu_ise` asks
+    for that, in place. The structural copy of a DualCopy is taken anew.
+
+    Args:
+        data: read only where the recipe has a public split.
 
     Returns:
-        What ReLU-isation did.
+        What ReLU-isation did; None: it was not asked for.
+
+    Raises:
+        ConfigError: the warm start cannot be had, or has diverged.
+        WeightsError: a weights file does not fit.
     """
     plain = model.quantitative if isinstance(model, DualCopy) else model
     refuse_warm_start(config)
     if config.warm_start == "public":
-        _public(plain, config, dataset, device)
+        _train_on_public(plain, config, data, device)
     elif config.warm_start != "none":
         load_pretrained(plain, config)
-    done = _relu_ised(plain, config, dataset, device) if config.relu_ise else None
+    done = _relu_ise_on_public(plain, config, data, device) if config.relu_ise else None
     if isinstance(model, DualCopy):
         model.refresh()
     return done
 
 
 def refuse_warm_start(config: Config) -> None:
-    """Raise ConfigError when the recipe's warm start cannot be had for its model or data set, as far as
-    their names tell."""
+    """Raise ConfigError where the names alone tell that this model or data set cannot have this warm start."""
     if config.has_public_split and config.dataset not in OURS:
         what = "relu_ise" if config.relu_ise else "warm_start 'public'"
         raise ConfigError(
@@ -76,7 +82,7 @@ def refuse_warm_start(config: Config) -> None:
 
 
 def load_pretrained(model: nn.Module, config: Config) -> None:
-    """ImageNet's weights, or a file's, into a plain model."""
+    """Load ImageNet's weights, or those of a file, into a plain model, in place."""
     weights = config.warm_start_file or "imagenet"
     with in_recipe_terms():
         state = models.pretrained_state(weights, config.model, config.small_images)
@@ -88,8 +94,8 @@ def load_pretrained(model: nn.Module, config: Config) -> None:
         log.info("warm start: %s", line)
 
 
-def _public(model: nn.Module, config: Config, dataset: Any, device: torch.device) -> None:
-    public = public_split(dataset, config)
+def _train_on_public(model: nn.Module, config: Config, data: SilosData | None, device: torch.device) -> None:
+    data = with_public_split(data, config)
     training = LocalTraining(
         learning_rate=config.warm_start_learning_rate,
         momentum=config.warm_start_momentum,
@@ -98,8 +104,8 @@ def _public(model: nn.Module, config: Config, dataset: Any, device: torch.device
     seed = derive("warm start", config.seed("model"))
     cached = public_warm_start(
         model,
-        public,
-        f"{dataset.public_content}/{config.warm_start_batch_size}",
+        data.public,
+        f"{data.public_content}/{config.warm_start_batch_size}",
         training,
         config.warm_start_epochs,
         seed,
@@ -107,11 +113,11 @@ def _public(model: nn.Module, config: Config, dataset: Any, device: torch.device
         device,
     )
     how = "read from the cache" if cached else f"trained for {config.warm_start_epochs} epochs"
-    log.info("warm start on %d public samples: %s", len(public.dataset), how)
+    log.info("warm start on %d public samples: %s", len(data.public.dataset), how)
 
 
-def _relu_ised(model: nn.Module, config: Config, dataset: Any, device: torch.device) -> Reluised:
-    public = public_split(dataset, config)
+def _relu_ise_on_public(model: nn.Module, config: Config, data: SilosData | None, device: torch.device) -> Reluised:
+    data = with_public_split(data, config)
     training = LocalTraining(
         learning_rate=config.relu_ise_learning_rate or config.warm_start_learning_rate,
         momentum=config.warm_start_momentum,
@@ -128,9 +134,9 @@ def _relu_ised(model: nn.Module, config: Config, dataset: Any, device: torch.dev
     )
     done, cached = public_relu_ise(
         model,
-        public,
-        dataset.validation,
-        f"{dataset.public_content}/{config.warm_start_batch_size}",
+        data.public,
+        data.validation,
+        f"{data.public_content}/{config.warm_start_batch_size}",
         training,
         hardening,
         derive("relu-ise", config.seed("model")),
@@ -140,22 +146,21 @@ def _relu_ised(model: nn.Module, config: Config, dataset: Any, device: torch.dev
     log.info(
         "ReLU-isation of %d activations%s: accuracy on %d public samples %.1f %% smooth, %.1f %% at the "
         "target lambda, %.1f %% with ReLU (drop %.1f points)",
-        len(done.target), " (read from the cache)" if cached else "", len(dataset.validation.dataset),
+        len(done.target), " (read from the cache)" if cached else "", len(data.validation.dataset),
         100 * done.original, 100 * done.hardened, 100 * done.relu, 100 * done.drop,
     )  # fmt: skip
     return done
 
 
-def public_split(dataset: Any, config: Config) -> Any:
-    """The batches of the public split. Raises ConfigError where it is too small to train on."""
-    public = getattr(dataset, "public", None)
-    size = 0 if public is None else len(public.dataset)
-    if size < 2 or (config.relu_ise and dataset.validation is None):
+def with_public_split(data: SilosData | None, config: Config) -> SilosData:
+    """The data, with a public split that is large enough to train on. Raises ConfigError where it is not."""
+    size = 0 if data is None or data.public is None else len(data.public.dataset)
+    if data is None or size < 2 or (config.relu_ise and data.validation is None):
         raise ConfigError(
             f"warm_start_args.warm_start_public {config.warm_start_public} leaves {size} of the training "
             f"samples public, at least {VALIDATION if config.relu_ise else 2} are needed; raise it"
         )
-    return public
+    return data
 
 
 def public_warm_start(
@@ -182,8 +187,7 @@ def public_warm_start(
         local_update(model, batches, training, everything, roles(model), round=0, seed=seed, device=device)
         if not all(check_finite(value) for value in model.state_dict().values() if value.is_floating_point()):
             raise ConfigError(
-                f"the warm start diverged: weights are not finite after {epochs} epochs; "
-                "lower warm_start_learning_rate"
+                f"the warm start diverged: weights are not finite after {epochs} epochs; lower warm_start_learning_rate"
             )
         return {"epochs": epochs, "seed": seed, "public_data": content}
 
@@ -220,9 +224,7 @@ def public_relu_ise(
         replace_by_lambda(model)
         replace_by_relu(model)
 
-    about, cached = _cached(
-        "relu-ise", model, (content, training, hardening, seed), cache, device, train, prepare
-    )
+    about, cached = _cached("relu-ise", model, (content, training, hardening, seed), cache, device, train, prepare)
     return Reluised(**{name: about[name] for name in Reluised.__dataclass_fields__}), cached
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fedsq_plugin.data.ours import _Batches, load
 from PIL import Image
 
-from fedsq_plugin.data.ours import _Batches, load
 from fedsq_plugin.errors import ConfigError
 from fedsq_plugin.settings.config import Config
 

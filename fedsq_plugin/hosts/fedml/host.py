@@ -6,7 +6,7 @@ import contextlib
 import logging
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ...federation.evaluate import Metrics
 from ...federation.record import RoundRecord
 from ...run.reluise import Reluised
 from ...settings.recipe import Families, flat
+from .dataset import from_tuple
 from .devices import described
 from .names import with_host_defaults
 
@@ -41,8 +42,8 @@ class Start:
     """What is known before the first round."""
 
     device: str
-    counts: list[list[int]] | None
-    classes: list[str] | None
+    counts: Sequence[Sequence[int]] | None
+    classes: Sequence[str] | None
     metrics: Metrics
     """The global model before the next round, on the global test set."""
     reluised: Reluised | None
@@ -140,10 +141,10 @@ def _run(
     args, dataset, main = ready.args, ready.dataset, ready.runner.runner
     metrics = main.scoring.evaluate()[0]
     main.on_round = on_round
-    counts, names = getattr(dataset, "counts", None), getattr(dataset, "classes", None)
+    data = from_tuple(dataset, args.dataset)
     finished, device = main.checkpoints.round, described(ready.device)
     metric = main.plan.task.metric.name
-    on_start(Start(device, counts, names, metrics, ready.runner.reluised, ready.notes, finished, metric))
+    on_start(Start(device, data.counts, data.classes, metrics, ready.runner.reluised, ready.notes, finished, metric))
     ready.runner.run()
     if getattr(args, "enable_wandb", False):
         import wandb
