@@ -26,9 +26,7 @@ class Batches(Sampler[list[int]]):
         begin: called before the first batch of every pass.
     """
 
-    def __init__(
-        self, samples: int, batch_size: int, shuffle: bool, begin: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, samples: int, batch_size: int, shuffle: bool, begin: Callable[[], None] | None = None) -> None:
         self._samples, self._shuffle, self._begin = samples, shuffle, begin
         size = max(samples, 1) if batch_size < 1 else batch_size
         self._starts = list(range(0, samples, size))

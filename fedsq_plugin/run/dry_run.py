@@ -13,7 +13,8 @@ from .. import models
 from ..data.registry import OURS
 from ..data.silos import SilosData
 from ..dualcopy import DualCopy
-from ..dualcopy.validation import detached_copy, refuse, validate
+from ..dualcopy.tracing import detached_copy
+from ..dualcopy.validation import refuse, validate
 from ..errors import ConfigError, FedSQError, first_line
 from ..federation.evaluate import main_output
 from ..federation.seeding import isolated

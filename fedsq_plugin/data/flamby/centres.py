@@ -15,9 +15,7 @@ from ..silos import SilosData
 from .package import FlambyPackage
 
 
-def load_centres(
-    config: Config, silos: Sequence[int] | None = None, pooled: bool = True
-) -> SilosData:
+def load_centres(config: Config, silos: Sequence[int] | None = None, pooled: bool = True) -> SilosData:
     """The data of one of FLamby's data sets, with its loss and metric.
 
     Args:
@@ -53,9 +51,7 @@ def load_centres(
     tests = {silo: centre(silo, train=False) for silo in mine}
     sizes = {silo: count_samples(part.dataset) for silo, part in train.items()}
     if sizes and not any(sizes.values()):
-        raise ConfigError(
-            f"data_args.dataset {config.dataset}: no training sample of centre {min(sizes)} is there"
-        )
+        raise ConfigError(f"data_args.dataset {config.dataset}: no training sample of centre {min(sizes)} is there")
     whole = batches(package.samples(True, pooled=True, seed=seed), True) if silos is None else None
     test = batches(package.samples(False, pooled=True, seed=seed), False) if pooled else None
     return SilosData(

@@ -60,7 +60,6 @@ def from_tuple(dataset: Iterable[Any], name: str) -> SilosData:
         return replace(dataset.silos, **places)
     if is_flamby(name):
         raise ConfigError(
-            f"the loss and the metric of {name} are lost: hand the data set to FedMLRunner as "
-            "fedml.data.load gave it"
+            f"the loss and the metric of {name} are lost: hand the data set to FedMLRunner as fedml.data.load gave it"
         )
     return SilosData(**places)
