@@ -16,9 +16,9 @@ import torch
 
 from ... import models
 from ...algorithms import algorithm, algorithms, known
+from ...data import registry
 from ...data.flamby.backbones import MODELS
-from ...data.registry import NAMES, OURS, is_flamby
-from ...data.registry import load as load_ours
+from ...data.registry import is_flamby
 from ...data.silos import SilosData
 from ...dualcopy.precision import refuse_unsupported
 from ...errors import ConfigError, in_one_line, nearest
@@ -101,11 +101,11 @@ def _refuse_road(values: dict[str, Any]) -> None:
 def _load(original: Any) -> Any:
     @functools.wraps(original)
     def load(args: Any) -> Any:
-        if args.dataset in OURS or is_flamby(args.dataset):
+        if registry.has(args.dataset):
             data = _load_ours(args)
             return to_tuple(data), data.outputs
         if args.dataset not in FEDML_DATASETS:
-            known = [*NAMES, *FEDML_DATASETS]
+            known = [*registry.NAMES, *FEDML_DATASETS]
             raise ConfigError(f"data_args.dataset '{args.dataset}' is unknown{nearest(args.dataset, known)}")
         return original(args)
 
@@ -117,10 +117,10 @@ def _load_ours(args: Any) -> SilosData:
     the server's the pooled test data."""
     config = config_of(args)
     if _is_sp(args) or not is_flamby(args.dataset):
-        return load_ours(config)
+        return registry.load(config)
     from .distributed.node import is_client, silos_of
 
-    return load_ours(config, silos_of(args), pooled=not is_client(args))
+    return registry.load(config, silos_of(args), pooled=not is_client(args))
 
 
 def _get_device(original: Any) -> Any:
