@@ -1,4 +1,4 @@
-"""Roles of the entries of a state dict. They are found by module type and an explicit head, never by the name of a key."""
+"""Roles of the entries of a state dict, found by module type and an explicit head, never by the name of a key."""
 
 from __future__ import annotations
 
@@ -75,6 +75,6 @@ def with_roles(state: Mapping[str, Tensor], roles: Mapping[str, Role], kept: Col
 
 
 def check_finite(value: torch.Tensor) -> bool:
-    """Whether all entries are finite. A finite sum shows it in one pass; only where the sum is not finite are the entries
-    looked at, because finite entries can overflow it."""
+    """Whether all entries are finite. A finite sum shows it in one pass. Finite entries can overflow the sum, so where
+    it is not finite the entries are looked at."""
     return bool(torch.isfinite(value.sum())) or bool(torch.isfinite(value).all())

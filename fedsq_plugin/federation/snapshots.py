@@ -179,7 +179,7 @@ class SiloSnapshots:
 
 
 def refuse_started(folder: Path, rounds: list[int], resume: bool) -> None:
-    """Raise ConfigError where a run would overwrite the checkpoints of another one, and is not told to go on with it."""
+    """Raise ConfigError where a run would overwrite another run's checkpoints, and is not told to go on with it."""
     if rounds and not resume:
         raise ConfigError(
             f"checkpoint_dir {folder} holds round {rounds[-1]} of a run: set fedsq_args.resume: true to go "

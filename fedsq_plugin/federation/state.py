@@ -29,7 +29,7 @@ def nbytes(state: Mapping[str, Tensor]) -> int:
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and values, in hex. Two states have the same one exactly when they are equal."""
+    """SHA-256 over names, dtypes, shapes and values, in hex: two states have the same one only if they are equal."""
     digest = hashlib.sha256()
     for key, value in state.items():
         digest.update(f"{key}|{value.dtype}|{tuple(value.shape)}|".encode())
