@@ -6,16 +6,18 @@ Every check runs where the options that it reads are valid, whatever else is wro
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, FedSQError, first_line, in_one_line, nearest
 from ..settings.config import OPTIONS, Config, family_of, validated
 from ..settings.recipe import Families, flat, problems
+from .host import host
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from ..data.silos import SilosData
 
 MODEL = ("model", "small_images", "model_seed", "random_seed", "head", "gate_accept", "gate_pooling")
 """What building a model of ours reads."""
@@ -27,8 +29,6 @@ DATA = (
 """What loading a data set of ours reads."""
 FLAMBY = ("data_cache_dir", "client_num_in_total", "batch_size", "using_gpu", "data_seed", "random_seed")
 """What loading a data set of FLamby's reads."""
-HOST_DEVICE = ("device_type", "gpu_util_parse")
-"""What FedML reads beside our options to find a device."""
 ONE_SILO = {
     **{"client_num_in_total": 1, "partition_method": "homo", "partition_alpha": 1.0},
     **{"min_client_samples": 0, "batch_size": 32, "warm_start": "none", "relu_ise": False},
@@ -44,7 +44,7 @@ def check(families: Families) -> list[str]:
     values = flat(families)
     valid = validated(values)[0]
     found += _names(valid)
-    found += _host(values, valid)
+    found += host().problems(values, valid)
     found += _trial(valid)
     return list(dict.fromkeys(found))
 
@@ -53,28 +53,25 @@ def notes(families: Families) -> list[str]:
     """One line per option that would silently do nothing. Recipes for `compare` have such options: some
     algorithms read them, others do not."""
     from ..algorithms import known
-    from ..hosts.fedml.names import NATIVE_SP
     from .unused import unused
 
     valid = validated(flat(families))[0]
     name = valid.get("federated_optimizer", "")
-    return unused(valid, ours=known(name) or name not in NATIVE_SP)
+    return unused(valid, ours=known(name) or name not in host().algorithms)
 
 
 def _names(valid: dict[str, Any]) -> Iterator[str]:
     from .. import models
     from ..algorithms import algorithm, algorithms, known
     from ..data.flamby.backbones import MODELS
-    from ..data.flamby.catalogue import CATALOGUE
-    from ..data.ours import DATASETS, FEDML_DATASETS
     from ..data.partition import METHODS
-    from ..hosts.fedml.names import FEDML_MODELS, NATIVE_SP
+    from ..data.registry import NAMES, OURS
     from ..models.backbones import PREFIX
 
     lists = {
         "federated_optimizer": [*algorithms()],
-        "dataset": [*DATASETS, *CATALOGUE, *FEDML_DATASETS],
-        "model": [*models.names(), *MODELS, *FEDML_MODELS],
+        "dataset": [*NAMES, *host().datasets],
+        "model": [*models.names(), *MODELS, *host().models],
     }
     for key, names in lists.items():
         if key not in valid or valid[key] in names:
@@ -91,74 +88,13 @@ def _names(valid: dict[str, Any]) -> Iterator[str]:
                 models.head(valid[key])
             except ConfigError as error:
                 what = f"is no model of ours: {error}"
-        if key == "federated_optimizer" and valid[key] in NATIVE_SP:
-            what = f"is FedML's own: run it by `python -m fedsq_plugin main.py`, or use {', '.join(algorithms())}"
+        if key == "federated_optimizer" and valid[key] in host().algorithms:
+            ours = ", ".join(algorithms())
+            what = f"is FedML's own: run it by `python -m fedsq_plugin main.py`, or use {ours}"
         yield f"{family_of(key)}.{key} '{valid[key]}' {what}"
     method = valid.get("partition_method", "homo")
-    if valid.get("dataset") in DATASETS and method not in METHODS:
+    if valid.get("dataset") in OURS and method not in METHODS:
         yield f"data_args.partition_method '{method}' is unknown; {' or '.join(METHODS)}"
-
-
-def _host(values: dict[str, Any], valid: dict[str, Any]) -> Iterator[str]:
-    """What FedML, or our use of it, is known to refuse."""
-    from .. import models
-    from ..algorithms import find
-    from ..data.ours import FEDML_DATASETS
-    from ..hosts.fedml.names import FEDML_MODELS, NO_COLOUR_IMAGES, OTHER_LOSSES, WITHOUT_GATES, refused_road
-
-    dataset, model = valid.get("dataset", ""), valid.get("model", "")
-    row = find(valid.get("federated_optimizer", ""))
-    training, backend = valid.get("training_type", "simulation"), valid.get("backend", "sp")
-    reason = refused_road(training, backend, str(values.get("scenario", "horizontal")))
-    if reason is not None:
-        yield reason
-    elif backend != "sp":
-        yield from _packages(backend)
-    if dataset in FEDML_DATASETS:
-        for key in ("data_cache_dir", "partition_method", "partition_alpha", "batch_size"):
-            if key not in values:
-                yield f"{family_of(key)}.{key} is missing; FedML's loader of {dataset} has no default for it"
-    if dataset and model in FEDML_MODELS and FEDML_MODELS[model] and dataset not in FEDML_MODELS[model]:
-        homes = ", ".join(FEDML_MODELS[model])
-        yield f"model_args.model {model} is FedML's for {homes}, not for {dataset}"
-    if dataset in NO_COLOUR_IMAGES and model in models.names():
-        yield f"model_args.model {model} takes images of three channels, {dataset} has none"
-    if dataset in OTHER_LOSSES:
-        yield f"data_args.dataset {dataset} is no classification task; pass a trainer of your own in main.py"
-    if row is not None and row.gated and model in WITHOUT_GATES:
-        yield f"model_args.model {model} has no ReLU-like activation that {row.name} could gate"
-    if row is not None and row.needs_head and not valid.get("head", "?") and model in FEDML_MODELS:
-        yield f"{row.name} treats the head apart from the body: set fedsq_args.head, {model}'s last layer"
-    yield from _device({**{key: values.get(key) for key in HOST_DEVICE if key in values}, **valid})
-    if values.get("enable_wandb") and not values.get("wandb_project"):
-        yield "tracking_args.wandb_project is missing; enable_wandb: true needs it"
-    for key in ("enable_fhe", "enable_contribution"):
-        if values.get(key):
-            yield f"{key} is true, which this plugin's algorithms do not support"
-
-
-def _packages(backend: str) -> Iterator[str]:
-    module = {"MPI": "mpi4py", "GRPC": "grpc"}[backend]
-    if find_spec(module) is None:
-        yield f"comm_args.backend {backend} needs {module}: pip install 'fedsq-plugin[{backend.lower()}]'"
-
-
-def _device(values: dict[str, Any]) -> Iterator[str]:
-    """Of this machine; a mapping may be for others, where each process checks its own."""
-    from ..dualcopy.precision import refuse_unsupported
-    from ..hosts.fedml.devices import UNMAPPED, device_name, gpus
-
-    try:
-        mapped = values.get("using_gpu") and gpus(values) is not None
-        device = device_name({**values, **UNMAPPED} if mapped else values)
-    except ConfigError as error:
-        yield str(error)
-        return
-    for key in ("precision", "structural_precision"):
-        try:
-            refuse_unsupported(values.get(key, "fp32"), device, f"fedsq_args.{key}")
-        except ConfigError as error:
-            yield str(error)
 
 
 def _trial(valid: dict[str, Any]) -> Iterator[str]:
@@ -167,28 +103,28 @@ def _trial(valid: dict[str, Any]) -> Iterator[str]:
     from ..algorithms import find
     from ..data.flamby.backbones import MODELS, fetched
     from ..data.flamby.catalogue import CATALOGUE
-    from ..data.flamby.centres import load_centres
-    from ..data.ours import DATASETS, load
+    from ..data.registry import OURS, load
     from ..dualcopy.reluise import replace_by_lambda, replace_by_relu
-    from .plan import created, public_split, refuse_warm_start
+    from .plan import created
+    from .warm_start import refuse_warm_start, with_public_split
 
     config = Config.model_construct(**valid)
-    data, classes = None, 10
+    data = None
     model: nn.Module | None = None
     folders = list(_missing_folders(config)) if _all_in(valid, "dataset", "data_cache_dir") else []
     yield from folders
-    if valid.get("dataset") in DATASETS and not folders:
+    if valid.get("dataset") in OURS and not folders:
         for options in ({}, ONE_SILO):
             if data is None and _all_in({**valid, **options}, *DATA):
                 try:
-                    data, classes = load(config.model_copy(update=options))
+                    data = load(config.model_copy(update=options))
                     if not options and config.has_public_split:
-                        public_split(data, config)
+                        with_public_split(data, config)
                 except FedSQError as error:
                     yield str(error)
     if valid.get("dataset") in CATALOGUE and _all_in(valid, *FLAMBY):
         try:
-            data, classes = load_centres(config)
+            data = load(config)
         except FedSQError as error:
             yield str(error)
     # Without the data set, nothing can be said of a model that is made for it.
@@ -200,7 +136,7 @@ def _trial(valid: dict[str, Any]) -> Iterator[str]:
         buildable = data is not None and (gated or not fetched(config.model, config.dataset))
     if buildable and _all_in(valid, *MODEL):
         try:
-            model = created(config, classes)
+            model = created(config, 10 if data is None else data.outputs)
         except FedSQError as error:
             yield str(error)
     if _all_in(valid, "warm_start", "dataset", "model", "small_images"):
@@ -239,7 +175,8 @@ def _missing_folders(config: Config) -> Iterator[str]:
 def _weights(config: Config, model: nn.Module | None) -> Iterator[str]:
     from ..dualcopy import DualCopy
     from ..models import read_state
-    from .plan import in_recipe_terms, load_pretrained
+    from .plan import in_recipe_terms
+    from .warm_start import load_pretrained
 
     file = str(config.warm_start_file)
     if not Path(file).expanduser().is_file():
@@ -255,7 +192,7 @@ def _weights(config: Config, model: nn.Module | None) -> Iterator[str]:
         yield str(error)
 
 
-def _forward(config: Config, valid: dict[str, Any], model: nn.Module, data: Any) -> Iterator[str]:
+def _forward(config: Config, valid: dict[str, Any], model: nn.Module, data: SilosData | None) -> Iterator[str]:
     """The algorithm's view of the model, and a batch through it: as evaluated and as trained."""
     from ..algorithms import find
     from ..federation.roles import roles
@@ -279,18 +216,16 @@ def _forward(config: Config, valid: dict[str, Any], model: nn.Module, data: Any)
         yield from _batches(config, model, data)
 
 
-def _batches(config: Config, model: nn.Module, data: Any) -> Iterator[str]:
+def _batches(config: Config, model: nn.Module, data: SilosData) -> Iterator[str]:
     import torch
 
     from .plan import in_recipe_terms
 
     # The smallest batch is the one that batch normalisation may refuse, and the quickest.
-    sizes = [
-        (len(batch), silo) for silo, loader in data[5].items() for batch in loader.batch_sampler if batch
-    ]
+    sizes = [(len(batch), silo) for silo, loader in data.train.items() for batch in loader.batch_sampler if batch]
     smallest, silo = min(sizes)
-    samples = data[5][silo].dataset
-    collate: Any = data[5][silo].collate_fn
+    samples = data.train[silo].dataset
+    collate: Any = data.train[silo].collate_fn
     try:
         images = collate([samples[n] for n in range(min(smallest, LARGEST_BATCH))])[0]
     except Exception as error:  # whatever a data set of others raises

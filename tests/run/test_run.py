@@ -20,13 +20,16 @@ from rich.console import Console
 from torch import nn
 
 from fedsq_plugin import cli
-from fedsq_plugin.algorithms import CHOICES, rows
+from fedsq_plugin.algorithms import algorithms
 from fedsq_plugin.errors import ConfigError, RunError, UpdateError
 from fedsq_plugin.federation import checkpoint
+from fedsq_plugin.federation.algorithm import CHOICES
 from fedsq_plugin.federation.evaluate import Metrics
 from fedsq_plugin.federation.record import RoundRecord
-from fedsq_plugin.hosts.fedml.host import Outcome, Start
+from fedsq_plugin.hosts.fedml import execute as fedml_runs
 from fedsq_plugin.run import run as runs
+from fedsq_plugin.run.compare import compare
+from fedsq_plugin.run.host import Outcome, Start
 from fedsq_plugin.run.reluise import Reluised
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
@@ -47,7 +50,7 @@ Execute = Callable[..., Outcome]
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> Callable[[Execute], io.StringIO]:
     def use(execute: Execute) -> io.StringIO:
-        monkeypatch.setattr(runs, "execute", execute)
+        monkeypatch.setattr(fedml_runs, "execute", execute)
         monkeypatch.setattr(runs, "check", lambda families: [])
         return io.StringIO()
 
@@ -124,7 +127,7 @@ def test_an_algorithm_may_bring_options_of_its_own(told: Any, tmp_path: Path) ->
 
     told(execute)
     other = "FedSQ:structural_copy=refresh:structural_rounds=2"
-    runs.compare(recipe(), ["FedSQ", other], [0], tmp_path / "out", Console(file=io.StringIO()))
+    compare(recipe(), ["FedSQ", other], [0], tmp_path / "out", Console(file=io.StringIO()))
     assert seen == [(None, None), ("refresh", 2)]
     metrics = pd.read_csv(tmp_path / "out" / "metrics.csv")
     assert metrics.algorithm.unique().tolist() == ["FedSQ", other]
@@ -155,7 +158,7 @@ def test_a_run_that_ends_early_does_not_end_the_comparison(told: Any, tmp_path: 
 
     out = told(execute)
     with pytest.raises(RunError, match=r"^FedProx seed 0 ended early: no update is left"):
-        runs.compare(recipe(), ["FedAvg", "FedProx", "FedSQ"], [0], tmp_path / "out", Console(file=out))
+        compare(recipe(), ["FedAvg", "FedProx", "FedSQ"], [0], tmp_path / "out", Console(file=out))
     metrics = pd.read_csv(tmp_path / "out" / "metrics.csv")
     assert metrics.groupby("algorithm").size().to_dict() == {"FedAvg": 3, "FedProx": 1, "FedSQ": 3}
     assert "difference to FedAvg" in out.getvalue()
@@ -254,7 +257,7 @@ def test_a_comparison_evaluates_and_tunes_all_alike(
     told(execute)
     families = recipe()
     families["fedsq_args"].update(given)
-    runs.compare(families, names, [0], tmp_path / "out", Console(file=io.StringIO()))
+    compare(families, names, [0], tmp_path / "out", Console(file=io.StringIO()))
     assert seen == dict.fromkeys(names, (evaluates, epochs))
     config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
     assert config["fedsq_args"]["silo_evaluation"] is evaluates
@@ -280,7 +283,7 @@ def test_a_real_comparison_tests_and_tunes_every_rows_silos(images: Path, tmp_pa
     families["fedsq_args"].update(min_client_samples=1)
     families["warm_start_args"] = {"warm_start": "none"}
     out, names = tmp_path / "out", ["FedAvg", "FedRep", "FedBABU"]
-    runs.compare(families, names, [0], out, Console(file=io.StringIO(), width=200))
+    compare(families, names, [0], out, Console(file=io.StringIO(), width=200))
     metrics = pd.read_csv(out / "metrics.csv")
     splits = [(1, "test"), (1, "silos"), (2, "test"), (2, "silos"), (2, "silos_tuned")]
     for _, found in metrics.groupby("algorithm"):
@@ -312,14 +315,14 @@ def test_algorithms_are_listed_with_choices_options_and_source(
     first, second = (part.splitlines() for part in text.split("name ")[1:])
     assert first[0].split() == list(CHOICES)
     assert second[0].split() == ["options", "source"]
-    for name, row in rows().items():
+    for name, row in algorithms().items():
         (choices,) = (line for line in first if line.partition(" ")[0] == name)
         for choice in CHOICES:
-            assert f" {getattr(row, choice)} " in f"{choices} "
+            assert f" {row.described()[choice]} " in f"{choices} "
         start = next(n for n, line in enumerate(second) if line.partition(" ")[0] == name)
         length = next((n for n, line in enumerate(second[start + 1 :]) if line[:1] != " "), 0) + 1
         said = " ".join(second[start : start + length])
-        assert all(f"{option}" in said for option in row.options)
+        assert all(f"{option}" in said for option in row.option_names)
         assert all(word in said for word in row.source.split())
 
 
@@ -349,7 +352,7 @@ def test_algorithms_are_listed_with_choices_options_and_source(
         ),
         (
             ["compare", str(QUICKSTART), "--algorithms", "FedSQ+FedSQ"],
-            "algorithm 'FedSQ+FedSQ' names a row twice",
+            "algorithm 'FedSQ+FedSQ' names an algorithm twice",
         ),
     ],
 )

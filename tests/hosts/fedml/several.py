@@ -16,7 +16,7 @@ import yaml
 
 from fedsq_plugin.errors import ConfigError
 from fedsq_plugin.federation.state import fingerprint, state_of
-from fedsq_plugin.hosts.fedml.host import execute, serve
+from fedsq_plugin.hosts.fedml.execute import execute, serve
 from fedsq_plugin.settings.config import OPTIONS, family_of
 from tests.hosts.fedml.cases import CASES, Case
 from tests.hosts.fedml.conftest import BASE, network, silos
@@ -95,7 +95,8 @@ def own_parts(kind: str, args: Any, model: Any) -> dict[str, Any]:
     from fedml.ml.trainer.my_model_trainer_classification import ModelTrainerCLS
 
     from fedsq_plugin.hosts.fedml.adapters import FedSQAggregator, FedSQTrainer
-    from fedsq_plugin.run.plan import config_of, plan_of
+    from fedsq_plugin.hosts.fedml.arguments import config_of
+    from fedsq_plugin.run.plan import plan_of
 
     class Noisy:
         """Draws from the global generators, as a user's code may."""

@@ -15,10 +15,11 @@ from fedsq_plugin.federation.checkpoints import ServerCheckpoints
 from fedsq_plugin.federation.seeding import sample_clients
 from fedsq_plugin.federation.state import State, clone
 from fedsq_plugin.hosts.fedml.adapters import FedSQTrainer
+from fedsq_plugin.hosts.fedml.arguments import config_of
 from fedsq_plugin.hosts.fedml.hook import _named, prepare_host
 from fedsq_plugin.hosts.fedml.sides import server_side
 from fedsq_plugin.hosts.fedml.silo import Silos
-from fedsq_plugin.run.plan import config_of, plan_of, viewed
+from fedsq_plugin.run.plan import plan_of, viewed
 from fedsq_plugin.settings.agreement import shared_options
 from fedsq_plugin.wire.message import End, Failed, Online, Result, Task
 
