@@ -16,7 +16,8 @@ from fedsq_plugin.federation.seeding import sample_clients
 from fedsq_plugin.federation.state import State, clone
 from fedsq_plugin.hosts.fedml.adapters import FedSQTrainer
 from fedsq_plugin.hosts.fedml.arguments import config_of
-from fedsq_plugin.hosts.fedml.hook import _named, prepare_host
+from fedsq_plugin.hosts.fedml.dataset import from_tuple
+from fedsq_plugin.hosts.fedml.hook import prepare_host
 from fedsq_plugin.hosts.fedml.sides import server_side
 from fedsq_plugin.hosts.fedml.silo import Silos
 from fedsq_plugin.run.plan import plan_of, viewed
@@ -58,7 +59,7 @@ class Bench:
 
         options = {"head": "4", "fedsq_own_rows": True, "federated_optimizer": "FedAvg", **options}
         args = make_args(**options)
-        data = _named(silos())
+        data = from_tuple(silos(), "points")
         config = config_of(args)
         model = network()
         self.plan = plan_of(config, model)
