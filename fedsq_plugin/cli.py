@@ -214,14 +214,14 @@ def algorithms() -> None:
     from rich import box
     from rich.table import Table
 
-    from .algorithms import CHOICES, rows
+    from .algorithms import algorithms as all_algorithms
+    from .federation.algorithm import CHOICES
 
     tables = []
     for titles in (("name", *CHOICES), ("name", "options", "source")):
         table = Table(*titles, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-        for row in rows().values():
-            options = ", ".join(row.options) or "–"
-            cells = {"options": options, **{key: getattr(row, key) for key in ("name", "source", *CHOICES)}}
+        for row in all_algorithms().values():
+            cells = {**row.described(), "options": ", ".join(row.option_names) or "–"}
             table.add_row(*(cells[title] for title in titles))
         tables.append(table)
     console = _console()

@@ -1,5 +1,28 @@
-"""An algorithm is a row of five choices: view, objective, phases, exchange, server."""
+"""The algorithms, one file each. `registry` finds them, and those of other packages."""
 
-from .table import ALGORITHMS, CHOICES, Algorithm, algorithm, find, known, rows
+from ..federation.algorithm import (
+    Algorithm,
+    Exchange,
+    ExtraOptions,
+    FederationOptions,
+    Objective,
+    Phases,
+    ServerRule,
+    View,
+)
+from .registry import algorithm, algorithms, find, known
 
-__all__ = ["ALGORITHMS", "CHOICES", "Algorithm", "algorithm", "find", "known", "rows"]
+__all__ = [
+    "Algorithm",
+    "Exchange",
+    "ExtraOptions",
+    "FederationOptions",
+    "Objective",
+    "Phases",
+    "ServerRule",
+    "View",
+    "algorithm",
+    "algorithms",
+    "find",
+    "known",
+]

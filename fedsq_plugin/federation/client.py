@@ -1,48 +1,48 @@
-"""The client's side of a row, for every host."""
+"""A silo's side of a round, on every host: receive an assignment, train, answer with an update."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..algorithms.exchange import EVERYTHING, EXCHANGES, HEAD
-from ..algorithms.objective import OBJECTIVES
-from ..algorithms.options import Options
-from ..algorithms.phases import PHASES
-from ..algorithms.table import Algorithm
 from ..dualcopy import Compiled, DualCopy, GateCache
 from ..errors import ConfigError, UpdateError
+from .algorithm import EVERYTHING, HEAD, Algorithm
 from .client_states import ClientStates
-from .local import LocalResult, LocalTraining, Optimizers, Part, Phase, local_update
-from .messages import Announcement
-from .roles import roles
+from .local import LocalResult, LocalTraining, Optimizers, Part, Phase, local_update, trains
+from .messages import Announcement, Assignment, with_sums
+from .roles import roles, with_roles
 from .seeding import derive
-from .state import fingerprint
+from .server_state import ServerState, load_state
+from .state import State, fingerprint, state_of
 from .task import CLASSIFICATION, Loss
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
-class Worker:
-    """Trains for the clients of one process, in one model, one client after the other.
+class Client:
+    """Trains the silos of one process in one model, one silo after the other.
 
     Args:
-        model: the warm-started model as the row's view has it; what is sent to a client is loaded into it.
-        seed: the run's; None: training draws from the process's generators, as the host has them.
-        keep_gates: keep the gates of inputs, which then pass the structural copy once.
+        model: the warm-started model as the algorithm's view has it. What a silo is sent is loaded into it.
+        options: what the algorithm reads.
+        seed: the run's. None: training draws from the process's generators, as the host has them.
+        keep_gates: keep the gates of inputs, which then pass the structural copy only once.
         compile: train through torch.compile.
         loss: of the data set's task.
-        keep_optimizers: a client's optimizers go on from round to round, with their moments; the learning
-            rate must be constant then.
+        keep_optimizers: a silo's optimizers, with their moments, go on from round to round.
+
+    Raises:
+        ConfigError: optimizers are to be kept under a learning rate that is not constant.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        row: Algorithm,
-        options: Options,
+        algorithm: Algorithm,
+        options: object,
         training: LocalTraining,
         seed: int | None,
         keep_gates: bool = False,
@@ -56,56 +56,72 @@ class Worker:
             )
         self.loss, self._keep_optimizers = loss, keep_optimizers
         self._optimizers: dict[int, Optimizers] = {}
-        self.model, self.row, self.options, self.training, self.seed = model, row, options, training, seed
-        self.roles = roles(model, options.head)
-        self.states = ClientStates(model, self.roles, EXCHANGES[row.exchange])
+        self.model, self.algorithm, self.options = model, algorithm, options
+        self.training, self.seed = training, seed
+        self.roles = roles(model, getattr(options, "head", None))
+        self.states = ClientStates(model, self.roles, algorithm.exchange.travels)
         compiled = Compiled(model) if compile else None
         self._forward: Callable[[Tensor], object] | None = compiled
         if keep_gates and isinstance(model, DualCopy):
             self._forward = GateCache(model, passes=compiled)
-        self.follows: str | None = None
-        """Fingerprint of the structural copy that the server announced last, and that the model has."""
+        self.structural_fingerprint: str | None = None
+        """SHA-256 of the structural copy that the server announced last and the model has; None: it announced none,
+        or dropped it."""
 
-    def follow(self, announced: Announcement) -> None:
-        """Take over the structural copy that the server announced, after the weights that came with it.
+    def receive(self, assignment: Assignment) -> None:
+        """Load what the server sent: weights, and the structural copy where it is announced.
 
         Raises:
-            UpdateError: it is not the one that the server means.
+            UpdateError: the structural copy that the model has now is not the one that the server means.
         """
+        self.model.load_state_dict({**self.model.state_dict(), **assignment.state})
+        travels = self.algorithm.exchange.travels
+        if any(self.roles[key] not in travels for key in assignment.state):
+            # The whole model: the first broadcast, from which silos begin their own parts.
+            self.states.begin(self.model)
+        if assignment.structural is not None:
+            self._follow(assignment.structural)
+
+    def _follow(self, announced: Announcement) -> None:
         assert isinstance(self.model, DualCopy)
         if announced.fingerprint is None:
             self.model.unfreeze()
-            self.follows = None
+            self.structural_fingerprint = None
             return
-        if announced.fingerprint == self.follows:  # another client of this process was told the same
-            return
+        if announced.fingerprint == self.structural_fingerprint:
+            return  # another silo of this process was told before
         self.model.refresh(announced.state)
         found = fingerprint({k: v.cpu() for k, v in self.model.structural.state_dict().items()})
         if found != announced.fingerprint:
             raise UpdateError(
                 f"the structural copy is {found[:12]}…, the server announced {announced.fingerprint[:12]}…"
             )
-        self.follows = found
+        self.structural_fingerprint = found
+
+    def resume(self, state: ServerState, silos: Mapping[str, Tensor]) -> None:
+        """Go on where a run was between two rounds; `silos` is what `ClientStates.tensors` gave."""
+        load_state(self.model, state)
+        self.states.begin(self.model)
+        self.states.restore(silos)
 
     def parts(self, round: int) -> Sequence[Part]:
         """What happens in a round (0-based), in order."""
-        return PHASES[self.row.phases].parts(self.options, round)
+        return self.algorithm.phases.parts(self.options, round)
 
     def train(
         self,
-        client: int,
+        silo: int,
         batches: Batches,
         round: int,
         device: torch.device | str = "cpu",
         data: Batches | None = None,
         on_step: Callable[[Tensor], None] | None = None,
     ) -> LocalResult:
-        """One round of one client, from the weights in the model and the part that stayed with it.
+        """Train one round of a silo, from the weights in the model and the part that stayed with the silo.
 
         `data` and `on_step` are those of `local_update`.
         """
-        self.states.load(client, self.model)
-        objective = OBJECTIVES[self.row.objective](self.options)
+        self.states.load(silo, self.model)
         result = local_update(
             self.model,
             batches,
@@ -113,45 +129,58 @@ class Worker:
             self.parts(round),
             self.roles,
             round=round,
-            seed=self._derived("local", round, client),
-            objective=objective,
+            seed=self._derive("local", round, silo),
+            objective=self.algorithm.objective.make(self.options),
             loss=self.loss,
             device=device,
             forward=self._forward,
             data=data,
-            optimizers=self._optimizers.setdefault(client, {}) if self._keep_optimizers else None,
+            optimizers=self._optimizers.setdefault(silo, {}) if self._keep_optimizers else None,
             on_step=on_step,
         )
-        self.states.keep(client, self.model)
+        self.states.keep(silo, self.model)
         return result
+
+    def answer(self, round: int, sums: Mapping[str, Tensor]) -> State:
+        """What the silo that trained last sends: an independent copy of the part of the model that travels, where the
+        round changed it, and its sums."""
+        return with_sums(self.travelling() if trains(self.parts(round)) else {}, sums)
+
+    def travelling(self) -> State:
+        """An independent copy of the part of the model that travels, on the CPU."""
+        return with_roles(state_of(self.model), self.roles, self.algorithm.exchange.travels)
+
+    def forget_optimizers(self, silo: int) -> None:
+        """Let a silo's next round begin with new optimizers: the moments of a refused update are worth nothing."""
+        self._optimizers.pop(silo, None)
 
     def personalise(
         self,
-        client: int,
+        silo: int,
         batches: Batches,
         epochs: int,
         head_only: bool,
         device: torch.device | str = "cpu",
         on_step: Callable[[Tensor], None] | None = None,
     ) -> None:
-        """Make the model the client's own: the global weights, its own part, and a final fine-tuning of so
-        many epochs, the same for every row, at the first round's learning rate. Nothing of it is kept."""
-        self.states.load(client, self.model)
-        if epochs:
-            phase = Phase(epochs, HEAD if head_only else EVERYTHING)
-            local_update(
-                self.model,
-                batches,
-                self.training,
-                [phase],
-                self.roles,
-                round=0,
-                seed=self._derived("finetune", client),
-                loss=self.loss,
-                device=device,
-                forward=self._forward,
-                on_step=on_step,
-            )
+        """Make the model the silo's own: global weights, the silo's own part, and a fine-tuning of so many epochs at
+        the learning rate of the first round. It is the same for every algorithm, and nothing of it is kept."""
+        self.states.load(silo, self.model)
+        if not epochs:
+            return
+        local_update(
+            self.model,
+            batches,
+            self.training,
+            [Phase(epochs, HEAD if head_only else EVERYTHING)],
+            self.roles,
+            round=0,
+            seed=self._derive("finetune", silo),
+            loss=self.loss,
+            device=device,
+            forward=self._forward,
+            on_step=on_step,
+        )
 
-    def _derived(self, *keys: int | str) -> int | None:
+    def _derive(self, *keys: int | str) -> int | None:
         return None if self.seed is None else derive(keys[0], self.seed, *keys[1:])

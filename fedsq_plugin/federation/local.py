@@ -27,7 +27,7 @@ OptimizerClass = Callable[..., torch.optim.Optimizer]
 Optimizers = MutableMapping[tuple[str, ...], torch.optim.Optimizer]
 """Optimizers that go on from round to round, by the names of the parameters that they train."""
 
-Objective = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+Term = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 """(trained parameters, their values at the start of the round) -> what is added to the loss."""
 
 
@@ -160,7 +160,7 @@ def local_update(
     *,
     round: int,
     seed: int | None,
-    objective: Objective | None = None,
+    objective: Term | None = None,
     loss: Loss = CLASSIFICATION.loss,
     device: torch.device | str = "cpu",
     forward: Callable[[Tensor], object] | None = None,

@@ -1,7 +1,7 @@
-"""What passes between server and clients, and its form on the wire: one flat mapping of tensors.
+"""What the server and the silos send each other, and its form as one flat mapping of tensors.
 
-What goes beside the weights stands under reserved keys in the same mapping, so that whatever road carries
-weights carries it too; a message without such parts is the plain state.
+What is sent beside the weights stands under reserved keys in the same mapping. So whatever carries weights carries it
+too, and a message without such parts is a plain state.
 """
 
 from __future__ import annotations
@@ -17,44 +17,45 @@ from ..errors import UpdateError
 from .state import State
 
 RESERVED = "fedsq:"
-"""Beginning of the keys that are no weights; no module is called like this."""
+"""What the keys begin with that are no weights. No module has such a name."""
 _STRUCTURAL, _FINGERPRINT, _SUMS = f"{RESERVED}structural:", f"{RESERVED}fingerprint", f"{RESERVED}sums:"
 
 
 @dataclass(frozen=True)
 class Announcement:
-    """The structural copy that holds from a round on."""
+    """The structural copy of a round and those after it."""
 
     fingerprint: str | None
-    """Of its state; None: there is none any more, gates are the quantitative copy's own."""
+    """SHA-256 of the structural copy; None: it was dropped, and the model uses its own gates."""
     state: State | None = None
-    """None: the weights that come with the announcement."""
+    """The structural copy; None: it equals the weights that come with the announcement."""
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a client begins a round with."""
+    """What a silo begins a round with."""
 
     state: State
-    """The part of the model that travels."""
+    """The part of the model that travels; the whole model for a silo that has nothing yet."""
     structural: Announcement | None = None
-    """None: the structural copy that the client has."""
+    """None: the silo's structural copy stays as it is."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """One client's contribution to a round. `samples` is its weight in the mean."""
+    """What one silo adds to a round."""
 
-    client: int
+    silo: int
     samples: float
+    """Its weight in the mean: the number of its training samples."""
     state: Mapping[str, Tensor]
     """The part of the model that travels; empty in a round that trains nothing."""
     sums: Mapping[str, Tensor] = field(default_factory=dict)
-    """Sums over the client's data, to be added up over clients."""
+    """Sums over the silo's data, which the server adds up over the silos."""
 
 
 def packed(assignment: Assignment) -> State:
-    """An assignment as one mapping; the tensors are not copied."""
+    """An assignment as one mapping. The tensors are not copied."""
     message = OrderedDict(assignment.state)
     told = assignment.structural
     if told is not None:
@@ -64,7 +65,7 @@ def packed(assignment: Assignment) -> State:
 
 
 def unpacked(message: Mapping[str, Tensor]) -> Assignment:
-    """What `packed` made one mapping of."""
+    """The assignment that `packed` made into one mapping."""
     state = OrderedDict((k, v) for k, v in message.items() if not k.startswith(RESERVED))
     if _FINGERPRINT not in message:
         return Assignment(state)
@@ -77,14 +78,14 @@ def with_sums(state: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> State:
     return OrderedDict(state, **{f"{_SUMS}{name}": value for name, value in sums.items()})
 
 
-def update_of(client: int, samples: float, message: Mapping[str, Tensor]) -> Update:
-    """An update from what a client sent. Raises UpdateError for a reserved key that no update has."""
+def update_of(silo: int, samples: float, message: Mapping[str, Tensor]) -> Update:
+    """The update in what a silo sent. Raises UpdateError for a reserved key that no update has."""
     state = {k: v for k, v in message.items() if not k.startswith(RESERVED)}
     sums = _under(_SUMS, message)
     if len(state) + len(sums) != len(message):
         odd = next(k for k in message if k.startswith(RESERVED) and not k.startswith(_SUMS))
-        raise UpdateError(f"the update of silo {client} has the key {odd!r}, which only the server may send")
-    return Update(client, samples, state, sums)
+        raise UpdateError(f"the update of silo {silo} has the key {odd!r}, which only the server may send")
+    return Update(silo, samples, state, sums)
 
 
 def _under(prefix: str, message: Mapping[str, Tensor]) -> State:

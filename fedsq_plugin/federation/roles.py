@@ -61,6 +61,14 @@ def roles(model: nn.Module, head: str | None = None) -> dict[str, Role]:
     return found
 
 
+def refuse_without_norm(name: str, model: nn.Module) -> None:
+    """Raise ConfigError where an algorithm treats normalisation layers apart and the model has none."""
+    if not any(isinstance(module, NORMALISATION) for module in model.modules()):
+        raise ConfigError(
+            f"{name} treats normalisation layers apart, and the model has none: use another algorithm"
+        )
+
+
 def with_roles(state: Mapping[str, Tensor], roles: Mapping[str, Role], kept: Collection[Role]) -> State:
     """The entries of a state whose roles are among `kept`; the tensors are not copied."""
     return OrderedDict((key, value) for key, value in state.items() if roles[key] in kept)

@@ -1,4 +1,4 @@
-"""All that the server must remember between rounds, as values that can be written down."""
+"""All that the server remembers between rounds, in a form that can be saved."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..dualcopy import DualCopy
 from ..errors import WeightsError
 from .state import State
 
@@ -20,7 +21,7 @@ class ServerState:
     model: State
     """The global model, whole: what is evaluated and released."""
     slots: tuple[State, ...] = ()
-    """Whole models that the clients of a round begin with, in their order; none: all with `model`."""
+    """Whole models that the silos of a round begin with, in their order; empty: all begin with `model`."""
     memory: Mapping[str, State] = field(default_factory=dict)
     """What the server's rule keeps, by name: moments of an optimizer."""
     structural: State | None = None
@@ -28,9 +29,10 @@ class ServerState:
     structural_version: int = 0
     """Counts the changes of the structural copy."""
     told: Mapping[int, int] = field(default_factory=dict)
-    """The version of the structural copy that a client was last told of; absent: 0, the first."""
+    """By silo: the version of the structural copy that it was told last. Absent: 0, the first one. -1: it has nothing,
+    and must be sent the whole model."""
     clients: int = 0
-    """Clients of the round that was begun last, whether they answered or not."""
+    """Number of silos of the round that began last, whether they answered or not."""
     round: int = 0
     """Rounds that are finished."""
 
@@ -75,3 +77,19 @@ class ServerState:
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise WeightsError(f"this is no server state: {error!r} is missing or wrong") from None
         return cls(model, tuple(slots), memory, structural, version, told, clients, finished)
+
+
+def load_state(model: nn.Module, state: ServerState) -> None:
+    """Put the global model into a module, and let a DualCopy's gates be those of the server's structural copy."""
+    model.load_state_dict(state.model)
+    load_structural(model, state)
+
+
+def load_structural(model: nn.Module, state: ServerState) -> None:
+    """Let a DualCopy's gates be those of the server's structural copy, or its own where there is none any more."""
+    if not isinstance(model, DualCopy):
+        return
+    if state.structural is None:
+        model.unfreeze()
+    else:
+        model.refresh(state.structural)

@@ -63,7 +63,7 @@ def notes(families: Families) -> list[str]:
 
 def _names(valid: dict[str, Any]) -> Iterator[str]:
     from .. import models
-    from ..algorithms import algorithm, known, rows
+    from ..algorithms import algorithm, algorithms, known
     from ..data.flamby.backbones import MODELS
     from ..data.flamby.catalogue import CATALOGUE
     from ..data.ours import DATASETS, FEDML_DATASETS
@@ -72,7 +72,7 @@ def _names(valid: dict[str, Any]) -> Iterator[str]:
     from ..models.backbones import PREFIX
 
     lists = {
-        "federated_optimizer": [*rows()],
+        "federated_optimizer": [*algorithms()],
         "dataset": [*DATASETS, *CATALOGUE, *FEDML_DATASETS],
         "model": [*models.names(), *MODELS, *FEDML_MODELS],
     }
@@ -92,7 +92,7 @@ def _names(valid: dict[str, Any]) -> Iterator[str]:
             except ConfigError as error:
                 what = f"is no model of ours: {error}"
         if key == "federated_optimizer" and valid[key] in NATIVE_SP:
-            what = f"is FedML's own: run it by `python -m fedsq_plugin main.py`, or use {', '.join(rows())}"
+            what = f"is FedML's own: run it by `python -m fedsq_plugin main.py`, or use {', '.join(algorithms())}"
         yield f"{family_of(key)}.{key} '{valid[key]}' {what}"
     method = valid.get("partition_method", "homo")
     if valid.get("dataset") in DATASETS and method not in METHODS:
@@ -125,7 +125,7 @@ def _host(values: dict[str, Any], valid: dict[str, Any]) -> Iterator[str]:
         yield f"model_args.model {model} takes images of three channels, {dataset} has none"
     if dataset in OTHER_LOSSES:
         yield f"data_args.dataset {dataset} is no classification task; pass a trainer of your own in main.py"
-    if row is not None and row.view == "dualcopy" and model in WITHOUT_GATES:
+    if row is not None and row.gated and model in WITHOUT_GATES:
         yield f"model_args.model {model} has no ReLU-like activation that {row.name} could gate"
     if row is not None and row.needs_head and not valid.get("head", "?") and model in FEDML_MODELS:
         yield f"{row.name} treats the head apart from the body: set fedsq_args.head, {model}'s last layer"
@@ -196,7 +196,7 @@ def _trial(valid: dict[str, Any]) -> Iterator[str]:
     if valid.get("model") in MODELS:
         row = find(valid.get("federated_optimizer", ""))
         # What would be fetched is not built, but for the line that says that it has no gate.
-        gated = row is not None and row.view == "dualcopy"
+        gated = row is not None and row.gated
         buildable = data is not None and (gated or not fetched(config.model, config.dataset))
     if buildable and _all_in(valid, *MODEL):
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,9 +13,6 @@ from torch import nn
 
 from .. import models
 from ..algorithms import Algorithm, algorithm, find
-from ..algorithms.fits import refuse_norm_layers
-from ..algorithms.options import Options
-from ..algorithms.view import VIEWS
 from ..data.flamby import backbones as flamby
 from ..data.flamby.package import is_flamby
 from ..data.ours import DATASETS, VALIDATION
@@ -54,12 +51,18 @@ class Plan:
 
     config: Config
     algorithm: Algorithm
-    options: Options
+    options: Any
+    """What the algorithm reads: the config, with what is known of the model filled in."""
     training: LocalTraining
     head: str | None
     silo_evaluation: bool
     finetune_epochs: int
     task: Task = CLASSIFICATION
+
+    @property
+    def fatal(self) -> str | None:
+        """The option that makes a refused update end the run; None where it does not."""
+        return "fedsq_args.nonfinite: fail" if self.config.nonfinite == "fail" else None
 
 
 def config_of(args: Any) -> Config:
@@ -87,7 +90,6 @@ def plan_of(config: Config, model: nn.Module, task: Task = CLASSIFICATION) -> Pl
             f"{row.name} treats the head apart from the body: set fedsq_args.head to the module path of the "
             "model's last layer"
         )
-    shared = {field.name: getattr(config, field.name) for field in fields(Options) if field.name != "head"}
     finetune_epochs = row.finetune_epochs if config.finetune_epochs is None else config.finetune_epochs
     if finetune_epochs and config.finetune_part == "head" and head is None:
         raise ConfigError(
@@ -98,10 +100,12 @@ def plan_of(config: Config, model: nn.Module, task: Task = CLASSIFICATION) -> Pl
         raise ConfigError(
             f"fedsq_args.channels_last is for images, and {volumes} convolves volumes; set it to false"
         )
-    refuse_norm_layers(row, config.structural_copy, model)
-    frozen = _frozen_modules(config, model) if "frozen_modules" in row.options else config.frozen_modules
+    frozen = config.frozen_modules
+    if "frozen_modules" in row.option_names:
+        frozen = _frozen_modules(config, model)
     special = {"head": head, "frozen_modules": frozen, "gate_accept": accepted(config)}
-    options = Options(**{**shared, **special})
+    options = config.model_copy(update=special)
+    row.refuse_misfit(model, options)
     return Plan(
         config,
         row,
@@ -314,7 +318,7 @@ def public_split(dataset: Any, config: Config) -> Any:
 def viewed(model: nn.Module, plan: Plan) -> nn.Module:
     """The model as the algorithm trains it. The structural copy is taken here."""
     with in_recipe_terms():
-        view = VIEWS[plan.algorithm.view](model, plan.options)
+        view = plan.algorithm.view.make(model, plan.options)
     if plan.config.channels_last:
         # Convolutions follow their weights: inputs need not be touched.
         view.to(memory_format=torch.channels_last)
@@ -325,7 +329,7 @@ def created(config: Config, classes: int) -> nn.Module:
     """One of our backbones, initialised from the model seed; a DualCopy with the recipe's gate options."""
     if config.model in flamby.MODELS:
         row = find(getattr(config, "federated_optimizer", ""))
-        if row is not None and row.view == "dualcopy":
+        if row is not None and row.gated:
             line = flamby.without_gates(config.model, config.dataset)
             if line is not None:
                 raise ConfigError(f"model_args.model {config.model} under {row.name}: {line}")

@@ -304,7 +304,7 @@ def _one(session: _Session, variant: _Variant, config: Config, resume: bool) -> 
     model = outcome.model
     tensors = model.full_state_dict() if isinstance(model, DualCopy) else model.state_dict()
     about: Mapping[str, Any] = {
-        "algorithm": asdict(algorithm(config.federated_optimizer)),
+        "algorithm": algorithm(config.federated_optimizer).described(),
         "seed": seed,
         "model": config.model,
         "small_images": config.small_images,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .. import models
-from ..algorithms import find, rows
+from ..algorithms import algorithms, find
 from ..data.flamby.backbones import MODELS
 from ..data.flamby.package import is_flamby
 from ..data.ours import DATASETS
@@ -35,7 +35,7 @@ def unused(valid: Mapping[str, Any], ours: bool = True) -> list[str]:
     get = valid.get
     model, dataset, name = str(get("model", "")), str(get("dataset", "")), str(get("federated_optimizer", ""))
     warm, row = get("warm_start", "public"), find(name) if ours else None
-    gated = model.startswith(PREFIX) or (row is not None and row.view == "dualcopy")
+    gated = model.startswith(PREFIX) or (row is not None and row.gated)
     idle: dict[str, str] = {}
 
     def mark(keys: tuple[str, ...], why: str) -> None:
@@ -61,7 +61,7 @@ def unused(valid: Mapping[str, Any], ours: bool = True) -> list[str]:
     if ours and get("client_optimizer", "sgd") != "sgd":
         mark(("momentum",), f"{valid['client_optimizer']} has none")
     if row is not None:
-        mark(tuple(_of_methods() - {*row.options, *GATES}), f"{name} does not read it")
+        mark(tuple(_of_methods() - {*row.option_names, *GATES}), f"{name} does not read it")
     rounds = get("comm_round", float("inf"))
     if get("structural_rounds", 1) >= rounds:
         mark(("structural_copy",), f"the run ends after {rounds} rounds")
@@ -80,7 +80,7 @@ def unused(valid: Mapping[str, Any], ours: bool = True) -> list[str]:
         mark(("min_clients", "round_timeout_s", "server_return_s"), "sp is one process")
     if road[1] == "MPI":
         mark(("server_return_s",), "over MPI all processes end with the server")
-    if row is not None and "extra" not in row.options:
+    if row is not None and "extra" not in row.option_names:
         mark(("extra",), f"{name} does not read it")
     relu_ise = get("relu_ise", True)
     if not relu_ise:
@@ -102,13 +102,13 @@ def unused(valid: Mapping[str, Any], ours: bool = True) -> list[str]:
 
 def _of_methods() -> set[str]:
     """The options that only some algorithms read."""
-    return {key for row in rows().values() for key in row.options}
+    return {key for row in algorithms().values() for key in row.option_names}
 
 
 def untrained_gates(valid: Mapping[str, Any]) -> list[str]:
     """A line when the gates of one of our models are frozen before anything was learned."""
     model, row = str(valid.get("model", "")), find(str(valid.get("federated_optimizer", "")))
-    gated = model.startswith(PREFIX) or (row is not None and row.view == "dualcopy")
+    gated = model.startswith(PREFIX) or (row is not None and row.gated)
     if gated and model in (*models.names(), *MODELS) and valid.get("warm_start", "none") == "none":
         return [
             "warm_start is none: the gates of random weights are frozen; FedSQ is meant for pretrained ones"

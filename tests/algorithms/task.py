@@ -1,31 +1,36 @@
-"""Federations on the core alone: no host, a few clients, a task that no linear model solves."""
+"""Federations on the core alone: no host, a few silos, a task that no linear model solves."""
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fedsq_plugin.algorithms import Algorithm, algorithm
-from fedsq_plugin.algorithms.options import Options
-from fedsq_plugin.algorithms.view import VIEWS
+from fedsq_plugin.algorithms import Algorithm, FederationOptions, algorithm
+from fedsq_plugin.algorithms.registry import builtin_options
 from fedsq_plugin.data.partition import partition
-from fedsq_plugin.dualcopy import DualCopy
-from fedsq_plugin.federation.client import Worker
+from fedsq_plugin.federation.algorithm import options_together
+from fedsq_plugin.federation.client import Client
 from fedsq_plugin.federation.evaluate import Metrics, evaluate
-from fedsq_plugin.federation.local import LocalTraining, trains
-from fedsq_plugin.federation.messages import Update, packed, unpacked, update_of, with_sums
+from fedsq_plugin.federation.local import LocalTraining
+from fedsq_plugin.federation.messages import Assignment, Update, packed, unpacked, update_of
+from fedsq_plugin.federation.record import RoundRecord
 from fedsq_plugin.federation.roles import roles
+from fedsq_plugin.federation.round import Round
 from fedsq_plugin.federation.seeding import isolated
-from fedsq_plugin.federation.server import Coordinator
+from fedsq_plugin.federation.server import Server
+from fedsq_plugin.federation.server_state import load_state
+from fedsq_plugin.federation.simulation import LocalSilos, Simulation
 from fedsq_plugin.federation.state import State, state_of
-from fedsq_plugin.federation.updates import problem
 
 SILOS = 3
 Batches = list[tuple[Tensor, Tensor]]
+AllOptions: Any = options_together(FederationOptions, builtin_options())
+"""The options of all algorithms together."""
 
 
 def corners(samples: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -40,8 +45,8 @@ def mlp() -> nn.Module:
         return nn.Sequential(nn.Linear(2, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 2))
 
 
-OPTIONS = Options(epochs=2, head="3", frozen_modules=("0", "1"), server_lr=0.1)
-"""For `mlp`, whatever the row; 0.1 for the rows with a server optimizer of few rounds."""
+OPTIONS: Any = AllOptions(epochs=2, head="3", frozen_modules=("0", "1"), server_lr=0.1)
+"""For `mlp`, whatever the algorithm; 0.1 for the algorithms with a server optimizer of few rounds."""
 
 
 @functools.cache
@@ -53,89 +58,80 @@ def silos(count: int = SILOS) -> list[Batches]:
     ]
 
 
-class Federation:
-    """The rounds of a host: messages packed on both ways, every update checked.
+class Federation(Simulation):
+    """The loop of one process on this task, with its messages kept.
 
-    `sent` and `answers` are the messages of all rounds, by round and client.
+    `sent` and `answers` are the messages of all rounds, by round and silo.
     """
 
     def __init__(
         self,
-        row: str | Algorithm,
+        chosen: str | Algorithm,
         model: nn.Module | None = None,
-        options: Options = OPTIONS,
+        options: Any = OPTIONS,
         data: Sequence[Batches] | None = None,
         training: LocalTraining = LocalTraining(learning_rate=0.1, momentum=0.9),  # noqa: B008
         seed: int = 0,
     ) -> None:
-        self.row = algorithm(row) if isinstance(row, str) else row
-        view = VIEWS[self.row.view](model or mlp(), options)
-        known, gated = roles(view, options.head), isinstance(view, DualCopy)
-        self.coordinator = Coordinator(self.row, options, state_of(view), known, seed, gated)
-        self.worker = Worker(view, self.row, options, training, seed)
+        self.algorithm = algorithm(chosen) if isinstance(chosen, str) else chosen
+        view = self.algorithm.view.make(model or mlp(), options)
+        self.client = Client(view, self.algorithm, options, training, seed)
         self.data = silos() if data is None else data
+        batches = dict(enumerate(self.data))
+        samples = {silo: sum(len(labels) for _, labels in part) for silo, part in batches.items()}
+        self.own_server = Server(self.algorithm, options, state_of(view), roles(view, options.head), seed)
+        super().__init__(
+            self.own_server,
+            LocalSilos(self.client, batches, batches),
+            samples,
+            rounds=1,
+            draw=lambda number: sorted(batches),
+        )
         self.sent: list[dict[int, State]] = []
         self.answers: list[dict[int, State]] = []
 
     @property
     def state(self) -> State:
-        return self.coordinator.state.model
+        return self.own_server.state.model
 
-    def rounds(self, count: int, visits: int = 1) -> Federation:
-        """So many rounds of all clients, visited forwards (1) or backwards (-1)."""
+    def repeat(self, count: int, visits: int = 1) -> Federation:
+        """So many rounds of all silos, visited forwards (1) or backwards (-1)."""
         for _ in range(count):
             self.round(range(len(self.data)), visits)
         return self
 
-    def round(self, clients: Iterable[int], visits: int = 1, lost: Sequence[int] = ()) -> None:
-        """One round; the updates of `lost` do not arrive."""
-        clients, coordinator = list(clients), self.coordinator
-        number = coordinator.state.round
-        coordinator.next_round()
-        sent = dict(zip(clients, map(packed, coordinator.assign(clients)), strict=True))
-        answers = {client: self.answer(client, sent[client], number) for client in clients[::visits]}
-        expected, sums = coordinator.expected, coordinator.expected_sums
-        gathering = coordinator.begin(clients)
-        for client in clients:
-            if client in lost:
-                continue
-            update = self.update(client, answers[client])
-            assert problem(update, expected, sums) is None
-            gathering.add(update)
-        coordinator.state = gathering.finish()
-        self.sent.append(sent)
-        self.answers.append(answers)
+    def round(self, clients: Iterable[int], visits: int = 1, lost: Sequence[int] = ()) -> RoundRecord:
+        """One round of the core; the updates of `lost` do not arrive."""
+        number, record = self.own_server.state.round, RoundRecord(self.own_server.state.round + 1)
+        current = Round(self.server, list(clients), self.samples, record)
+        self.sent.append({silo: packed(sent) for silo, sent in current.assignments.items()})
+        self.answers.append({})
+        for silo in current.silos[::visits]:
+            answer = self.answer(silo, self.sent[-1][silo], number)
+            self.answers[-1][silo] = answer
+            if silo not in lost:
+                current.take(silo, answer)
+        current.close()
+        assert not record.notes
+        return record
 
-    def update(self, client: int, answer: State) -> Update:
-        return update_of(client, sum(len(labels) for _, labels in self.data[client]), answer)
+    def update(self, silo: int, answer: State) -> Update:
+        return update_of(silo, self.samples[silo], answer)
 
-    def receive(self, message: State) -> None:
-        """What a client does with what it is sent."""
-        assignment = unpacked(message)
-        self.worker.model.load_state_dict(assignment.state, strict=False)
-        if assignment.structural is not None:
-            self.worker.follow(assignment.structural)
-
-    def answer(self, client: int, message: State, round: int) -> State:
-        self.receive(message)
-        result = self.worker.train(client, self.data[client], round)
-        state = state_of(self.worker.model) if trains(self.worker.parts(round)) else {}
-        return with_sums(self.coordinator.travelling(state), result.sums)
+    def answer(self, silo: int, message: Mapping[str, Tensor], round: int) -> State:
+        return State(self.silos.train(silo, round, unpacked(message)))
 
     def model(self) -> nn.Module:
         """The global model, under the structural copy that the server means."""
-        model, state = copy.deepcopy(self.worker.model), self.coordinator.state
-        model.load_state_dict(state.model)
-        if isinstance(model, DualCopy) and state.structural is not None:
-            model.refresh(state.structural)
+        model = copy.deepcopy(self.client.model)
+        load_state(model, self.own_server.state)
         return model
 
     def accuracy(self) -> float:
         return evaluate(self.model(), [corners(400, seed=2)]).accuracy
 
-    def own(self, client: int, epochs: int = 0, head_only: bool = False) -> Metrics:
-        """A client's own model on its own data."""
-        coordinator, worker = self.coordinator, self.worker
-        worker.model.load_state_dict(coordinator.travelling(self.state), strict=False)
-        worker.personalise(client, self.data[client], epochs, head_only)
-        return evaluate(worker.model, self.data[client])
+    def own(self, silo: int, epochs: int = 0, head_only: bool = False) -> Metrics:
+        """A silo's own model on its own data."""
+        self.client.receive(Assignment(self.own_server.travelling(self.state)))
+        self.client.personalise(silo, self.data[silo], epochs, head_only)
+        return evaluate(self.client.model, self.data[silo])

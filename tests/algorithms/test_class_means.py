@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fedsq_plugin.algorithms.class_means import apply, collect, expected
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedsq_plugin.algorithms import algorithm
-from fedsq_plugin.algorithms.class_means import apply, collect, expected
 from fedsq_plugin.dualcopy import DualCopy
 from fedsq_plugin.errors import ConfigError, UpdateError
-from fedsq_plugin.federation.client import Worker
+from fedsq_plugin.federation.client import Client
 from fedsq_plugin.federation.evaluate import evaluate
 from fedsq_plugin.federation.messages import Update
 from fedsq_plugin.federation.roles import roles
 from fedsq_plugin.federation.seeding import isolated
-from fedsq_plugin.federation.server import Coordinator, added
+from fedsq_plugin.federation.server import Server, added
 from fedsq_plugin.federation.state import fingerprint, state_of
 
 from .task import OPTIONS, Batches, Federation, corners, mlp, silos
@@ -149,7 +149,7 @@ def test_dualcopy_gives_the_features_under_its_gates() -> None:
 
 
 def test_first_round_sets_the_head_and_nothing_else() -> None:
-    found = Federation("FedNCM").rounds(1)
+    found = Federation("FedNCM").repeat(1)
     start = state_of(mlp())
     pooled = [batch for silo in silos() for batch in silo]
     wanted = apply("3")(start, collect("3")(mlp(), pooled, "cpu"))
@@ -159,24 +159,24 @@ def test_first_round_sets_the_head_and_nothing_else() -> None:
 
 
 def test_clients_send_their_sums_alone_in_the_first_round() -> None:
-    found = Federation("FedNCM").rounds(2)
+    found = Federation("FedNCM").repeat(2)
     assert [list(answer) for answer in found.answers[0].values()] == [["fedsq:sums:class sums"]] * 3
     assert [list(answer) for answer in found.answers[1].values()] == [list(state_of(mlp()))] * 3
 
 
 def test_first_head_is_better_than_chance() -> None:
     # The features separate little here, but more than a head that was drawn.
-    found = Federation("FedNCM").rounds(1)
+    found = Federation("FedNCM").repeat(1)
     assert found.accuracy() > 0.6
 
 
 def test_slots_get_the_head_too() -> None:
-    found = Federation("FedNCM+FedMR").rounds(2)
-    assert len(found.coordinator.state.slots) == 3
+    found = Federation("FedNCM+FedMR").repeat(2)
+    assert len(found.own_server.state.slots) == 3
 
 
 def test_round_without_any_sums_is_an_error() -> None:
-    coordinator = Coordinator(algorithm("FedNCM"), OPTIONS, state_of(mlp()), roles(mlp(), "3"), 0, False)
+    coordinator = Server(algorithm("FedNCM"), OPTIONS, state_of(mlp()), roles(mlp(), "3"), 0, False)
     with pytest.raises(UpdateError, match="there are no sums to add up"):
         coordinator.begin([0]).finish()
 
@@ -191,13 +191,13 @@ def test_sums_of_a_client_that_is_lost_are_not_counted() -> None:
 
 def test_worker_gives_sums_without_a_step() -> None:
     data: Batches = silos()[0]
-    found = Worker(mlp(), algorithm("FedNCM"), OPTIONS, Federation("FedNCM").worker.training, 0)
+    found = Client(mlp(), algorithm("FedNCM"), OPTIONS, Federation("FedNCM").client.training, 0)
     result = found.train(0, data, 0)
     assert (result.steps, sorted(result.sums)) == (0, ["class sums"])
 
 
 def test_model_is_evaluated_with_the_new_head() -> None:
-    found = Federation("FedNCM").rounds(1)
+    found = Federation("FedNCM").repeat(1)
     assert evaluate(found.model(), silos()[0]) != evaluate(mlp(), silos()[0])
 
 
@@ -209,7 +209,7 @@ def test_totals_by_hand() -> None:
 
 
 def test_update_with_sums_alone_counts() -> None:
-    coordinator = Coordinator(algorithm("FedNCM"), OPTIONS, state_of(mlp()), roles(mlp(), "3"), 0, False)
+    coordinator = Server(algorithm("FedNCM"), OPTIONS, state_of(mlp()), roles(mlp(), "3"), 0, False)
     gathering = coordinator.begin([0])
     gathering.add(Update(0, 5, {}, collect("3")(mlp(), silos()[0], "cpu")))
     assert gathering.finish().round == 1
@@ -226,10 +226,10 @@ def test_expected_sums_are_like_those_that_clients_send(bias: bool) -> None:
 
 def test_sums_are_expected_in_the_first_round_alone() -> None:
     found = Federation("FedNCM")
-    first = list(found.coordinator.expected_sums), list(found.coordinator.expected)
-    found.rounds(1)
+    first = list(found.own_server.expected_sums), list(found.own_server.expected)
+    found.repeat(1)
     assert first == (["class sums"], [])
-    assert (found.coordinator.expected_sums, list(found.coordinator.expected)) == ({}, list(state_of(mlp())))
+    assert (found.own_server.expected_sums, list(found.own_server.expected)) == ({}, list(state_of(mlp())))
 
 
 @pytest.mark.parametrize(

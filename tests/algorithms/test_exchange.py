@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fedsq_plugin.algorithms.exchange import EXCHANGES, personal
 from torch import nn
 from torchvision.models import resnet18
 
 from fedsq_plugin.algorithms import Algorithm
-from fedsq_plugin.algorithms.exchange import EXCHANGES, personal
-from fedsq_plugin.algorithms.options import Options
 from fedsq_plugin.federation.messages import Update
 from fedsq_plugin.federation.roles import Role, roles
-from fedsq_plugin.federation.server import Coordinator
+from fedsq_plugin.federation.server import Server
 from fedsq_plugin.federation.state import State, state_of
+from tests.algorithms.task import AllOptions
 
 
 def travels(model: nn.Module, exchange: str, head: str | None = None) -> list[str]:
     row = Algorithm("Own", "nowhere", exchange=exchange)
-    coordinator = Coordinator(row, Options(head=head), state_of(model), roles(model, head), 0, False)
+    coordinator = Server(row, AllOptions(head=head), state_of(model), roles(model, head), 0, False)
     return list(coordinator.travelling(state_of(model)))
 
 
@@ -123,7 +123,7 @@ def test_personal_where_something_stays(exchange: str, expected: bool) -> None:
 def test_what_travels_is_not_copied() -> None:
     model = nn.Linear(2, 2)
     row = Algorithm("Own", "nowhere")
-    coordinator = Coordinator(row, Options(), state_of(model), roles(model), 0, False)
+    coordinator = Server(row, AllOptions(), state_of(model), roles(model), 0, False)
     given: State = coordinator.state.model
     assert all(coordinator.travelling(given)[key] is value for key, value in given.items())
 
@@ -131,7 +131,7 @@ def test_what_travels_is_not_copied() -> None:
 def test_server_keeps_what_does_not_travel_as_it_was() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     row = Algorithm("Own", "nowhere", exchange="without norm layers")
-    coordinator = Coordinator(row, Options(), state_of(model), roles(model), 0, False)
+    coordinator = Server(row, AllOptions(), state_of(model), roles(model), 0, False)
     gathering = coordinator.begin([0])
     gathering.add(Update(0, 1, {"0.weight": torch.ones(2, 2), "0.bias": torch.ones(2)}))
     found, start = gathering.finish().model, model.state_dict()

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from fedsq_plugin.algorithms.exchange import personal
 from torch import nn
 
 from fedsq_plugin.algorithms import ALGORITHMS
-from fedsq_plugin.algorithms.exchange import personal
 from fedsq_plugin.dualcopy import DualCopy
 from fedsq_plugin.errors import UpdateError
 from fedsq_plugin.federation import checkpoint
@@ -36,7 +36,7 @@ EVERY = [*sorted(ALGORITHMS), *COMPOSED, "FedSQ+FedRep", "FedMR+FedBN"]
 def test_no_linear_model_solves_the_task() -> None:
     with isolated(0):
         linear = nn.Linear(2, 2)
-    assert Federation("FedAvg", linear, replace(OPTIONS, head=None)).rounds(5).accuracy() < 0.8
+    assert Federation("FedAvg", linear, replace(OPTIONS, head=None)).repeat(5).accuracy() < 0.8
 
 
 def test_start_does_not_solve_the_task() -> None:
@@ -45,37 +45,37 @@ def test_start_does_not_solve_the_task() -> None:
 
 @pytest.mark.parametrize("name", [*GLOBAL, *COMPOSED])
 def test_federation_solves_the_task(name: str) -> None:
-    assert Federation(name).rounds(8).accuracy() > 0.95
+    assert Federation(name).repeat(8).accuracy() > 0.95
 
 
 @pytest.mark.parametrize("name", [*PERSONAL, "FedSQ+FedRep", "FedMR+FedBN"])
 def test_silos_own_models_solve_the_task(name: str) -> None:
-    found = Federation(name).rounds(8)
+    found = Federation(name).repeat(8)
     assert pooled(found.own(client) for client in range(SILOS)).accuracy > 0.95
 
 
 @pytest.mark.parametrize("name", PERSONAL)
 def test_silos_models_are_their_own(name: str) -> None:
-    found = Federation(name).rounds(3)
+    found = Federation(name).repeat(3)
     states = []
     for client in range(SILOS):
         found.own(client)
-        states.append(fingerprint(state_of(found.worker.model)))
+        states.append(fingerprint(state_of(found.client.model)))
     # FedBABU's heads are all the start's until the fine-tuning.
     assert len(set(states)) == (1 if name == "FedBABU" else SILOS)
 
 
 def test_fine_tuning_gives_fedbabus_silos_their_heads() -> None:
-    found = Federation("FedBABU").rounds(3)
+    found = Federation("FedBABU").repeat(3)
     heads = []
     for client in range(SILOS):
         found.own(client, epochs=5, head_only=True)
-        heads.append(fingerprint({"": found.worker.model.state_dict()["3.weight"]}))
+        heads.append(fingerprint({"": found.client.model.state_dict()["3.weight"]}))
     assert len(set(heads)) == SILOS
 
 
 def test_fedbabus_head_is_the_starts() -> None:
-    assert torch.equal(Federation("FedBABU").rounds(3).state["3.weight"], mlp().state_dict()["3.weight"])
+    assert torch.equal(Federation("FedBABU").repeat(3).state["3.weight"], mlp().state_dict()["3.weight"])
 
 
 @pytest.mark.parametrize(
@@ -94,18 +94,18 @@ def test_fedbabus_head_is_the_starts() -> None:
     ],
 )
 def test_what_stays_in_the_global_model(name: str, still: set[str]) -> None:
-    found, start = Federation(name).rounds(2).state, state_of(mlp())
+    found, start = Federation(name).repeat(2).state, state_of(mlp())
     unchanged = {key for key, value in found.items() if torch.equal(value, start[key])}
     assert unchanged - {"0.bias"} == still - {"0.bias"}  # a bias before a norm has no gradient
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_order_in_which_clients_are_visited_changes_nothing(name: str) -> None:
-    forwards, backwards = (Federation(name).rounds(3, visits) for visits in (1, -1))
+    forwards, backwards = (Federation(name).repeat(3, visits) for visits in (1, -1))
     for one, other in zip(forwards.answers, backwards.answers, strict=True):
         assert {c: fingerprint(s) for c, s in one.items()} == {c: fingerprint(s) for c, s in other.items()}
-    assert fingerprint(forwards.coordinator.state.tensors()) == fingerprint(
-        backwards.coordinator.state.tensors()
+    assert fingerprint(forwards.own_server.state.tensors()) == fingerprint(
+        backwards.own_server.state.tensors()
     )
 
 
@@ -114,14 +114,14 @@ def test_same_seed_gives_the_same_model_bit_for_bit(name: str) -> None:
     found = []
     for outside in (1, 2):
         torch.manual_seed(outside)
-        found.append(fingerprint(Federation(name).rounds(2).state))
+        found.append(fingerprint(Federation(name).repeat(2).state))
     assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("name", [name for name in sorted(ALGORITHMS) if name != "FedAvg"])
 def test_row_is_not_fedavg_under_another_name(name: str) -> None:
     options = replace(OPTIONS, fedprox_mu=1.0)
-    row, avg = (Federation(n, options=options).rounds(2) for n in (name, "FedAvg"))
+    row, avg = (Federation(n, options=options).repeat(2) for n in (name, "FedAvg"))
     assert fingerprint(row.state) != fingerprint(avg.state)
 
 
@@ -129,14 +129,14 @@ def test_row_is_not_fedavg_under_another_name(name: str) -> None:
 
 
 def test_fedsq_leaves_the_structural_copy_as_it_was_at_the_start() -> None:
-    found = Federation("FedSQ").rounds(5).model()
+    found = Federation("FedSQ").repeat(5).model()
     assert isinstance(found, DualCopy)
     assert fingerprint(found.structural.state_dict()) == fingerprint(mlp().state_dict())
     assert fingerprint(found.quantitative.state_dict()) != fingerprint(mlp().state_dict())
 
 
 def test_fedsq_sends_what_fedavg_sends() -> None:
-    sq, avg = (Federation(name).rounds(5) for name in ("FedSQ", "FedAvg"))
+    sq, avg = (Federation(name).repeat(5) for name in ("FedSQ", "FedAvg"))
     for one, other in ((sq.answers, avg.answers), (sq.sent, avg.sent)):
         pairs = [(a[c], b[c]) for a, b in zip(one, other, strict=True) for c in range(SILOS)]
         assert len(pairs) == 5 * SILOS
@@ -147,13 +147,13 @@ def test_fedsq_sends_what_fedavg_sends() -> None:
 
 
 def test_fedprox_with_mu_zero_is_fedavg() -> None:
-    prox = Federation("FedProx", options=replace(OPTIONS, fedprox_mu=0.0)).rounds(5)
-    assert fingerprint(prox.state) == fingerprint(Federation("FedAvg").rounds(5).state)
+    prox = Federation("FedProx", options=replace(OPTIONS, fedprox_mu=0.0)).repeat(5)
+    assert fingerprint(prox.state) == fingerprint(Federation("FedAvg").repeat(5).state)
 
 
 def test_large_mu_keeps_the_model_near_its_start() -> None:
     def distance(mu: float) -> float:
-        found = Federation("FedProx", options=replace(OPTIONS, fedprox_mu=mu)).rounds(1).state
+        found = Federation("FedProx", options=replace(OPTIONS, fedprox_mu=mu)).repeat(1).state
         return sum(float((found[key] - p.detach()).square().sum()) for key, p in mlp().named_parameters())
 
     assert distance(5.0) < distance(0.5) < distance(0.0)
@@ -173,13 +173,13 @@ def test_large_mu_keeps_the_model_near_its_start() -> None:
 def test_row_is_fedavg_at_the_end_of_its_option(name: str, options: dict[str, Any]) -> None:
     # Of equal silos: FedMR's global model is not weighted.
     data = [silos()[0]] * 3
-    row = Federation(name, options=replace(OPTIONS, **options), data=data).rounds(3).state
-    avg = Federation("FedAvg", data=data).rounds(3).state
+    row = Federation(name, options=replace(OPTIONS, **options), data=data).repeat(3).state
+    avg = Federation("FedAvg", data=data).repeat(3).state
     assert all(torch.allclose(row[key], avg[key], atol=1e-5) for key in avg)
 
 
 def test_kept_buffers_are_the_starts_after_every_round() -> None:
-    found = Federation("FedAvg", options=replace(OPTIONS, epochs=1, buffers="keep")).rounds(5).state
+    found = Federation("FedAvg", options=replace(OPTIONS, epochs=1, buffers="keep")).repeat(5).state
     start = mlp().state_dict()
     kept = ("1.running_mean", "1.running_var", "1.num_batches_tracked")
     assert all(torch.equal(found[key], start[key]) for key in kept)
@@ -189,7 +189,7 @@ def test_kept_buffers_are_the_starts_after_every_round() -> None:
 def test_variances_of_a_server_optimizer_stay_positive(name: str) -> None:
     found = Federation(name, options=replace(OPTIONS, server_lr=3.0, server_tau=1e-3))
     for _ in range(6):
-        found.rounds(1)
+        found.repeat(1)
         assert (found.state["1.running_var"] > 0).all()
 
 
@@ -201,24 +201,24 @@ def test_round_goes_on_without_a_client_that_was_lost(name: str) -> None:
     found = Federation(name)
     for lost in ([], [1], [0], []):
         found.round(range(SILOS), lost=lost)
-    assert found.coordinator.state.round == 4
+    assert found.own_server.state.round == 4
     assert all(torch.isfinite(value).all() for value in found.state.values())
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_round_without_any_update_is_an_error_and_changes_nothing(name: str) -> None:
-    found = Federation(name).rounds(1)
-    before = found.coordinator.state
+    found = Federation(name).repeat(1)
+    before = found.own_server.state
     with pytest.raises(UpdateError, match="every client was skipped or refused"):
         found.round(range(SILOS), lost=range(SILOS))
-    assert fingerprint(found.coordinator.state.tensors()) == fingerprint(before.tensors())
-    assert found.coordinator.state.round == 1
+    assert fingerprint(found.own_server.state.tensors()) == fingerprint(before.tensors())
+    assert found.own_server.state.round == 1
 
 
 def test_update_of_what_should_stay_is_refused() -> None:
     found = Federation("FedRep")
-    whole = Update(0, 1, state_of(found.worker.model))
-    assert problem(whole, found.coordinator.expected) == "it has the unknown key 3.bias"
+    whole = Update(0, 1, state_of(found.client.model))
+    assert problem(whole, found.own_server.expected) == "it has the unknown key 3.bias"
 
 
 @pytest.mark.parametrize("name", ["FedAvg", "FedMR", "FedRep", "FedAdam"])
@@ -234,22 +234,22 @@ def test_clients_differ_from_round_to_round(name: str) -> None:
 
 
 def saved(found: Federation, folder: Path) -> None:
-    state = found.coordinator.state
+    state = found.own_server.state
     checkpoint.save(folder / "server.safetensors", state.tensors(), state.about())
-    checkpoint.save(folder / "clients.safetensors", found.worker.states.tensors(), {})
+    checkpoint.save(folder / "clients.safetensors", found.client.states.tensors(), {})
 
 
 def resumed(found: Federation, folder: Path) -> None:
     """A new process: everything but the two files is as at the start."""
     state = ServerState.of(*checkpoint.load(folder / "server.safetensors"))
-    found.coordinator.state = state
-    found.worker.states.restore(checkpoint.load(folder / "clients.safetensors")[0])
-    if isinstance(found.worker.model, DualCopy):
+    found.own_server.state = state
+    found.client.states.restore(checkpoint.load(folder / "clients.safetensors")[0])
+    if isinstance(found.client.model, DualCopy):
         # Nobody tells clients again what they were told before.
         if state.structural is None:
-            found.worker.model.unfreeze()
+            found.client.model.unfreeze()
         else:
-            found.worker.model.refresh(state.structural)
+            found.client.model.refresh(state.structural)
 
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -288,8 +288,8 @@ def test_run_that_was_stopped_goes_on_bit_for_bit(variant: str, stop: int, tmp_p
     for clients in CLIENTS[stop:]:
         second.round(clients)
     assert messages(second) == messages(whole)[stop:]
-    assert fingerprint(second.coordinator.state.tensors()) == fingerprint(whole.coordinator.state.tensors())
-    assert second.coordinator.state.about() == whole.coordinator.state.about()
+    assert fingerprint(second.own_server.state.tensors()) == fingerprint(whole.own_server.state.tensors())
+    assert second.own_server.state.about() == whole.own_server.state.about()
     assert by_client(second) == by_client(whole)
 
 
@@ -302,7 +302,7 @@ def messages(found: Federation) -> list[dict[int, tuple[str, str]]]:
 
 
 def by_client(found: Federation) -> dict[str, str]:
-    return {name: fingerprint({"": value}) for name, value in found.worker.states.tensors().items()}
+    return {name: fingerprint({"": value}) for name, value in found.client.states.tensors().items()}
 
 
 def test_refresh_in_fedmrs_first_stage_costs_the_same_after_a_stop(tmp_path: Path) -> None:
@@ -311,21 +311,21 @@ def test_refresh_in_fedmrs_first_stage_costs_the_same_after_a_stop(tmp_path: Pat
         whole, first, second = (run("own") for _ in range(3))
     finally:
         del VARIANTS["own"]
-    whole.rounds(3), first.rounds(2)
+    whole.repeat(3), first.repeat(2)
     saved(first, tmp_path)
     resumed(second, tmp_path)
-    second.rounds(1)
+    second.repeat(1)
     assert messages(second) == messages(whole)[2:]
 
 
 def test_state_without_the_clients_would_not_do(tmp_path: Path) -> None:
     # The check above can fail: without what stays with the clients FedRep goes on otherwise.
     whole, second = run("FedRep"), run("FedRep")
-    whole.rounds(2)
+    whole.repeat(2)
     saved(whole, tmp_path)
     resumed(second, tmp_path)
-    second.worker.states.restore({})
-    whole.rounds(1), second.rounds(1)
+    second.client.states.restore({})
+    whole.repeat(1), second.repeat(1)
     assert fingerprint(whole.state) != fingerprint(second.state)
 
 
@@ -345,8 +345,8 @@ def test_messages_are_not_shared_with_the_servers_state() -> None:
     # A client that writes into its model must not write into the server's.
     found = Federation("FedAvg")
     before = fingerprint(found.state)
-    (assignment, _) = found.coordinator.assign([0, 1])
+    (assignment, _) = found.own_server.assign([0, 1])
     start: State = found.state
     found.receive(assignment.state)
-    found.worker.train(0, found.data[0], 0)
+    found.client.train(0, found.data[0], 0)
     assert fingerprint(start) == before

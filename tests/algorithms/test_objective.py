@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from fedsq_plugin.algorithms.objective import OBJECTIVES
-from fedsq_plugin.algorithms.options import Options
 
 proximal = OBJECTIVES["proximal"]
 
+from tests.algorithms.task import AllOptions
+
 
 def test_none_adds_nothing() -> None:
-    assert OBJECTIVES["none"](Options()) is None
+    assert OBJECTIVES["none"](AllOptions()) is None
 
 
 def test_proximal_term_by_hand() -> None:
     # 0.5/2·((3-1)² + (1-1)² + (-2-1)²) = 0.25·(4 + 0 + 9)
-    term = proximal(Options(fedprox_mu=0.5))
+    term = proximal(AllOptions(fedprox_mu=0.5))
     assert term is not None
     now, start = [torch.tensor([3.0, 1.0]), torch.tensor([[-2.0]])], [torch.ones(2), torch.ones(1, 1)]
     assert term(now, start).item() == 3.25
@@ -25,7 +25,7 @@ def test_proximal_term_by_hand() -> None:
 
 def test_gradient_of_the_proximal_term_by_hand() -> None:
     # μ·(w - w_global) = 0.5·(2, 0, -3)
-    term = proximal(Options(fedprox_mu=0.5))
+    term = proximal(AllOptions(fedprox_mu=0.5))
     assert term is not None
     w = torch.tensor([3.0, 1.0, -2.0], requires_grad=True)
     term([w], [torch.ones(3)]).backward()
@@ -34,13 +34,13 @@ def test_gradient_of_the_proximal_term_by_hand() -> None:
 
 
 def test_proximal_term_is_zero_at_the_start() -> None:
-    term = proximal(Options(fedprox_mu=7.0))
+    term = proximal(AllOptions(fedprox_mu=7.0))
     assert term is not None
     assert term([torch.ones(3)], [torch.ones(3)]).item() == 0.0
 
 
 def test_parameters_without_their_start_are_refused() -> None:
-    term = proximal(Options())
+    term = proximal(AllOptions())
     assert term is not None
     with pytest.raises(ValueError, match="zip"):
         term([torch.ones(1), torch.ones(1)], [torch.ones(1)])

@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from fedsq_plugin.algorithms.class_means import apply, collect
+from fedsq_plugin.algorithms.phases import PHASES
 from torch import Tensor, nn
 
 from fedsq_plugin.algorithms import Algorithm
-from fedsq_plugin.algorithms.class_means import apply, collect
-from fedsq_plugin.algorithms.options import Options
-from fedsq_plugin.algorithms.phases import PHASES
 from fedsq_plugin.dualcopy import DualCopy
 from fedsq_plugin.errors import ConfigError
-from fedsq_plugin.federation.client import Worker
+from fedsq_plugin.federation.client import Client
 from fedsq_plugin.federation.local import LocalTraining, Phase, Statistics
 from fedsq_plugin.federation.roles import Role
 from fedsq_plugin.federation.seeding import isolated
@@ -25,6 +24,8 @@ from fedsq_plugin.federation.state import State, state_of
 ALL = frozenset(Role)
 HEAD = frozenset({Role.HEAD, Role.HEAD_NORM_PARAMETER})
 BODY = ALL - HEAD
+
+from tests.algorithms.task import AllOptions
 
 
 class Net(nn.Module):
@@ -53,13 +54,13 @@ def batches() -> list[tuple[Tensor, Tensor]]:
         return [(torch.randn(8, 4) + 1, torch.randint(3, (8,))) for _ in range(3)]
 
 
-OPTIONS = Options(epochs=2, head="head", head_epochs=3, frozen_modules=("early",))
+OPTIONS = AllOptions(epochs=2, head="head", head_epochs=3, frozen_modules=("early",))
 TRAINING = LocalTraining(learning_rate=0.1)
 
 
-def worker(phases: str, model: nn.Module | None = None, **options: Any) -> Worker:
+def worker(phases: str, model: nn.Module | None = None, **options: Any) -> Client:
     row = Algorithm("Own", "nowhere", phases=phases)
-    return Worker(net() if model is None else model, row, replace(OPTIONS, **options), TRAINING, seed=0)
+    return Client(net() if model is None else model, row, replace(OPTIONS, **options), TRAINING, seed=0)
 
 
 def moved(phases: str, round: int = 0, **options: Any) -> set[str]:

@@ -11,21 +11,20 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from fedsq_plugin.algorithms.recombination import recombine, recombined
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedsq_plugin.algorithms import algorithm
-from fedsq_plugin.algorithms.options import Options
-from fedsq_plugin.algorithms.recombination import recombine, recombined
 from fedsq_plugin.federation.messages import Update
 from fedsq_plugin.federation.roles import roles
 from fedsq_plugin.federation.seeding import derive, isolated
-from fedsq_plugin.federation.server import Coordinator
+from fedsq_plugin.federation.server import Server
 from fedsq_plugin.federation.server_state import ServerState
 from fedsq_plugin.federation.state import State, fingerprint, state_of
 
-from .task import Federation
+from .task import AllOptions, Federation
 
 Unit = Literal["key", "module"]
 
@@ -73,7 +72,7 @@ def stepped(
     **options: Any,
 ) -> ServerState:
     server = server or ServerState(random_state(99))
-    return recombine(server, given, ROLES, Options(**options), seed)
+    return recombine(server, given, ROLES, AllOptions(**options), seed)
 
 
 def test_published_rule() -> None:
@@ -98,7 +97,7 @@ def test_samples_do_not_weigh_in_the_global_model() -> None:
     row = algorithm("FedMR")
 
     def after(*samples: float) -> State:
-        coordinator = Coordinator(row, Options(), random_state(9), ROLES, 0, False)
+        coordinator = Server(row, AllOptions(), random_state(9), ROLES, 0, False)
         gathering = coordinator.begin(range(len(samples)))
         for client, weight in enumerate(samples):
             gathering.add(Update(client, weight, random_state(client)))
@@ -234,7 +233,7 @@ def orders(slots: int, keys: Sequence[str], rounds: int) -> list[list[tuple[int,
     found = []
     for round in range(rounds):
         server = ServerState(given[0], tuple(given), round=round)
-        slots_after = recombine(server, dict(enumerate(given)), ROLES, Options(), 0).slots
+        slots_after = recombine(server, dict(enumerate(given)), ROLES, AllOptions(), 0).slots
         found.append([tuple(int(slot[key]) for slot in slots_after) for key in keys])
     return found
 
@@ -279,22 +278,22 @@ def test_number_of_slots_is_constant(arrived: list[set[int]]) -> None:
         assert len(server.slots) == 4
 
 
-def fedmr(clients: int, **options: Any) -> Coordinator:
-    return Coordinator(algorithm("FedMR"), Options(**options), random_state(9), ROLES, 0, False)
+def fedmr(clients: int, **options: Any) -> Server:
+    return Server(algorithm("FedMR"), AllOptions(**options), random_state(9), ROLES, 0, False)
 
 
 def test_clients_that_differ_train_the_slots_that_persist() -> None:
     coordinator = fedmr(5)
     begun: list[list[str]] = []
     for clients in ([0, 3], [1, 2], [3, 4]):
-        slots = [fingerprint(coordinator.state.begins(n)) for n in range(2)]
+        slots = [fingerprint(own_server.state.begins(n)) for n in range(2)]
         begun.append([fingerprint(assignment.state) for assignment in coordinator.assign(clients)])
         assert begun[-1] == slots
         gathering = coordinator.begin(clients)
         for client in reversed(clients):
-            gathering.add(Update(client, 1, random_state(10 * coordinator.state.round + client)))
-        coordinator.state = gathering.finish()
-        assert len(coordinator.state.slots) == 2
+            gathering.add(Update(client, 1, random_state(10 * own_server.state.round + client)))
+        own_server.state = gathering.finish()
+        assert len(own_server.state.slots) == 2
     assert len(set(begun[0])) == 1  # the warm start
     assert len(set(begun[1])) == len(set(begun[2])) == 2
 
@@ -321,16 +320,16 @@ def test_client_lost_in_the_first_round_leaves_its_slot() -> None:
 
 @pytest.mark.parametrize("unit", ["key", "module"])
 def test_fedsq_under_fedmr_trains_every_slot_under_the_first_gates(unit: Unit) -> None:
-    options = Options(epochs=1, fedmr_unit=unit)
-    found = Federation("FedSQ+FedMR", options=options).rounds(3)
+    options = AllOptions(epochs=1, fedmr_unit=unit)
+    found = Federation("FedSQ+FedMR", options=options).repeat(3)
     start = Federation("FedAvg", options=options).state
-    assert fingerprint(found.worker.model.structural.state_dict()) == fingerprint(start)
-    assert len({fingerprint(slot) for slot in found.coordinator.state.slots}) == 3
+    assert fingerprint(found.client.model.structural.state_dict()) == fingerprint(start)
+    assert len({fingerprint(slot) for slot in found.own_server.state.slots}) == 3
 
 
 def test_fedsq_under_fedmr_sends_the_slots_and_nothing_else() -> None:
-    found = Federation("FedSQ+FedMR", options=Options(epochs=1)).rounds(2)
-    slots = [fingerprint(slot) for slot in found.coordinator.state.slots]
+    found = Federation("FedSQ+FedMR", options=AllOptions(epochs=1)).repeat(2)
+    slots = [fingerprint(slot) for slot in found.own_server.state.slots]
     found.round([0, 1, 2])
     assert [fingerprint(message) for message in found.sent[-1].values()] == slots
 
@@ -338,7 +337,7 @@ def test_fedsq_under_fedmr_sends_the_slots_and_nothing_else() -> None:
 def test_body_alone_is_recombined_where_the_head_stays() -> None:
     row = replace(algorithm("FedMR"), exchange="body only")
     known = roles(model(), "3")
-    coordinator = Coordinator(row, Options(head="3"), random_state(9), known, 0, False)
+    coordinator = Server(row, AllOptions(head="3"), random_state(9), known, 0, False)
     gathering = coordinator.begin([0, 1])
     for client in (0, 1):
         gathering.add(Update(client, 1, coordinator.travelling(random_state(client))))

@@ -12,19 +12,18 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from fedsq_plugin.algorithms.recombination import recombine
+from fedsq_plugin.algorithms.server import SERVERS, Server, average
+from fedsq_plugin.algorithms.server_optimizers import adam, momentum, yogi
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fedsq_plugin.algorithms import ALGORITHMS, Algorithm
-from fedsq_plugin.algorithms.options import Options
-from fedsq_plugin.algorithms.recombination import recombine
-from fedsq_plugin.algorithms.server import SERVERS, Server, average
-from fedsq_plugin.algorithms.server_optimizers import adam, momentum, yogi
 from fedsq_plugin.errors import UpdateError
 from fedsq_plugin.federation.messages import Update
 from fedsq_plugin.federation.roles import Role
-from fedsq_plugin.federation.server import Coordinator
+from fedsq_plugin.federation.server import Server
 from fedsq_plugin.federation.server_state import ServerState
 from fedsq_plugin.federation.state import State, fingerprint
 
@@ -38,6 +37,8 @@ ROLES = {
 PARAMETERS = ["weight", "norm", "head"]
 OPTIMIZERS = {"momentum": momentum, "adam": adam, "yogi": yogi}
 AVERAGED = ["average", *OPTIMIZERS]
+
+from tests.algorithms.task import AllOptions
 
 
 def state(weight: float, norm: float, mean: float, count: int, head: float) -> State:
@@ -62,12 +63,12 @@ def row(server: str = "average", exchange: str = "all") -> Algorithm:
 
 
 def coordinator(
-    server: str = "average", options: Options | None = None, exchange: str = "all", model: State = SERVER
-) -> Coordinator:
-    return Coordinator(row(server, exchange), options or Options(), model, ROLES, seed=0, structural=False)
+    server: str = "average", options: Any | None = None, exchange: str = "all", model: State = SERVER
+) -> Server:
+    return Server(row(server, exchange), options or AllOptions(), model, ROLES, seed=0, structural=False)
 
 
-def after(found: Coordinator, *updates: Update) -> ServerState:
+def after(found: Server, *updates: Update) -> ServerState:
     gathering = found.begin([update.client for update in updates])
     for update in updates:
         gathering.add(replace(update, state=found.travelling(update.state)))
@@ -75,7 +76,7 @@ def after(found: Coordinator, *updates: Update) -> ServerState:
 
 
 def averaged(buffers: Buffers) -> State:
-    return after(coordinator(options=Options(buffers=buffers)), *CLIENTS).model
+    return after(coordinator(options=AllOptions(buffers=buffers)), *CLIENTS).model
 
 
 def plain(found: Mapping[str, Tensor]) -> dict[str, float]:
@@ -97,7 +98,7 @@ def test_kept_buffers_and_counters_are_the_servers() -> None:
 @pytest.mark.parametrize("server", sorted(SERVERS))
 @pytest.mark.parametrize("buffers", ["average", "keep"])
 def test_order_and_types_are_the_states(buffers: Buffers, server: str) -> None:
-    found = after(coordinator(server, Options(buffers=buffers)), *CLIENTS).model
+    found = after(coordinator(server, AllOptions(buffers=buffers)), *CLIENTS).model
     assert [(key, value.dtype) for key, value in found.items()] == [
         (key, value.dtype) for key, value in SERVER.items()
     ]
@@ -106,13 +107,13 @@ def test_order_and_types_are_the_states(buffers: Buffers, server: str) -> None:
 @pytest.mark.parametrize("server", sorted(SERVERS))
 @pytest.mark.parametrize("buffers", ["average", "keep"])
 def test_result_is_an_ordered_dict(buffers: Buffers, server: str) -> None:
-    assert type(after(coordinator(server, Options(buffers=buffers)), *CLIENTS).model) is OrderedDict
+    assert type(after(coordinator(server, AllOptions(buffers=buffers)), *CLIENTS).model) is OrderedDict
 
 
 @pytest.mark.parametrize("server", sorted(SERVERS))
 @pytest.mark.parametrize("buffers", ["average", "keep"])
 def test_state_before_is_left_alone(buffers: Buffers, server: str) -> None:
-    found = coordinator(server, Options(buffers=buffers))
+    found = coordinator(server, AllOptions(buffers=buffers))
     found.state = after(found, *CLIENTS)
     before, tensors = found.state, {k: v.clone() for k, v in found.state.tensors().items()}
     after(found, *CLIENTS)
@@ -130,18 +131,18 @@ def test_updates_are_left_alone(server: str) -> None:
 
 @pytest.mark.parametrize("server", sorted(SERVERS))
 def test_kept_buffers_hide_what_clients_made_of_them(server: str) -> None:
-    found = coordinator(server, Options(buffers="keep"))
+    found = coordinator(server, AllOptions(buffers="keep"))
     assert after(found, Update(0, 1, state(1, 1, float("nan"), 1, 1))).model["mean"].item() == 100.0
 
 
 @pytest.mark.parametrize("server", sorted(SERVERS))
 def test_kept_buffers_are_kept_by_every_rule(server: str) -> None:
-    found = plain(after(coordinator(server, Options(buffers="keep")), *CLIENTS).model)
+    found = plain(after(coordinator(server, AllOptions(buffers="keep")), *CLIENTS).model)
     assert (found["mean"], found["count"]) == (100.0, 100)
 
 
 def test_kept_buffers_of_a_slot_are_the_slots() -> None:
-    kept = [after(coordinator("recombine", Options(buffers="keep")), *CLIENTS).slots[n] for n in range(2)]
+    kept = [after(coordinator("recombine", AllOptions(buffers="keep")), *CLIENTS).slots[n] for n in range(2)]
     assert [(slot["mean"].item(), slot["count"].item()) for slot in kept] == [(100.0, 100)] * 2
 
 
@@ -193,7 +194,7 @@ def test_servers_have_their_names() -> None:
 # Server optimizers
 
 
-def weights(rule: str, options: Options, start: float, *means: float) -> list[float]:
+def weights(rule: str, options: Any, start: float, *means: float) -> list[float]:
     """The one weight after each round, from the mean of each round."""
     found = ServerState(OrderedDict(weight=torch.tensor([start], dtype=torch.float64)))
     values = []
@@ -206,25 +207,25 @@ def weights(rule: str, options: Options, start: float, *means: float) -> list[fl
 
 def test_momentum_over_two_rounds() -> None:
     # Δ = 3 - 1 = 2, v = 2, w = 3. Then Δ = 4 - 3 = 1, v = 0.5·2 + 1 = 2, w = 5.
-    assert weights("momentum", Options(server_momentum=0.5), 1, 3, 4) == [3.0, 5.0]
+    assert weights("momentum", AllOptions(server_momentum=0.5), 1, 3, 4) == [3.0, 5.0]
 
 
 def test_momentum_at_a_rate_of_its_own() -> None:
     # v = 2, w = 1 + 0.25·2 = 1.5. Then Δ = 4 - 1.5 = 2.5, v = 0.5·2 + 2.5 = 3.5, w = 1.5 + 0.25·3.5.
-    options = Options(server_momentum=0.5, server_lr=0.25)
+    options = AllOptions(server_momentum=0.5, server_lr=0.25)
     assert weights("momentum", options, 1, 3, 4) == [1.5, 2.375]
 
 
 def test_momentum_goes_on_when_the_mean_stands_still() -> None:
     # v = 2, w = 3. Then Δ = 0, v = 0.5·2 = 1, w = 4.
-    assert weights("momentum", Options(server_momentum=0.5), 1, 3, 3) == [3.0, 4.0]
+    assert weights("momentum", AllOptions(server_momentum=0.5), 1, 3, 3) == [3.0, 4.0]
 
 
 def test_momentum_zero_is_fedavg() -> None:
-    assert weights("momentum", Options(server_momentum=0.0), 1, 3, -2, 8) == [3.0, -2.0, 8.0]
+    assert weights("momentum", AllOptions(server_momentum=0.0), 1, 3, -2, 8) == [3.0, -2.0, 8.0]
 
 
-ADAPTIVE = Options(server_lr=12.0, server_momentum=0.5, server_beta2=0.5, server_tau=1.0)
+ADAPTIVE = AllOptions(server_lr=12.0, server_momentum=0.5, server_beta2=0.5, server_tau=1.0)
 
 
 def test_adam_over_two_rounds() -> None:
@@ -256,18 +257,18 @@ def test_tau_bounds_the_step_of_a_small_difference(rule: str) -> None:
 
 @pytest.mark.parametrize(("rule", "rate"), [("momentum", 1.0), ("adam", 0.01), ("yogi", 0.01)])
 def test_default_rate(rule: str, rate: float) -> None:
-    default = weights(rule, Options(), 0, 3, 1)
-    assert default == weights(rule, Options(server_lr=rate), 0, 3, 1)
-    assert default != weights(rule, Options(server_lr=rate / 2), 0, 3, 1)
+    default = weights(rule, AllOptions(), 0, 3, 1)
+    assert default == weights(rule, AllOptions(server_lr=rate), 0, 3, 1)
+    assert default != weights(rule, AllOptions(server_lr=rate / 2), 0, 3, 1)
 
 
 def test_defaults_are_the_papers() -> None:
     # β₁ 0.9, β₂ 0.99, τ 0.001 (arXiv 2003.00295): Δ = 1, m = 0.1, v = 0.99·1e-6 + 0.01.
     expected = 0.01 * 0.1 / (math.sqrt(0.99e-6 + 0.01) + 1e-3)
-    assert weights("adam", Options(), 0, 1) == pytest.approx([expected], rel=1e-12)
+    assert weights("adam", AllOptions(), 0, 1) == pytest.approx([expected], rel=1e-12)
 
 
-def naive(rule: str, options: Options, start: list[float], means: list[list[float]]) -> list[float]:
+def naive(rule: str, options: Any, start: list[float], means: list[list[float]]) -> list[float]:
     """Algorithm 2 of arXiv 2003.00295 and FedAvgM, number by number."""
     result = []
     for position, w in enumerate(start):
@@ -299,7 +300,7 @@ numbers = st.floats(-8, 8, allow_subnormal=False)
 def test_optimizers_follow_the_naive_ones(
     rule: str, start: list[float], means: list[list[float]], beta: float, beta2: float
 ) -> None:
-    options = Options(server_lr=0.5, server_momentum=beta, server_beta2=beta2, server_tau=0.25)
+    options = AllOptions(server_lr=0.5, server_momentum=beta, server_beta2=beta2, server_tau=0.25)
     found = ServerState(OrderedDict(weight=torch.tensor(start, dtype=torch.float64)))
     for mean in means:
         moved = {"weight": torch.tensor(mean, dtype=torch.float64)}
@@ -316,7 +317,7 @@ def test_buffers_and_counters_are_the_means_whatever_the_optimizer(
     rule: str, rounds: list[tuple[float, int]]
 ) -> None:
     # A step along a variance that shrinks overshoots: with momentum it would become negative.
-    found = coordinator(rule, Options(server_lr=2.0))
+    found = coordinator(rule, AllOptions(server_lr=2.0))
     for variance, count in rounds:
         found.state = after(found, Update(0, 1, state(1, 1, variance, count, 1)))
         kept = plain(found.state.model)
@@ -325,7 +326,7 @@ def test_buffers_and_counters_are_the_means_whatever_the_optimizer(
 
 @pytest.mark.parametrize("rule", sorted(OPTIMIZERS))
 def test_every_parameter_takes_the_same_step(rule: str) -> None:
-    found = coordinator(rule, Options(server_lr=0.5), model=state(1, 1, 1, 1, 1))
+    found = coordinator(rule, AllOptions(server_lr=0.5), model=state(1, 1, 1, 1, 1))
     stepped = plain(after(found, Update(0, 1, state(3, 3, 3, 3, 3))).model)
     assert len({stepped[key] for key in PARAMETERS}) == 1
     assert stepped["weight"] not in (1.0, 3.0)
@@ -387,9 +388,9 @@ def test_rows_options_are_the_rules_own(name: str) -> None:
     # Every option that the row names changes the result, and no other option does.
     rule = ALGORITHMS[name].server
     other = {"server_lr": 0.3, "server_momentum": 0.3, "server_beta2": 0.3, "server_tau": 0.3}
-    default = weights(rule, Options(), 0, 3, 1)
+    default = weights(rule, AllOptions(), 0, 3, 1)
     reads = {
-        key for key, value in other.items() if weights(rule, Options(**{key: value}), 0, 3, 1) != default
+        key for key, value in other.items() if weights(rule, AllOptions(**{key: value}), 0, 3, 1) != default
     }
     assert reads == set(ALGORITHMS[name].options)
 
@@ -398,7 +399,7 @@ def test_rows_options_are_the_rules_own(name: str) -> None:
 
 
 def median(
-    server: ServerState, trained: Mapping[int, Mapping[str, Tensor]], roles: Any, options: Options, seed: int
+    server: ServerState, trained: Mapping[int, Mapping[str, Tensor]], roles: Any, options: Any, seed: int
 ) -> ServerState:
     """The middle update, and how often it was asked for; a value of another package."""
     middle = {
@@ -414,7 +415,7 @@ def median(
 
 def test_third_partys_rule_sees_every_update_and_keeps_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SERVERS, "median", Server(median, separate=True))
-    found = coordinator("median", Options(extra={"step": 2}))
+    found = coordinator("median", AllOptions(extra={"step": 2}))
     updates = [Update(n, 1 + 100 * n, state(value, 0, 0, 7, 0)) for n, value in enumerate((5, -100, 6))]
     for _ in range(2):
         found.state = after(found, *updates)
@@ -440,10 +441,10 @@ def test_third_partys_rule_is_given_slots_by_position(monkeypatch: pytest.Monkey
 def test_third_partys_rule_is_given_the_runs_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     seeds: list[int] = []
 
-    def step(server: ServerState, mean: Any, roles: Any, options: Options, seed: int) -> ServerState:
+    def step(server: ServerState, mean: Any, roles: Any, options: Any, seed: int) -> ServerState:
         seeds.append(seed)
         return server
 
     monkeypatch.setitem(SERVERS, "own", Server(step))
-    after(Coordinator(row("own"), Options(), SERVER, ROLES, 17, False), *CLIENTS)
+    after(Server(row("own"), AllOptions(), SERVER, ROLES, 17, False), *CLIENTS)
     assert seeds == [17]

@@ -9,17 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from fedsq_plugin.algorithms.structural import next_structural
 
 from fedsq_plugin.algorithms import Algorithm, algorithm
-from fedsq_plugin.algorithms.options import Options
-from fedsq_plugin.algorithms.structural import next_structural
 from fedsq_plugin.dualcopy import DualCopy
 from fedsq_plugin.errors import UpdateError
-from fedsq_plugin.federation.client import Worker
+from fedsq_plugin.federation.client import Client
 from fedsq_plugin.federation.local import LocalTraining
 from fedsq_plugin.federation.messages import Announcement, packed, unpacked
 from fedsq_plugin.federation.roles import Role
-from fedsq_plugin.federation.server import Coordinator
+from fedsq_plugin.federation.server import Server
 from fedsq_plugin.federation.state import State, fingerprint, nbytes, state_of
 
 from .task import OPTIONS, Federation, corners, mlp
@@ -126,13 +125,13 @@ def model(value: float) -> State:
     )
 
 
-def coordinator(how: str, rounds: int = 1, **row: str) -> Coordinator:
+def coordinator(how: str, rounds: int = 1, **row: str) -> Server:
     chosen = Algorithm("Own", "nowhere", view="dualcopy", **row)
-    return Coordinator(chosen, options(how, rounds), model(0), ROLES, seed=0, structural=True)
+    return Server(chosen, options(how, rounds), model(0), ROLES, seed=0, structural=True)
 
 
 def advance(
-    found: Coordinator, clients: list[int], slots: bool = False, lost: Sequence[int] = ()
+    found: Server, clients: list[int], slots: bool = False, lost: Sequence[int] = ()
 ) -> list[Announcement | None]:
     """One round, after which the model is another; what the clients were told at its start. Those that are
     lost do not answer."""
@@ -152,7 +151,7 @@ def test_fixed_copy_is_never_announced() -> None:
 
 
 def test_plain_view_has_nothing_to_announce() -> None:
-    found = Coordinator(algorithm("FedAvg"), options("refresh"), model(0), ROLES, 0, structural=False)
+    found = Server(algorithm("FedAvg"), options("refresh"), model(0), ROLES, 0, structural=False)
     for number in range(3):
         assert found.next_round() is False
         assert found.assign([0])[0].structural is None
@@ -216,7 +215,7 @@ def test_client_that_missed_two_changes_is_told_of_the_last() -> None:
     assert told.fingerprint == fingerprint(model(3))
 
 
-def announced(found: Coordinator, slots: bool = False) -> Announcement:
+def announced(found: Server, slots: bool = False) -> Announcement:
     advance(found, [0, 1], slots)
     told = advance(found, [0, 1], slots)[1]
     assert told is not None
@@ -269,8 +268,8 @@ def test_next_round_says_whether_the_copy_changed() -> None:
 BATCHES = [corners(16, seed=3)]
 
 
-def worker(row: str = "FedSQ") -> Worker:
-    return Worker(DualCopy(mlp()), algorithm(row), OPTIONS, LocalTraining(learning_rate=0.1), 0)
+def worker(row: str = "FedSQ") -> Client:
+    return Client(DualCopy(mlp()), algorithm(row), OPTIONS, LocalTraining(learning_rate=0.1), 0)
 
 
 def other_state() -> State:
@@ -279,7 +278,7 @@ def other_state() -> State:
     return found
 
 
-def dual(found: Worker) -> DualCopy:
+def dual(found: Client) -> DualCopy:
     assert isinstance(found.model, DualCopy)
     return found.model
 
@@ -320,7 +319,7 @@ def test_structural_copy_does_not_share_the_announced_tensors() -> None:
     assert fingerprint(dual(found).structural.state_dict()) == fingerprint(other_state())
 
 
-def trained(found: Worker, start: State) -> State:
+def trained(found: Client, start: State) -> State:
     found.model.load_state_dict(start)
     found.train(0, BATCHES, 0)
     return state_of(found.model)
@@ -329,7 +328,7 @@ def trained(found: Worker, start: State) -> State:
 def test_unfrozen_client_trains_as_fedavg_does() -> None:
     unfrozen = worker()
     unfrozen.follow(Announcement(None))
-    plain = Worker(mlp(), algorithm("FedAvg"), OPTIONS, LocalTraining(learning_rate=0.1), 0)
+    plain = Client(mlp(), algorithm("FedAvg"), OPTIONS, LocalTraining(learning_rate=0.1), 0)
     expected = fingerprint(trained(plain, other_state()))
     assert fingerprint(trained(unfrozen, other_state())) == expected
     assert fingerprint(trained(worker(), other_state())) != expected  # under the warm start's gates
@@ -344,36 +343,36 @@ def test_clients_have_the_servers_structural_copy(row: str, how: str) -> None:
     found = Federation(row, options=options(how, rounds=2))
     for clients in ([0, 1], [0, 2], [1, 2], [0, 1], [0, 1, 2]):
         found.round(clients)
-        structural = found.coordinator.state.structural
+        structural = found.own_server.state.structural
         assert structural is not None
-        assert fingerprint(dual(found.worker).structural.state_dict()) == fingerprint(structural)
+        assert fingerprint(dual(found.client).structural.state_dict()) == fingerprint(structural)
 
 
 def test_refreshed_copy_is_the_global_model_that_the_round_began_with() -> None:
-    found = Federation("FedSQ", options=options("refresh")).rounds(2)
+    found = Federation("FedSQ", options=options("refresh")).repeat(2)
     start = found.state
-    found.rounds(1)
-    assert found.coordinator.state.structural is not None
-    assert fingerprint(found.coordinator.state.structural) == fingerprint(start)
+    found.repeat(1)
+    assert found.own_server.state.structural is not None
+    assert fingerprint(found.own_server.state.structural) == fingerprint(start)
 
 
 def test_federation_unfreezes_at_server_and_clients() -> None:
     found = Federation("FedSQ", options=options("unfreeze", rounds=2))
     seen = []
     for _ in range(4):
-        found.rounds(1)
-        seen.append((found.coordinator.state.structural is None, dual(found.worker).unfrozen))
+        found.repeat(1)
+        seen.append((found.own_server.state.structural is None, dual(found.client).unfrozen))
     assert seen == [(False, False)] * 2 + [(True, True)] * 2
 
 
 def test_ways_to_follow_give_different_models() -> None:
     ways = ("fixed", "refresh", "ema", "unfreeze")
-    assert len({fingerprint(Federation("FedSQ", options=options(w)).rounds(3).state) for w in ways}) == 4
+    assert len({fingerprint(Federation("FedSQ", options=options(w)).repeat(3).state) for w in ways}) == 4
 
 
 def test_one_round_is_the_same_whatever_the_way() -> None:
     ways = ("fixed", "refresh", "ema", "unfreeze")
-    assert len({fingerprint(Federation("FedSQ", options=options(w)).rounds(1).state) for w in ways}) == 1
+    assert len({fingerprint(Federation("FedSQ", options=options(w)).repeat(1).state) for w in ways}) == 1
 
 
 def sizes(messages: list[dict[int, State]]) -> list[list[int]]:
@@ -382,13 +381,13 @@ def sizes(messages: list[dict[int, State]]) -> list[list[int]]:
 
 @pytest.mark.parametrize("partner", ["", "+FedMR", "+FedRep", "+FedBN", "+FedAdam", "+FedNCM"])
 def test_bytes_of_every_round_are_those_of_the_plain_row(partner: str) -> None:
-    gated, plain = (Federation(f"{name}{partner}").rounds(3) for name in ("FedSQ", "FedAvg"))
+    gated, plain = (Federation(f"{name}{partner}").repeat(3) for name in ("FedSQ", "FedAvg"))
     assert sizes(gated.sent) == sizes(plain.sent)
     assert sizes(gated.answers) == sizes(plain.answers)
 
 
 def test_fixed_copy_leaves_plain_messages() -> None:
-    found = Federation("FedSQ").rounds(2)
+    found = Federation("FedSQ").repeat(2)
     keys = list(state_of(mlp()))
     assert all(list(m) == keys for messages in (*found.sent, *found.answers) for m in messages.values())
 
@@ -396,13 +395,13 @@ def test_fixed_copy_leaves_plain_messages() -> None:
 def test_refresh_costs_a_fingerprint() -> None:
     # SHA-256 in hex: 64 bytes.
     plain = nbytes(state_of(mlp()))
-    found = Federation("FedSQ", options=options("refresh")).rounds(2)
+    found = Federation("FedSQ", options=options("refresh")).repeat(2)
     assert sizes(found.sent) == [[plain] * 3, [plain + 64] * 3]
 
 
 def test_ema_costs_a_model_and_a_fingerprint() -> None:
     plain = nbytes(state_of(mlp()))
-    found = Federation("FedSQ", options=options("ema")).rounds(2)
+    found = Federation("FedSQ", options=options("ema")).repeat(2)
     assert sizes(found.sent) == [[plain] * 3, [2 * plain + 64] * 3]
 
 

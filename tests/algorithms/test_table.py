@@ -8,14 +8,13 @@ from collections.abc import Callable
 from dataclasses import fields
 
 import pytest
+from fedsq_plugin.algorithms.exchange import EXCHANGES, personal
+from fedsq_plugin.algorithms.phases import PHASES
+from fedsq_plugin.algorithms.table import CHOICES
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsq_plugin.algorithms import ALGORITHMS, Algorithm, algorithm, find, known, rows
-from fedsq_plugin.algorithms.exchange import EXCHANGES, personal
-from fedsq_plugin.algorithms.options import Options
-from fedsq_plugin.algorithms.phases import PHASES
-from fedsq_plugin.algorithms.table import CHOICES
 from fedsq_plugin.errors import ConfigError
 from fedsq_plugin.federation.local import LocalTraining, Phase
 from fedsq_plugin.federation.roles import Role
@@ -38,6 +37,8 @@ TABLE = {
     "FrozenBN": ("plain", "none", "without norm layers", "all", "average"),
     "FrozenEarly": ("plain", "none", "without early layers", "all", "average"),
 }
+
+from tests.algorithms.task import AllOptions
 
 
 def choices(row: Algorithm) -> tuple[str, ...]:
@@ -341,7 +342,7 @@ def test_all_exchanges_every_role() -> None:
 
 
 def test_all_trains_every_role_for_the_local_epochs() -> None:
-    assert PHASES["all"].parts(Options(epochs=3), 0) == (Phase(3, frozenset(Role)),)
+    assert PHASES["all"].parts(AllOptions(epochs=3), 0) == (Phase(3, frozenset(Role)),)
 
 
 @pytest.mark.parametrize("options", [Options, LocalTraining])

@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from fedsq_plugin.algorithms.table import CHOICES
 from torch import nn
 
 from fedsq_plugin.algorithms import ALGORITHMS, Algorithm, algorithm, find, known, rows, thirdparty
-from fedsq_plugin.algorithms.options import Options
-from fedsq_plugin.algorithms.table import CHOICES
 from fedsq_plugin.errors import ConfigError
 
-from .task import Federation, mlp
+from .task import AllOptions, Federation, mlp
 
 Install = Callable[..., None]
 
@@ -121,8 +120,8 @@ def test_value_of_every_choice(install: Install, choice: str) -> None:
 def test_row_of_its_own_values_runs(install: Install) -> None:
     install({**EVERY, "algorithms": {"Own": "own_row:row"}}, own_values=VALUES, own_row=OWN)
     row = algorithm("Own")
-    found = Federation(row, options=Options(epochs=1, extra={"weight": 0.5})).rounds(2)
-    assert found.worker.model.viewed
+    found = Federation(row, options=AllOptions(epochs=1, extra={"weight": 0.5})).repeat(2)
+    assert found.client.model.viewed
     # The server's rule keeps its model; of the clients' only the body travels, round 0 has no epoch.
     assert all(torch.equal(value, mlp().state_dict()[key]) for key, value in found.state.items())
     sent = list(found.answers[1][0])
@@ -272,4 +271,4 @@ def test_callable_object_is_a_view(install: Install) -> None:
     install({"view": {"own": "own_values:view"}}, own_values=text)
     model = nn.Linear(2, 2)
     assert known("FedAvg")
-    assert CHOICES["view"]["own"](model, Options()) is model
+    assert CHOICES["view"]["own"](model, AllOptions()) is model

@@ -6,22 +6,20 @@ import pytest
 import torch
 
 from fedsq_plugin.algorithms import algorithm
-from fedsq_plugin.algorithms.options import Options
 from fedsq_plugin.errors import ConfigError
-from fedsq_plugin.federation.client import Worker
+from fedsq_plugin.federation.client import Client
 from fedsq_plugin.federation.local import LocalTraining, Phase, local_update
 from fedsq_plugin.federation.roles import Role
 from fedsq_plugin.federation.seeding import derive
 from fedsq_plugin.federation.state import fingerprint, state_of
-
-from tests.algorithms.task import OPTIONS, Federation, mlp, silos
+from tests.algorithms.task import OPTIONS, AllOptions, Federation, mlp, silos
 
 TRAINING = LocalTraining(learning_rate=0.1)
 DATA = silos()
 
 
-def worker(row: str, options: Options = OPTIONS) -> Worker:
-    return Worker(mlp(), algorithm(row), options, TRAINING, seed=3)
+def worker(row: str, options: Any = OPTIONS) -> Client:
+    return Client(mlp(), algorithm(row), options, TRAINING, seed=3)
 
 
 def test_round_of_a_client_is_a_local_update_with_its_own_seed() -> None:
@@ -33,7 +31,7 @@ def test_round_of_a_client_is_a_local_update_with_its_own_seed() -> None:
 
 
 def test_objective_is_the_rows() -> None:
-    avg, prox = worker("FedAvg"), worker("FedProx", Options(epochs=2, fedprox_mu=1.0))
+    avg, prox = worker("FedAvg"), worker("FedProx", AllOptions(epochs=2, fedprox_mu=1.0))
     for found in (avg, prox):
         found.train(0, DATA[0], 0)
     assert fingerprint(state_of(avg.model)) != fingerprint(state_of(prox.model))
@@ -94,36 +92,36 @@ def test_what_stays(row: str, keys: list[str]) -> None:
 
 @pytest.mark.parametrize("row", ["FedRep", "FedBN"])
 def test_own_model_is_the_global_one_with_the_own_part(row: str) -> None:
-    found = Federation(row).rounds(2)
+    found = Federation(row).repeat(2)
     found.own(1)
-    kept = found.worker.states.tensors()
+    kept = found.client.states.tensors()
     expected = {**found.state, **{k[2:]: v for k, v in kept.items() if k.startswith("1/")}}
-    assert fingerprint(state_of(found.worker.model)) == fingerprint(expected)
+    assert fingerprint(state_of(found.client.model)) == fingerprint(expected)
 
 
 def test_own_model_of_a_client_that_never_trained_has_the_warm_starts_part() -> None:
     found = Federation("FedRep")
     found.round([0, 1])
     found.own(2)
-    assert torch.equal(found.worker.model.state_dict()["3.weight"], mlp().state_dict()["3.weight"])
+    assert torch.equal(found.client.model.state_dict()["3.weight"], mlp().state_dict()["3.weight"])
 
 
 @pytest.mark.parametrize("row", ["FedAvg", "FedRep", "FedBN", "FedBABU", "FedSQ"])
 def test_own_model_leaves_nothing_behind(row: str) -> None:
-    found, other = (Federation(row).rounds(1) for _ in range(2))
+    found, other = (Federation(row).repeat(1) for _ in range(2))
     for client in range(3):
         found.own(client, epochs=2)
-    assert fingerprint(found.worker.states.tensors()) == fingerprint(other.worker.states.tensors())
-    found.rounds(1), other.rounds(1)
+    assert fingerprint(found.client.states.tensors()) == fingerprint(other.client.states.tensors())
+    found.repeat(1), other.repeat(1)
     assert fingerprint(found.state) == fingerprint(other.state)
 
 
 def differs(row: str, head_only: bool) -> set[str]:
-    found = Federation(row).rounds(1)
+    found = Federation(row).repeat(1)
     found.own(0)
-    before = state_of(found.worker.model)
+    before = state_of(found.client.model)
     found.own(0, epochs=2, head_only=head_only)
-    return {key for key, value in state_of(found.worker.model).items() if not torch.equal(value, before[key])}
+    return {key for key, value in state_of(found.client.model).items() if not torch.equal(value, before[key])}
 
 
 @pytest.mark.parametrize("row", ["FedAvg", "FedRep", "FedBABU", "FedBN", "FedSQ"])
@@ -150,7 +148,7 @@ def test_fine_tuning_has_its_own_seed_and_the_rounds_rate() -> None:
 def test_fine_tuning_is_the_same_for_every_row() -> None:
     found = []
     for row in ("FedAvg", "FedProx"):
-        one = worker(row, Options(epochs=2, fedprox_mu=1.0))
+        one = worker(row, AllOptions(epochs=2, fedprox_mu=1.0))
         one.personalise(0, DATA[0], 2, head_only=False)
         found.append(fingerprint(state_of(one.model)))
     assert found[0] == found[1]
@@ -164,14 +162,14 @@ def test_without_epochs_nothing_is_trained() -> None:
 
 def test_kept_optimizers_are_each_clients_own_and_need_a_constant_rate() -> None:
     training = LocalTraining(torch.optim.Adam, learning_rate=0.01)
-    one = Worker(mlp(), algorithm("FedAvg"), OPTIONS, training, seed=0, keep_optimizers=True)
+    one = Client(mlp(), algorithm("FedAvg"), OPTIONS, training, seed=0, keep_optimizers=True)
     begun, batches = state_of(one.model), silos()[0]
     results = []
     for client, round in ((0, 0), (1, 0), (0, 1)):
         one.model.load_state_dict(begun)
         one.train(client, batches, round)
         results.append(state_of(one.model))
-    anew = Worker(mlp(), algorithm("FedAvg"), OPTIONS, training, seed=0)
+    anew = Client(mlp(), algorithm("FedAvg"), OPTIONS, training, seed=0)
     anew.train(1, batches, 0)
     assert fingerprint(results[1]) == fingerprint(state_of(anew.model))
     anew.model.load_state_dict(begun)
@@ -179,4 +177,4 @@ def test_kept_optimizers_are_each_clients_own_and_need_a_constant_rate() -> None
     assert fingerprint(results[2]) != fingerprint(state_of(anew.model))
     with pytest.raises(ConfigError, match="constant"):
         schedule = LocalTraining(lr_schedule="cosine")
-        Worker(mlp(), algorithm("FedAvg"), OPTIONS, schedule, seed=0, keep_optimizers=True)
+        Client(mlp(), algorithm("FedAvg"), OPTIONS, schedule, seed=0, keep_optimizers=True)

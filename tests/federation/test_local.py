@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fedsq_plugin.algorithms.objective import proximal
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fedsq_plugin.algorithms.objective import proximal
-from fedsq_plugin.algorithms.options import Options
 from fedsq_plugin.errors import ConfigError
 from fedsq_plugin.federation.augment import augment
 from fedsq_plugin.federation.local import (
@@ -34,6 +33,8 @@ from fedsq_plugin.federation.task import cross_entropy
 
 ALL = frozenset(Role)
 Batches = Sequence[tuple[Tensor, Tensor]]
+
+from tests.algorithms.task import AllOptions
 
 
 class Weight(nn.Module):
@@ -59,7 +60,7 @@ def weight_after(training: LocalTraining, *epochs: int, round: int = 0, mu: floa
     """w after one phase per entry of `epochs`, of one step per epoch."""
     model = Weight()
     phases = [Phase(count, ALL) for count in epochs]
-    objective = None if mu is None else proximal(Options(fedprox_mu=mu))
+    objective = None if mu is None else proximal(AllOptions(fedprox_mu=mu))
     local_update(
         model, ONE, training, phases, roles(model), round=round, seed=0, objective=objective, loss=half_square
     )
@@ -235,7 +236,7 @@ def test_loss_is_the_mean_over_steps_without_the_proximal_term() -> None:
     model, training = Weight(), LocalTraining(learning_rate=0.5)
     found = local_update(
         model, ONE, training, [Phase(2, ALL)], roles(model),
-        round=0, seed=0, objective=proximal(Options(fedprox_mu=0.5)), loss=half_square,
+        round=0, seed=0, objective=proximal(AllOptions(fedprox_mu=0.5)), loss=half_square,
     )  # fmt: skip
     assert found == LocalResult(steps=2, loss=1.25, sums={})
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedsq_plugin.federation.evaluate import evaluate
 from fedsq_plugin.federation.task import CLASSIFICATION, MeanOverBatches, OfPredictions, Task
+from tests.algorithms.task import AllOptions
 
 
 def squares(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -68,15 +69,15 @@ def test_a_metric_without_comparable_samples_is_nan() -> None:
 
 
 def test_a_worker_trains_on_the_tasks_loss() -> None:
+    
     from fedsq_plugin.algorithms import algorithm
-    from fedsq_plugin.algorithms.options import Options
-    from fedsq_plugin.federation.client import Worker
+    from fedsq_plugin.federation.client import Client
     from fedsq_plugin.federation.local import LocalTraining
 
     model = nn.Linear(1, 1, bias=False)
     nn.init.ones_(model.weight)
-    worker = Worker(
-        model, algorithm("FedAvg"), Options(), LocalTraining(learning_rate=0.1), seed=0, loss=squares
+    worker = Client(
+        model, algorithm("FedAvg"), AllOptions(), LocalTraining(learning_rate=0.1), seed=0, loss=squares
     )
     worker.train(0, [(torch.tensor([[2.0]]), torch.tensor([[1.0]]))], 0)
     # d/dw (2w - 1)² = 4 (2w - 1) = 4 at w = 1

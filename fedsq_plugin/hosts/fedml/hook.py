@@ -15,15 +15,17 @@ from typing import Any
 import torch
 
 from ... import models
-from ...algorithms import algorithm, known, rows
+from ...algorithms import algorithm, algorithms, known
 from ...data.flamby.backbones import MODELS
 from ...data.flamby.catalogue import CATALOGUE
 from ...data.flamby.centres import load_centres
 from ...data.flamby.package import is_flamby
 from ...data.ours import DATASETS, FEDML_DATASETS
 from ...data.ours import load as load_ours
+from ...data.silos import SilosData
 from ...dualcopy.precision import refuse_unsupported
 from ...errors import ConfigError, in_one_line, nearest
+from ...federation.checkpoints import ServerCheckpoints
 from ...federation.seeding import derive, isolated
 from ...models.backbones import PREFIX
 from ...run.dry_run import tried
@@ -39,6 +41,7 @@ from ...run.plan import (
     warm_start,
 )
 from ...run.unused import compiled_for_cpu, untrained_gates, unused
+from ...settings.agreement import kept_options
 from ...settings.config import OPTIONS, OURS, Config
 from ...settings.recipe import flat, misplaced, read_loosely
 from . import offline
@@ -206,7 +209,6 @@ def _init(original: Any) -> Any:
             self.reluised = warm_start(model, config, dataset, device)
             original(self, args, device, dataset, model, *rest)
             return
-        from .checkpoints import ServerCheckpoints
         from .distributed.node import is_client, node, refuse_road, relu_like_the_servers
         from .security import check_options
         from .simulation import Simulation, refuse_foreign
@@ -217,7 +219,7 @@ def _init(original: Any) -> Any:
         if not one_process:
             refuse_road(args, config)
         prepare_host(args)
-        checkpoints = ServerCheckpoints(plan) if one_process or not is_client(args) else None
+        checkpoints = server_checkpoints(config) if one_process or not is_client(args) else None
         if checkpoints is not None and not checkpoints.resumes:
             self.reluised = warm_start(model, config, dataset, device)
         elif config.relu_ise:
@@ -226,7 +228,7 @@ def _init(original: Any) -> Any:
         if own == (None, None):
             for line in tried(view, plan, dataset):
                 log.warning(line)
-        parts = (args, device, dataset, view, plan, *own, checkpoints)
+        parts: Any = (args, device, _named(dataset), view, plan, *own, checkpoints)
         self.runner = Simulation(*parts) if one_process else node(*parts)
 
     return init
@@ -245,11 +247,11 @@ def is_ours(args: Any, custom: bool) -> bool:
     if is_flamby(args.dataset) and native and not known(name):
         raise ConfigError(
             f"FedML's own {name} trains on cross-entropy, which is not the loss of {args.dataset}; "
-            f"use one of {', '.join(rows())}"
+            f"use one of {', '.join(algorithms())}"
         )
     if _has_tls(args) and native and not known(name):
         raise ConfigError(
-            f"FedML's own {name} has no TLS (fedsq_args.tls_cert); use one of {', '.join(rows())}"
+            f"FedML's own {name} has no TLS (fedsq_args.tls_cert); use one of {', '.join(algorithms())}"
         )
     if _is_native(args) and not (custom and _is_sp(args)):
         return False
@@ -259,9 +261,9 @@ def is_ours(args: Any, custom: bool) -> bool:
         if native:
             raise ConfigError(
                 f"FedML's own {name} ignores client_trainer and server_aggregator in sp; "
-                f"pass none, or use one of {', '.join(rows())}"
+                f"pass none, or use one of {', '.join(algorithms())}"
             )
-        names = {*rows(), *NATIVE_SP}
+        names = {*algorithms(), *NATIVE_SP}
         raise ConfigError(f"train_args.federated_optimizer '{name}' is unknown{nearest(name, names)}")
     reason = refused_road(*(str(getattr(args, key, default)) for key, default in ROAD.items()))
     if reason is not None:
@@ -293,6 +295,17 @@ def _has_tls(args: Any) -> bool:
 def _asks_for_ours(args: Any) -> bool:
     """Whether a recipe for FedML's own algorithm uses what only the plugin can give."""
     return getattr(args, ASKED, False) or getattr(args, "warm_start", "none") not in ("none", None)
+
+
+def _named(dataset: Any) -> SilosData:
+    _, test_size, whole, test, sizes, train, tests, outputs = dataset
+    return SilosData(train, tests, sizes, outputs, whole, test, test_size)
+
+
+def server_checkpoints(config: Config) -> ServerCheckpoints:
+    """The server's checkpoints, as the recipe has them."""
+    about = (kept_options(config), config.checkpoint_every, config.comm_round, config.resume)
+    return ServerCheckpoints(config.checkpoint_dir, *about)
 
 
 def check_device(config: Config, device: Any) -> None:

@@ -11,10 +11,10 @@ from fedml.core.security.attack.label_flipping_attack import LabelFlippingAttack
 from fedml.core.security.fedml_attacker import FedMLAttacker
 from fedml.core.security.fedml_defender import FedMLDefender
 
-from ...algorithms.phases import PHASES
 from ...errors import ConfigError, nearest
+from ...federation.algorithm import AVERAGE
 from ...federation.local import trains
-from ...federation.server import Coordinator
+from ...federation.server import Server
 from ...run.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -77,20 +77,20 @@ def security_enabled() -> bool:
     return any(part.get_instance().is_enabled for part in parts)
 
 
-def check_security(coordinator: Coordinator, plan: Plan) -> None:
-    """Raise ConfigError where a row does not go with what is on; warn of what protects less than it seems."""
-    name, parts = coordinator.row.name, PHASES[plan.algorithm.phases].parts
+def check_security(server: Server, plan: Plan) -> None:
+    """Raise ConfigError where an algorithm does not go with what is on; warn of what protects less than it seems."""
+    name, parts = plan.algorithm.name, plan.algorithm.phases.parts
     sums = any(not trains(parts(plan.options, n)) for n in range(plan.config.comm_round))
-    if security_enabled() and (coordinator.separate or sums):
+    if security_enabled() and (server.separate or sums):
         raise ConfigError(
             f"{name} does not send one model per silo to one average, which is what FedML's attack, "
             "defence and privacy options work on; turn off enable_attack, enable_defense and enable_dp"
         )
     privacy, defender = FedMLDifferentialPrivacy.get_instance(), FedMLDefender.get_instance()
-    if privacy.is_global_dp_enabled() and coordinator.row.server != "average":
+    if privacy.is_global_dp_enabled() and plan.algorithm.server is not AVERAGE:
         raise ConfigError(
             f"{name}: FedML's central privacy adds noise to the model after the server's step, whose memory "
-            "would stay without it; use a row whose server is 'average', or turn off enable_dp"
+            "would stay without it; use an algorithm whose server rule is 'average', or turn off enable_dp"
         )
     if defender.is_enabled and defender.defense_type in LESS_THAN_ITS_NAME:
         kind = defender.defense_type

@@ -141,18 +141,18 @@ class Configuration:
     ) -> None:
         if not issubclass(cls, Strategy):
             return
-        if cls.row.view == "dualcopy" and backbone == "baseline":
+        if cls.algorithm.gated and backbone == "baseline":
             line = without_gates(BASELINE, self.about.key)
             if line is not None:
                 raise self._wrong(f"{name}: {line}")
-        own = {key: given[key] for key in known_options(cls.row) if key in given}
+        own = {key: given[key] for key in known_options(cls.algorithm) if key in given}
         private = {key: given[key] for key in inspect.signature(cls.privacy).parameters if key in given}
         try:
             privacy = cls.privacy(**private)
             with in_terms(_TERMS), torch.no_grad():
-                viewed, *_ = cls.viewed(model, own)
+                viewed, _ = cls.viewed(model, {k: v for k, v in own.items() if k != "nonfinite"})
                 if privacy is not None:
-                    privacy.refuse_model(cls.row, viewed)
+                    privacy.refuse_model(cls.algorithm, viewed)
                 if isinstance(viewed, DualCopy):
                     viewed.eval()(inputs)  # finds the activations that are no modules
         except FedSQError as error:

@@ -14,12 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from ...algorithms import algorithm, rows
+from ...algorithms import algorithm, algorithms
 from ...errors import ConfigError
 
 STRATEGIES, BENCHMARK = "flamby.strategies", "flamby.benchmarks.benchmark_utils"
 PREFIX = "Plugin"
-"""Of our rows that FLamby has strategies of that name for: PluginFedAvg beside its FedAvg."""
+"""What the names of our algorithms begin with where FLamby has a strategy of that name: PluginFedAvg, beside its
+FedAvg."""
 
 _registered = False
 
@@ -61,13 +62,13 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
 
 def add_strategies(module: ModuleType) -> None:
-    """Our rows as classes of `flamby.strategies`; rows joined by `+` are made when they are asked for."""
-    from .strategy import Strategy, strategy_class
+    """Add our algorithms to `flamby.strategies` as classes. Those joined by `+` are made when they are asked for."""
+    from .strategy import Strategy, make_strategy
 
     made: dict[str, type[Strategy]] = {}
-    for name, row in rows().items():
+    for name, one in algorithms().items():
         key = PREFIX + name if hasattr(module, name) else name
-        made[key] = strategy_class(row, key)
+        made[key] = make_strategy(one, key)
     for key, cls in made.items():
         setattr(module, key, cls)
 
@@ -75,7 +76,7 @@ def add_strategies(module: ModuleType) -> None:
         try:
             if "+" not in name:
                 raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
-            made[name] = made.get(name) or strategy_class(algorithm(name))
+            made[name] = made.get(name) or make_strategy(algorithm(name))
         except ConfigError as error:
             raise AttributeError(str(error)) from None
         return made[name]
@@ -86,7 +87,7 @@ def add_strategies(module: ModuleType) -> None:
 def find_ours(module: ModuleType) -> None:
     """Let the benchmark find the results of our strategies among those of its file.
 
-    Its function refuses names that it does not know, breaks on columns of text that no row has a value in
+    Its function refuses names that it does not know, breaks on columns of text that no line has a value in
     yet, and overlooks options that only the other experiment was given. Everything else that makes two
     experiments the same is left to it.
     """

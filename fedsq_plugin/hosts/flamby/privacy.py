@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...algorithms import Algorithm
 from ...errors import ConfigError
+from ...federation.algorithm import ALL_PARTS, NOTHING, Algorithm
 from ...federation.local import OptimizerClass
 
 log = logging.getLogger(__name__)
@@ -37,25 +37,25 @@ class Privacy:
             )
         return cls(epsilon, delta, max_grad_norm)
 
-    def refuse(self, row: Algorithm, fine_tuning_steps: int) -> None:
+    def refuse(self, algorithm: Algorithm, fine_tuning_steps: int) -> None:
         """Raise ConfigError for what opacus would leave without noise, or noise without counting."""
         why = None
-        if row.objective != "none":
+        if algorithm.objective is not NOTHING:
             why = "opacus puts its own gradients in place of those of the term that is added to the loss"
-        elif row.phases != "all":
+        elif algorithm.phases is not ALL_PARTS:
             why = "it trains the model in parts, and opacus has one optimizer for all of it"
         elif fine_tuning_steps:
             why = "opacus does not count the fine-tuning at the end: set num_fine_tuning_steps to 0"
         if why:
-            raise ConfigError(f"{row.name} cannot train with differential privacy (dp_…): {why}")
+            raise ConfigError(f"{algorithm.name} cannot train with differential privacy (dp_…): {why}")
 
-    def refuse_model(self, row: Algorithm, model: nn.Module) -> None:
+    def refuse_model(self, algorithm: Algorithm, model: nn.Module) -> None:
         """Raise ConfigError for what opacus has no gradients of samples for, as BatchNorm, before `optimizer`
         does."""
         from opacus.validators import ModuleValidator
 
         if found := ModuleValidator.validate(model.train(), strict=False):
-            raise ConfigError(f"{row.name}: differential privacy: {' '.join(str(found[0]).split())}")
+            raise ConfigError(f"{algorithm.name}: differential privacy: {' '.join(str(found[0]).split())}")
 
     def warn(self, loaders: Sequence[Any], updates: int) -> None:
         """Say where FLamby's way of counting, which this follows, promises too much."""

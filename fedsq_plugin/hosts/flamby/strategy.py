@@ -1,4 +1,4 @@
-"""Our rows as strategies of FLamby: its constructor, `perform_round()` and `run()`, around the core."""
+"""Our algorithms as strategies of FLamby: its constructor, `perform_round()` and `run()`, around the core's round."""
 
 from __future__ import annotations
 
@@ -6,24 +6,21 @@ import copy
 import inspect
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ...algorithms import Algorithm
-from ...algorithms.fits import refuse_misfit
-from ...algorithms.options import Options
-from ...algorithms.view import VIEWS
-from ...dualcopy import DualCopy
+from ...algorithms import Algorithm, algorithm
 from ...errors import ConfigError, nearest
-from ...federation.client import Worker
-from ...federation.local import LocalTraining, OptimizerClass, trains
+from ...federation.client import Client
+from ...federation.local import LocalTraining, OptimizerClass
 from ...federation.mean import MeanOfDifferences
-from ...federation.messages import Assignment, Update
+from ...federation.messages import Assignment
+from ...federation.record import RoundRecord
 from ...federation.roles import roles
-from ...federation.server import Coordinator
+from ...federation.round import Round
+from ...federation.server import Server
 from ...federation.state import State, state_of
 from ...settings.config import Config, family_of, validated
 from .batches import EndlessBatches, Updates
@@ -33,51 +30,51 @@ from .steplog import StepLog
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-class Client:
-    """One client: its model, its batches, its optimizer. `model` is where it is evaluated."""
+class Silo:
+    """One of FLamby's clients: its model, its batches, its optimizer. `model` is where FLamby evaluates it."""
 
     def __init__(
         self,
-        worker: Worker,
+        client: Client,
         number: int,
         batches: EndlessBatches,
         updates: int,
         device: torch.device,
         on_step: Callable[[Tensor], None] | None,
     ) -> None:
-        self._worker, self._number, self._device, self._on_step = worker, number, device, on_step
-        self._batches, self._updates = batches, updates
+        self.client, self._number, self._device, self._on_step = client, number, device, on_step
+        self.batches, self._updates = batches, updates
 
     @property
     def model(self) -> nn.Module:
-        return self._worker.model
+        return self.client.model
 
-    def train(self, assignment: Assignment, round: int, travelling: Callable[[State], State]) -> Update:
-        """One round from what the server assigns."""
-        self.load(assignment.state)
-        if assignment.structural is not None:
-            self._worker.follow(assignment.structural)
-        result = self._worker.train(
+    def train(self, assignment: Assignment, round: int) -> State:
+        """One round from what the server assigns: the silo's answer."""
+        self.client.receive(assignment)
+        result = self.client.train(
             self._number,
-            Updates(self._batches, self._updates),
+            Updates(self.batches, self._updates),
             round,
             self._device,
-            data=self._batches.loader,
+            data=self.batches.loader,
             on_step=self._on_step,
         )
-        state = travelling(state_of(self.model)) if trains(self._worker.parts(round)) else {}
-        return Update(self._number, len(self._batches), state, result.sums)
+        return self.client.answer(round, result.sums)
 
     def load(self, state: State) -> None:
         """Take over the part of the model that travels, beside the part that stays here."""
-        self.model.load_state_dict({**self.model.state_dict(), **state})
-        self._worker.states.load(self._number, self.model)
+        self.client.receive(Assignment(state))
+        self.client.states.load(self._number, self.model)
+
+    def forget_optimizer(self) -> None:
+        self.client.forget_optimizers(self._number)
 
     def personalise(self, steps: int) -> None:
         """Fine-tune for so many updates, after the last round."""
-        self._worker.personalise(
+        self.client.personalise(
             self._number,
-            Updates(self._batches, steps),
+            Updates(self.batches, steps),
             epochs=1,
             head_only=False,
             device=self._device,
@@ -86,25 +83,27 @@ class Client:
 
 
 class Strategy:
-    """A row of the table in FLamby. Use the classes that `strategy_class` makes.
+    """An algorithm in FLamby. Use the classes that `strategy_class` makes.
 
-    Arguments up to `seed` are those of FLamby's FedAvg; `seed` is that of torch's generator where it is not
-    given, and differential privacy then has noise that nobody can repeat. As there, optimizers and their
-    moments live through all rounds, clients are weighted by their samples, and GPU 0 is used where there is
-    one. Unlike there, running statistics are averaged (`buffers`), and `bits_counting_function` is given the
-    state that a client sends, which holds them.
+    Arguments up to `seed` are those of FLamby's FedAvg. Where `seed` is not given, it is that of torch's generator,
+    and the noise of differential privacy cannot be repeated. As in FLamby, optimizers and their moments live through
+    all rounds, clients are weighted by their samples, and GPU 0 is used where there is one. Unlike there, running
+    statistics are averaged (`buffers`), and `bits_counting_function` is given the state that a client sends, which
+    holds them; and an update that is not finite or does not fit is refused by name: the round goes on without it, or
+    ends the run (`nonfinite`).
 
     Args:
-        num_fine_tuning_steps: updates of every client's model after the last round, as FedAvgFineTuning has
-            them; None: what the row's method says, none for most.
-        options: the row's, checked as in a recipe.
+        num_fine_tuning_steps: updates of every client's model after the last round, as in FedAvgFineTuning; None: what
+            the algorithm says, none for most.
+        options: the algorithm's, checked as in a recipe.
 
     Raises:
-        ConfigError: an argument is wrong, or does not go with the row or the model.
+        ConfigError: an argument is wrong, or does not go with the algorithm or the model.
         GateError: FedSQ's model cannot be gated.
+        UpdateError: from a round: an update was refused and `nonfinite` is "fail", or no update was left.
     """
 
-    row: ClassVar[Algorithm]
+    algorithm: ClassVar[Algorithm]
 
     def __init__(
         self,
@@ -127,20 +126,22 @@ class Strategy:
         num_fine_tuning_steps: int | None = None,
         **options: Any,
     ) -> None:
-        row = self.row
         for number, loader in enumerate(training_dataloaders):
             if loader is None or not len(loader.dataset):
-                raise ConfigError(f"{row.name}: training_dataloaders[{number}] has no samples: leave it out")
+                raise ConfigError(
+                    f"{self.algorithm.name}: training_dataloaders[{number}] has no samples: leave it out"
+                )
         self.nrounds, self.num_updates = nrounds, num_updates
         self.bits_counting_function = bits_counting_function
+        self._fatal = "nonfinite: fail" if options.pop("nonfinite", "skip") == "fail" else None
         privacy = self.privacy(dp_target_epsilon, dp_target_delta, dp_max_grad_norm, num_fine_tuning_steps)
-        viewed, chosen, keep_gates = self.viewed(model, options)
+        viewed, chosen = self.viewed(model, options)
         self.training_dataloaders_with_memory = [EndlessBatches(loader) for loader in training_dataloaders]
         self._fine_tuning = [self._steps(loader, num_fine_tuning_steps) for loader in training_dataloaders]
         if privacy is not None:
             privacy.warn(training_dataloaders, num_updates)
         device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-        self.models_list: list[Client] = []
+        self.models_list: list[Silo] = []
         for number, batches in enumerate(self.training_dataloaders_with_memory):
             own: nn.Module = copy.deepcopy(viewed).to(device)
             optimizer = optimizer_class
@@ -152,29 +153,31 @@ class Strategy:
                 )
                 optimizer = _always(made)
             training = LocalTraining(optimizer=optimizer, learning_rate=learning_rate, rounds=max(nrounds, 1))
-            worker = Worker(
-                own,
-                row,
-                chosen,
-                training,
-                seed=None,  # as FLamby: what the process's generators give, in the order of the clients
-                keep_gates=keep_gates,
-                loss=copy.deepcopy(loss),
-                keep_optimizers=True,
-            )
+            client = self._client(own, chosen, training, copy.deepcopy(loss))
             on_step = None
             if log:
-                name = row.name if log_basename is None else log_basename
+                name = self.algorithm.name if log_basename is None else log_basename
                 on_step = StepLog(own, number, len(batches.loader), num_updates, log_period, logdir, name)
-            self.models_list.append(Client(worker, number, batches, num_updates, device, on_step))
-        self.coordinator = Coordinator(
-            row,
+            self.models_list.append(Silo(client, number, batches, num_updates, device, on_step))
+        self.server = Server(
+            self.algorithm,
             chosen,
             state_of(viewed),
             roles(viewed, chosen.head),
             torch.initial_seed() if seed is None else seed,
-            structural=isinstance(viewed, DualCopy),
             mean=MeanOfDifferences,
+        )
+
+    def _client(self, model: nn.Module, options: Any, training: LocalTraining, loss: Loss) -> Client:
+        return Client(
+            model,
+            self.algorithm,
+            options,
+            training,
+            seed=None,  # as FLamby: what the process's generators give, in the order of the clients
+            keep_gates=getattr(options, "keep_gates", False),
+            loss=loss,
+            keep_optimizers=True,
         )
 
     @classmethod
@@ -188,31 +191,31 @@ class Strategy:
         """What these arguments of the constructor ask for; the errors are the constructor's."""
         found = Privacy.of(dp_target_epsilon, dp_target_delta, dp_max_grad_norm)
         if found is not None:
-            steps = cls.row.finetune_epochs if num_fine_tuning_steps is None else num_fine_tuning_steps
-            found.refuse(cls.row, steps)
+            steps = cls.algorithm.finetune_epochs if num_fine_tuning_steps is None else num_fine_tuning_steps
+            found.refuse(cls.algorithm, steps)
         return found
 
     @classmethod
-    def viewed(cls, model: nn.Module, options: dict[str, Any]) -> tuple[nn.Module, Options, bool]:
-        """A copy of the model as the row trains it, the row's options, and whether gates are kept; the errors
-        are those of the constructor."""
-        chosen, keep_gates = _options(cls.row, options)
-        refuse_misfit(cls.row, chosen, model)
-        return VIEWS[cls.row.view](copy.deepcopy(model), chosen), chosen, keep_gates
+    def viewed(cls, model: nn.Module, options: dict[str, Any]) -> tuple[nn.Module, Any]:
+        """A copy of the model as the algorithm trains it, and what the algorithm reads. The errors are those of the
+        constructor."""
+        chosen = _settings(cls.algorithm, options)
+        cls.algorithm.refuse_misfit(model, chosen)
+        return cls.algorithm.view.make(copy.deepcopy(model), chosen), chosen
 
     def perform_round(self) -> None:
         """Train every client for `num_updates` batches from the server's model, and gather what they send."""
-        server, clients = self.coordinator, range(len(self.models_list))
-        server.next_round()
-        assignments = server.assign(clients)
-        gathering = server.begin(clients)
-        for client, assignment in zip(self.models_list, assignments, strict=True):
-            update = client.train(assignment, server.state.round, server.travelling)
+        server, number = self.server, self.server.state.round
+        samples = {silo: float(len(one.batches)) for silo, one in enumerate(self.models_list)}
+        current = Round(server, list(samples), samples, RoundRecord(number + 1), self._fatal)
+        for silo, assignment in current.assignments.items():
+            answer = self.models_list[silo].train(assignment, number)
             if self.bits_counting_function is not None:
-                sent = [*update.state.values(), *update.sums.values()]
-                self.bits_counting_function([value.numpy() for value in sent])
-            gathering.add(update)
-        server.state = gathering.finish()
+                self.bits_counting_function([value.numpy() for value in answer.values()])
+            current.take(silo, answer)
+        current.close()
+        for silo in current.refused:
+            self.models_list[silo].forget_optimizer()
         for client in self.models_list:
             client.load(server.travelling(server.state.model))
 
@@ -228,36 +231,43 @@ class Strategy:
         return [client.model for client in self.models_list]
 
     def _steps(self, loader: Any, given: int | None) -> int:
-        return self.row.finetune_epochs * len(loader) if given is None else given
+        return self.algorithm.finetune_epochs * len(loader) if given is None else given
 
 
-def strategy_class(row: Algorithm, name: str | None = None) -> type[Strategy]:
-    """A row as a strategy. Its options are named parameters: FLamby's configuration files know no others."""
-    known = {**_signature(Strategy), **{key: _parameter(key) for key in known_options(row)}}
-    made = type(name or row.name, (Strategy,), {"row": row, "__doc__": f"{row.name} ({row.source})."})
+def strategy_class(name: str) -> type[Strategy]:
+    """The strategy of an algorithm, or of several joined by `+`, by its name: a class for `flamby.strategies`.
+
+    Raises:
+        ConfigError: there is no such algorithm.
+    """
+    return make_strategy(algorithm(name))
+
+
+def make_strategy(algorithm: Algorithm, name: str | None = None) -> type[Strategy]:
+    """An algorithm as a strategy, called `name`. Its options are named parameters: FLamby's configuration files know no
+    others."""
+    known = {**_signature(Strategy), **{key: _parameter(key) for key in known_options(algorithm)}}
+    about = {"algorithm": algorithm, "__doc__": f"{algorithm.name} ({algorithm.source})."}
+    made = type(name or algorithm.name, (Strategy,), about)
     made.__signature__ = inspect.Signature(list(known.values()))  # type: ignore[attr-defined]
     return made
 
 
-def known_options(row: Algorithm) -> tuple[str, ...]:
-    """The options that a row has in FLamby."""
-    head = ("head",) if row.needs_head else ()
-    return (*head, "buffers", *(key for key in row.options if key in Config.model_fields))
+def known_options(algorithm: Algorithm) -> tuple[str, ...]:
+    """The options that an algorithm has in FLamby."""
+    head = ("head",) if algorithm.needs_head else ()
+    own = (key for key in algorithm.option_names if key in Config.model_fields)
+    return (*head, "buffers", "nonfinite", *own)
 
 
-def _options(row: Algorithm, given: dict[str, Any]) -> tuple[Options, bool]:
+def _settings(algorithm: Algorithm, given: dict[str, Any]) -> Any:
     for key in given:
-        if key not in known_options(row):
-            raise ConfigError(f"{row.name} has no option '{key}'{nearest(key, known_options(row))}")
+        if key not in known_options(algorithm):
+            raise ConfigError(f"{algorithm.name} has no option '{key}'{nearest(key, known_options(algorithm))}")
     valid, found = validated(given)
     if wrong := [f.line.removeprefix(f"{family_of(f.key)}.") for f in found if f.key in given]:
-        raise ConfigError(f"{row.name}: {'; '.join(wrong)}")
-    chosen = {key: valid[key] for key in given}
-    keep_gates = bool(chosen.pop("keep_gates", False))
-    own = {field.name for field in fields(Options)}
-    options = {key: value for key, value in chosen.items() if key in own}
-    accepted = tuple(options.pop("gate_accept", ()))
-    return Options(**options, gate_accept=accepted), keep_gates
+        raise ConfigError(f"{algorithm.name}: {'; '.join(wrong)}")
+    return algorithm.settings(**{key: valid[key] for key in given})
 
 
 def _always(optimizer: torch.optim.Optimizer) -> OptimizerClass:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedsq_plugin.algorithms import rows
+from fedsq_plugin.algorithms import algorithms
 
 from .conftest import SECURITY
 
@@ -53,7 +53,7 @@ ATTACKED: dict[str, dict[str, Any]] = {
 NOBODY = "silo 1 has no samples and is skipped"
 
 CASES: dict[str, Case] = {
-    **{name: _row(name) for name in rows()},
+    **{name: _row(name) for name in algorithms()},
     "one round": _row("FedSQ", comm_round=1),
     **{
         f"{name} partial": _row(name, **PARTIAL) for name in ("FedSQ", "FedSQ+FedMR", "FedSQ+FedBN", "FedRep")

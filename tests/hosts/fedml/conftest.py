@@ -188,7 +188,7 @@ def watch_rounds(simulation: Any, look: Any) -> list[Any]:
 
 def follow(simulation: Any, schedule: Sequence[Sequence[int]]) -> None:
     """Let these silos take part, round by round."""
-    simulation._client_sampling = lambda round_idx, *_: list(schedule[round_idx])
+    simulation.draw = lambda round_idx: list(schedule[round_idx])
 
 
 SECURITY: dict[str, dict[str, Any]] = {

@@ -110,7 +110,7 @@ def test_a_silo_begins_with_its_slot(
     runner = prepare(fedml, args)
     follow(runner.runner, schedule)
     seen = watched(runner.runner)
-    slots = watch_rounds(runner.runner, lambda run: run.aggregator.coordinator.state.slots)
+    slots = watch_rounds(runner.runner, lambda run: run.aggregator.server.state.slots)
     runner.run()
     by_round = [[began for began in seen if began.round == r] for r in range(4)]
     assert [[began.client for began in round] for round in by_round] == schedule
@@ -131,7 +131,7 @@ def test_fedmrs_global_model_is_the_unweighted_mean(fedml: Any, make_args: MakeA
     """Counters: 2, 3, 5 batches, by round; slots have them permuted, and their mean rounds to an integer."""
     runner = prepare(fedml, args_for(make_args, "FedMR"))
     seen = watched(runner.runner)
-    found = watch_rounds(runner.runner, lambda run: (final(run), run.aggregator.coordinator.state.slots))
+    found = watch_rounds(runner.runner, lambda run: (final(run), run.aggregator.server.state.slots))
     runner.run()
     for number, (model, held) in enumerate(found):
         sent = [began.sent for began in seen if began.round == number]
@@ -271,7 +271,7 @@ def over_samples(models: Sequence[nn.Module], data: Any) -> tuple[float, float, 
 
 def kept(simulation: Any, client: int) -> State:
     """The part of the model that stayed with a silo."""
-    tensors = simulation.model_trainer.worker.states.tensors()
+    tensors = simulation.model_trainer.client.states.tensors()
     prefix = f"{client}/"
     return State((k.removeprefix(prefix), v) for k, v in tensors.items() if k.startswith(prefix))
 
@@ -701,7 +701,7 @@ def test_the_server_of_a_row_needs_our_aggregator_alone(
         simulate(fedml, args, server_aggregator=foreign(args)["server_aggregator"])
     args = args_for(make_args, name)
     run = simulate(fedml, args, client_trainer=foreign(args)["client_trainer"])
-    state = run.aggregator.coordinator.state
+    state = run.aggregator.server.state
     assert state.round == 3
     assert bool(state.slots) == (name == "FedMR") and bool(state.memory) == (name == "FedAdam")
 

@@ -212,7 +212,7 @@ def test_a_round_whose_silos_are_all_lost_leaves_the_model_as_it_is(make_args: M
     bench.server._look()
     (task,) = bench.tasks()
     assert task.get("silo") == 0 and task.get("round") == 2
-    assert bench.server.aggregator.coordinator.state.round == 2
+    assert bench.server.aggregator.server.state.round == 2
     bench.deliver(bench.answer(task))
     line = "none of its silos answered, the model stays as it is"
     assert [record.notes for record in bench.records] == [
@@ -526,5 +526,5 @@ def test_a_client_that_restarts_in_a_round_of_nobody_is_told_all_again(make_args
     )
     (task,) = bench.tasks()
     bench.come(task.get_receiver_id(), process="another")
-    assert bench.server.aggregator.coordinator.state.told[task.get("silo")] == -1
+    assert bench.server.aggregator.server.state.told[task.get("silo")] == -1
     assert "none of its silos answered" in " ".join(bench.records[0].notes)

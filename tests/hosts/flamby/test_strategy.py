@@ -57,7 +57,7 @@ def test_clients_of_a_global_row_end_with_the_servers_model_buffers_included(nam
     strategy = on_classes(name)
     found = strategy.run()
     assert all(equal(found[0], other) for other in found[1:])
-    state = strategy.coordinator.state.model
+    state = strategy.server.state.model
     assert all(torch.equal(value, state[key]) for key, value in found[0].state_dict().items())
     assert not torch.equal(found[0].state_dict()["bn.running_mean"], torch.zeros(8))
 
@@ -95,9 +95,9 @@ def test_fedbn_leaves_every_client_its_normalisation() -> None:
 def test_fedmr_gives_clients_models_of_their_own_within_a_round() -> None:
     strategy = made("FedMR")
     strategy.perform_round()
-    slots = strategy.coordinator.state.slots
+    slots = strategy.server.state.slots
     assert len(slots) == len(SIZES)
-    begun = [a.state["fc.weight"] for a in strategy.coordinator.assign(range(len(SIZES)))]
+    begun = [a.state["fc.weight"] for a in strategy.server.assign(range(len(SIZES)))]
     assert not torch.equal(begun[0], begun[1]) or not torch.equal(begun[0], begun[2])
 
 

@@ -127,16 +127,18 @@ class Client(FedMLCommManager):  # type: ignore[misc]
         try:
             self._silos.resume(round_idx)
             if kind == "train":
-                answer: Any = self._silos.train(silo, round_idx, task.get("payload"), task.get("checkpoint"))
+                answer: Any = self._silos.train_message(
+                    silo, round_idx, task.get("payload"), task.get("checkpoint")
+                )
             else:
-                answer = list(self._silos.test(silo, task.get("payload"), task.get("epochs")))
+                answer = list(self._silos.test_message(silo, task.get("payload"), task.get("epochs")))
         except (Exception, SystemExit) as error:  # sys.exit() of a user's code, too
             # The server decides whether the run goes on; a process that ended by itself would end all of MPI.
             log.exception("silo %s failed", silo)
             self._failure = f"silo {silo} failed in {kind}: {in_one_line(error)}"[:500]
             self._say(FAILED, reason=self._failure)
             return
-        about = {"samples": self._silos.samples(silo), "structural": self._silos.structural_fingerprint}
+        about = {"samples": self._silos.samples(silo), "structural": self._silos.side.structural_fingerprint}
         self._say(RESULT, task=kind, silo=silo, round=round_idx, payload=answer, **about)
 
     def _end(self, end: Message) -> None:

@@ -6,15 +6,18 @@ from typing import Any
 
 from torch import nn
 
+from ....data.silos import SilosData
 from ....dualcopy.reluise import replace_by_lambda, replace_by_relu
 from ....errors import ConfigError
+from ....federation.checkpoints import ServerCheckpoints, SiloCheckpoints
 from ....federation.state import nbytes, state_of
 from ....run.plan import Plan
+from ....settings.agreement import kept_options
 from ....settings.config import Config
 from ....wire.tls import credentials
 from ..adapters import FedSQAggregator, FedSQTrainer
-from ..checkpoints import ServerCheckpoints, SiloCheckpoints
 from ..scoring import Scoring
+from ..sides import client_side, is_ours, server_side
 from ..silo import Silos
 from .addresses import addresses
 from .client import Client
@@ -54,47 +57,42 @@ def relu_like_the_servers(model: nn.Module) -> None:
 def node(
     args: Any,
     device: Any,
-    dataset: Any,
+    data: SilosData,
     model: nn.Module,
     plan: Plan,
-    client_trainer: Any = None,
-    server_aggregator: Any = None,
-    checkpoints: ServerCheckpoints | None = None,
+    client_trainer: Any,
+    server_aggregator: Any,
+    checkpoints: ServerCheckpoints | None,
 ) -> Server | Client:
     """What FedMLRunner runs in this process; the arguments are FedMLRunner's and the plan.
 
     Raises:
         ConfigError: the parts do not go together, or the road cannot be had.
     """
-    ours = all(
-        part is None or isinstance(part, kind)
-        for part, kind in ((client_trainer, FedSQTrainer), (server_aggregator, FedSQAggregator))
-    )
-    if not ours and plan.algorithm.view != "plain":
+    if not (is_ours(client_trainer) and is_ours(server_aggregator)) and plan.algorithm.gated:
         raise ConfigError(
             f"{plan.algorithm.name}: between processes, only the plugin's own trainer and aggregator send "
             "the structural copy; pass none, or use backend: sp"
         )
+    for part in (client_trainer, server_aggregator):
+        if part is not None:
+            part.model = model
     ranks = _ranks(args)
-    _, _, _, test, sizes, train, tests, _ = dataset
     if is_client(args):
-        if client_trainer is not None:
-            client_trainer.model = model
-        trainer = client_trainer or FedSQTrainer(model, args, plan)
-        mine = silos_of(args)
-        kept = SiloCheckpoints(plan, trainer, mine) if isinstance(trainer, FedSQTrainer) else None
-        silos = Silos(plan, args, device, trainer, sizes, train, tests, kept)
+        trainer, mine = client_trainer or FedSQTrainer(model, args, plan), silos_of(args)
+        states, config = client_side(trainer).states, plan.config
+        saved = None
+        if states is not None:
+            run = kept_options(config)
+            saved = SiloCheckpoints(config.checkpoint_dir, run, states, mine, config.resume)
+        silos = Silos(plan, args, device, trainer, data, saved)
         return Client(args, _transport(args, plan, model, [0]), silos, mine)
-    checkpoints = checkpoints or ServerCheckpoints(plan)
-    if server_aggregator is not None:
-        server_aggregator.model = model
-    aggregator = server_aggregator or FedSQAggregator(model, args, plan)
-    if isinstance(aggregator, FedSQAggregator):
-        _ = aggregator.coordinator  # refuses what does not go together before the first round
-        checkpoints.restore(aggregator)
-    scoring = Scoring(plan, args, device, aggregator, (test, dataset[1]), (train, tests))
+    assert checkpoints is not None
+    side = server_side(server_aggregator or FedSQAggregator(model, args, plan), plan)
+    side.restore(checkpoints)
+    scoring = Scoring(plan, args, device, side, data)
     transport = _transport(args, plan, model, range(1, ranks + 1))
-    return Server(args, transport, plan, aggregator, scoring, ranks, checkpoints)
+    return Server(args, transport, plan, side, scoring, ranks, checkpoints)
 
 
 def _ranks(args: Any) -> int:

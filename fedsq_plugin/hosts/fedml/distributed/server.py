@@ -13,16 +13,18 @@ from fedml.core.distributed.fedml_comm_manager import FedMLCommManager
 from torch import Tensor
 
 from ....errors import RunError
+from ....federation.checkpoints import ServerCheckpoints
 from ....federation.evaluate import Metrics, pooled
+from ....federation.messages import packed
 from ....federation.record import RoundRecord
+from ....federation.round import Round, note, skip_empty
 from ....federation.state import State
 from ....federation.updates import brief, changed_count, counts_problem, metrics_of, metrics_problem
 from ....run.plan import Plan, in_recipe_terms
 from ....settings.agreement import disagreement, shared_options
-from ..adapters import FedSQAggregator
-from ..checkpoints import ServerCheckpoints
-from ..round import Round, drawn, note, with_data
-from ..scoring import Scoring, structural_fingerprint
+from ..scoring import Scoring
+from ..sides import ServerSide
+from ..silo import draw_silos
 from .attendance import Attendance, Lost
 from .protocol import ALIVE, END, FAILED, MARGIN_S, ONLINE, RESULT, SILENCE_S, TASK, message
 from .transport import TICK_S
@@ -55,12 +57,13 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         args: Any,
         transport: Any,
         plan: Plan,
-        aggregator: Any,
+        side: ServerSide,
         scoring: Scoring,
         ranks: int,
-        checkpoints: ServerCheckpoints | None = None,
+        checkpoints: ServerCheckpoints,
     ) -> None:
-        self.plan, self.aggregator, self.scoring = plan, aggregator, scoring
+        self.plan, self.side, self.scoring = plan, side, scoring
+        self.aggregator = side.aggregator
         self.on_round: Callable[[RoundRecord], None] = lambda record: None
         self._transport, self._ranks = transport, ranks
         self._attendance = Attendance(ranks, plan.config.min_clients)
@@ -71,7 +74,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         self._busy: dict[int, tuple[str, int]] = {}
         self._stage: Stage = "start"
         self._round: Round | None = None
-        self.checkpoints = checkpoints or ServerCheckpoints(plan)
+        self.checkpoints = checkpoints
         self._round_idx = self.checkpoints.round
         self._tested: dict[int, Metrics] = {}
         self._notes: list[str] = []
@@ -86,8 +89,8 @@ class Server(FedMLCommManager):  # type: ignore[misc]
 
     @property
     def structural_fingerprint(self) -> str | None:
-        """Of the structural copy as it is now; None without one."""
-        return structural_fingerprint(self.aggregator.model)
+        """SHA-256 of the structural copy as it is now; None without one."""
+        return self.side.structural_fingerprint
 
     @property
     def silo_parts(self) -> dict[str, Tensor]:
@@ -182,8 +185,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         """A rank takes part from the next round on, and begins with the whole model."""
         self._attendance.come(rank, process)
         mine = [silo for silo in sorted(self._samples) if rank_of(silo, self._ranks) == rank]
-        if isinstance(self.aggregator, FedSQAggregator):
-            self.aggregator.coordinator.forget(mine)
+        self.side.forget(mine)
         log.info("rank %d is there with silos %s", rank, mine)
 
     def _begin_round(self) -> None:
@@ -192,17 +194,18 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         for line in self._notes:
             note(record, line)
         self._notes = []
-        wanted = drawn(self.plan, self.args, self._round_idx)
+        wanted = draw_silos(self.plan, self.args, self._round_idx)
         there = self._there(wanted)
         absent = set(wanted) - set(there)
         if absent - self._absent:
             silos = ", ".join(map(str, sorted(absent - self._absent)))
             note(record, f"from round {record.round} on, silo {silos} is not there")
         self._absent = (self._absent | absent) - set(there)
-        taking_part = with_data(there, self._samples, record) if there else []
-        self._round = Round(self.aggregator, self.plan, taking_part, self._samples, record)
+        taking_part = skip_empty(there, self._samples, record) if there else []
+        self._round = Round(self.side, taking_part, self._samples, record, self.plan.fatal)
         self._stage = "train"
-        self._give({silo: ("train", self._round.messages[silo]) for silo in taking_part})
+        sent = self._round.assignments
+        self._give({silo: ("train", packed(sent[silo])) for silo in taking_part})
 
     def _there(self, silos: Iterable[int]) -> list[int]:
         return [silo for silo in silos if rank_of(silo, self._ranks) in self._attendance.online]
@@ -254,9 +257,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         """Why an answer must be refused, whatever its values are."""
         if reason := changed_count(result.get("samples"), self._samples[result.get("silo")]):
             return reason
-        if not isinstance(self.aggregator, FedSQAggregator):
-            return None
-        ours, theirs = self.aggregator.coordinator.structural_fingerprint, brief(result.get("structural"))
+        ours, theirs = self.side.structural_fingerprint, brief(result.get("structural"))
         if theirs == brief(ours):
             return None
         return f"it was made under the structural copy {theirs[:14]}…, the server has {brief(ours)[:14]}…"
@@ -293,8 +294,9 @@ class Server(FedMLCommManager):  # type: ignore[misc]
     def _test(self, stage: Stage) -> None:
         """Let every silo test its own model."""
         self._stage, self._tested, self._since = stage, {}, time.monotonic()
-        messages = self.scoring.global_messages(self._there(sorted(self._samples)))
-        self._give({silo: (stage, message) for silo, message in messages.items()})
+        silos = self._there(sorted(self._samples))
+        shown = zip(silos, self.side.show(silos), strict=True)
+        self._give({silo: (stage, packed(assignment)) for silo, assignment in shown})
 
     def _pooled(self) -> Metrics:
         """In the order of the silos, whatever the order in which they answered."""
@@ -304,8 +306,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         self._round = None
         self.scoring.report(record)
         self.on_round(record)
-        if isinstance(self.aggregator, FedSQAggregator):
-            self.checkpoints.after(self.aggregator.coordinator.state)
+        self.side.save(self.checkpoints)
         self._round_idx += 1
         self._next_round()
 

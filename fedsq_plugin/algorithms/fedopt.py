@@ -1,7 +1,7 @@
-"""Server optimizers: a step along Δ, the mean of the updates less the server's model.
+"""Server optimizers, FedAvgM, FedAdam and FedYogi: a step along Δ, the mean of the updates minus the server's model.
 
-Parameters only: running statistics and counters are the mean's. A step along a variance can make it
-negative.
+Only parameters take that step. Running statistics and counters are those of the mean, because a step along a variance
+can make it negative.
 """
 
 from __future__ import annotations
@@ -13,16 +13,34 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..federation.algorithm import Algorithm, ServerRule
+from ..federation.options import Options, option
 from ..federation.roles import Role
 from ..federation.server_state import ServerState
 from ..federation.state import State
-from .options import Options
+
+
+class ServerOptimizerOptions(Options):
+    server_lr: float | None = option(
+        None, "train_args", "server's learning rate; FedAvgM: 1, FedAdam and FedYogi: 0.01", gt=0
+    )
+    server_momentum: float = option(0.9, "train_args", "β of FedAvgM, β₁ of FedAdam and FedYogi", ge=0, lt=1)
+
+
+class AdaptiveOptions(ServerOptimizerOptions):
+    server_beta2: float = option(0.99, "fedsq_args", "β₂ of FedAdam and FedYogi", ge=0, lt=1)
+    server_tau: float = option(1e-3, "fedsq_args", "τ of FedAdam and FedYogi", gt=0)
+
 
 PARAMETERS = (Role.BODY, Role.HEAD, Role.NORM_PARAMETER, Role.HEAD_NORM_PARAMETER)
 
 
 def momentum(
-    server: ServerState, mean: Mapping[str, Tensor], roles: Mapping[str, Role], options: Options, seed: int
+    server: ServerState,
+    mean: Mapping[str, Tensor],
+    roles: Mapping[str, Role],
+    options: ServerOptimizerOptions,
+    seed: int,
 ) -> ServerState:
     """FedAvgM: v ← β·v + Δ, w ← w + η·v; by default η = 1 (Hsu et al. 2019, arXiv 1909.06335)."""
     rate = 1.0 if options.server_lr is None else options.server_lr
@@ -33,7 +51,11 @@ def momentum(
 
 
 def adam(
-    server: ServerState, mean: Mapping[str, Tensor], roles: Mapping[str, Role], options: Options, seed: int
+    server: ServerState,
+    mean: Mapping[str, Tensor],
+    roles: Mapping[str, Role],
+    options: AdaptiveOptions,
+    seed: int,
 ) -> ServerState:
     """FedAdam: v ← β₂·v + (1−β₂)·Δ² (Reddi et al. 2021, arXiv 2003.00295, algorithm 2)."""
     beta = options.server_beta2
@@ -41,7 +63,11 @@ def adam(
 
 
 def yogi(
-    server: ServerState, mean: Mapping[str, Tensor], roles: Mapping[str, Role], options: Options, seed: int
+    server: ServerState,
+    mean: Mapping[str, Tensor],
+    roles: Mapping[str, Role],
+    options: AdaptiveOptions,
+    seed: int,
 ) -> ServerState:
     """FedYogi: v ← v − (1−β₂)·Δ²·sign(v−Δ²) (Reddi et al. 2021, arXiv 2003.00295, algorithm 2)."""
     beta = options.server_beta2
@@ -54,7 +80,7 @@ def _adaptive(
     server: ServerState,
     mean: Mapping[str, Tensor],
     roles: Mapping[str, Role],
-    options: Options,
+    options: AdaptiveOptions,
     second: Callable[[Tensor, Tensor], Tensor],
 ) -> ServerState:
     """m ← β₁·m + (1−β₁)·Δ, w ← w + η·m/(√v + τ); m starts at 0, v at τ²; by default η = 0.01."""
@@ -86,3 +112,23 @@ def _each(rule: Callable[..., Tensor], *states: State) -> State:
 
 def _filled(like: State, value: float) -> State:
     return OrderedDict((key, torch.full_like(tensor, value)) for key, tensor in like.items())
+
+
+FEDAVGM = Algorithm(
+    "FedAvgM",
+    "Hsu et al. 2019, arXiv 1909.06335",
+    server=ServerRule("momentum", momentum),
+    options=ServerOptimizerOptions,
+)
+FEDADAM = Algorithm(
+    "FedAdam",
+    "Reddi et al. 2021, arXiv 2003.00295",
+    server=ServerRule("adam", adam),
+    options=AdaptiveOptions,
+)
+FEDYOGI = Algorithm(
+    "FedYogi",
+    "Reddi et al. 2021, arXiv 2003.00295",
+    server=ServerRule("yogi", yogi),
+    options=AdaptiveOptions,
+)

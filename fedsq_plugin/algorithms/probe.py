@@ -1,13 +1,8 @@
-"""FedNCM's closed-form head: class means of the features (Legate et al. 2023, arXiv 2306.03937).
-
-Clients send sums, so that the means are those of all data together, whatever the partition. The means are
-scaled to length one, so that no counts are needed: among all classes, the head's largest output is then that
-of the mean with the smallest angle to the features. The scaling is reconstructed.
-"""
+"""Algorithms that begin with the head on frozen features: LP-FT, and FedNCM's class means."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +10,39 @@ from torch import Tensor, nn
 
 from ..dualcopy.precision import to_device
 from ..errors import ConfigError
+from ..federation.algorithm import EVERYTHING, HEAD, Algorithm, FederationOptions, Phases, everything
+from ..federation.local import Part, Phase, Statistics
+from ..federation.options import Options, option
 from ..federation.state import State
+
+
+class LpFtOptions(Options):
+    probe_rounds: int = option(1, "fedsq_args", "LP-FT's rounds on the head alone", agree=True, ge=0)
+
+
+class ProbeRounds(LpFtOptions, FederationOptions):
+    """What LP-FT's phases read."""
+
+
+def probe_first(options: ProbeRounds, round: int) -> Sequence[Part]:
+    """The head on frozen features for the first rounds, then everything (Kumar et al. 2022, arXiv 2202.10054; in
+    federated learning Nguyen et al. 2022, arXiv 2206.15387)."""
+    return (Phase(options.epochs, HEAD if round < options.probe_rounds else EVERYTHING),)
+
+
+def class_means_first(options: FederationOptions, round: int) -> Sequence[Part]:
+    """The head from class means in the first round, then everything (arXiv 2306.03937).
+
+    Silos send sums, so that the means are those of all data together, however the data are divided. The means are
+    scaled to length one, so that no counts are needed: the head's largest output is then that of the mean with the
+    smallest angle to the features. The scaling is reconstructed.
+    """
+    if round:
+        return everything(options, round)
+    assert options.head is not None
+    head = options.head
+    return (Statistics(collect(head), apply(head), expected(head)),)
+
 
 _SUMS = "class sums"
 
@@ -23,7 +50,7 @@ _SUMS = "class sums"
 def collect(
     head: str,
 ) -> Callable[[nn.Module, Iterable[tuple[Tensor, Tensor]], torch.device | str], dict[str, Tensor]]:
-    """What a client adds up: the head's inputs, by label (classes, features)."""
+    """What a silo adds up: the head's inputs by label, as a tensor (classes, features)."""
 
     def sums(
         model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device | str
@@ -59,7 +86,7 @@ def _refuse_other_targets(targets: Tensor, classes: int) -> None:
         shape = "x".join(map(str, targets.shape))
         raise ConfigError(
             f"class means need one class label a sample, and the targets of a batch are {shape} "
-            f"{targets.dtype}: use another row"
+            f"{targets.dtype}: use another algorithm"
         )
     if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < classes:
         raise ConfigError(
@@ -68,7 +95,7 @@ def _refuse_other_targets(targets: Tensor, classes: int) -> None:
 
 
 def expected(head: str) -> Callable[[State], dict[str, Tensor]]:
-    """Sums as a client must send them."""
+    """Zeros of the shapes and dtypes that a silo must send."""
 
     def zeros(state: State) -> dict[str, Tensor]:
         return {_SUMS: torch.zeros(state[f"{head}.weight"].shape, dtype=torch.float64)}
@@ -77,7 +104,7 @@ def expected(head: str) -> Callable[[State], dict[str, Tensor]]:
 
 
 def apply(head: str) -> Callable[[State, Mapping[str, Tensor]], State]:
-    """The server's model with the head that the totals give; a class without a sample gets zeros."""
+    """The server's model with the head that the totals give. A class without a sample gets zeros."""
 
     def with_head(state: State, totals: Mapping[str, Tensor]) -> State:
         weight, bias = f"{head}.weight", f"{head}.bias"
@@ -89,3 +116,16 @@ def apply(head: str) -> Callable[[State, Mapping[str, Tensor]], State]:
         return changed
 
     return with_head
+
+
+LP_FT = Algorithm(
+    "LP-FT",
+    "Kumar et al. 2022, arXiv 2202.10054",
+    phases=Phases("head first", probe_first, needs_head=True),
+    options=LpFtOptions,
+)
+FEDNCM = Algorithm(
+    "FedNCM",
+    "Legate et al. 2023, arXiv 2306.03937",
+    phases=Phases("class means first", class_means_first, needs_head=True),
+)

@@ -1,35 +1,44 @@
-"""FedMR: models that are recombined instead of averaged (Hu et al. 2024, arXiv 2305.10730)."""
+"""FedMR (Hu et al. 2024, arXiv 2305.10730): models are recombined instead of averaged."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
+from ..federation.algorithm import Algorithm, ServerRule
 from ..federation.mean import WeightedMean
+from ..federation.options import Options, option
 from ..federation.roles import Role
 from ..federation.seeding import derive
 from ..federation.server_state import ServerState
 from ..federation.state import State
-from .options import Options
+
+
+class FedMROptions(Options):
+    fedmr_unit: Literal["key", "module"] = option(
+        "key", "fedsq_args", "what FedMR permutes: each key (as published), or a module's keys together"
+    )
+    first_stage_bound: int = option(0, "fedsq_args", "rounds before FedMR recombines", ge=0)
 
 
 def recombine(
     server: ServerState,
     trained: Mapping[int, Mapping[str, Tensor]],
     roles: Mapping[str, Role],
-    options: Options,
+    options: FedMROptions,
     seed: int,
 ) -> ServerState:
-    """The next slots: a permutation over the slots for every key, or every module's keys together.
+    """The next slots: every key, or every module's keys together, is permuted over the slots.
 
-    The global model is the unweighted mean of the models trained in this round. In the first
-    `first_stage_bound` rounds every slot gets it. A slot that was not trained (a silo that failed) is
-    recombined as it is. Clients take slots in ascending order, where the paper draws it: after a uniform
-    permutation of every key that is the same.
+    The global model is the unweighted mean of the models that were trained in this round. In the first
+    `first_stage_bound` rounds every slot gets the global model. A slot that was not trained, because its silo failed,
+    is recombined as it is. Silos take the slots in ascending order. The paper draws that order; after a uniform
+    permutation of every key it makes no difference.
 
     Args:
         trained: by slot, the state that its client sent.
@@ -64,3 +73,11 @@ def recombined(
         for slot, source in zip(result, orders[group], strict=True):
             slot[key] = slots[source][key]
     return result
+
+
+FEDMR = Algorithm(
+    "FedMR",
+    "Hu et al. 2024, arXiv 2305.10730",
+    server=ServerRule("recombine", recombine, separate=True),
+    options=FedMROptions,
+)
