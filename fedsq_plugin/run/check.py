@@ -267,7 +267,7 @@ def _forward(config: Config, valid: dict[str, Any], model: nn.Module, data: Any)
     except ConfigError as error:
         yield f"fedsq_args.{error}"
     if find(valid.get("federated_optimizer", "")) is not None and _all_in(valid, "comm_round", "dataset"):
-        defaults = {key: option.default for key, option in OPTIONS.items() if not option.is_required()}
+        defaults = {key: option.default for key, option in OPTIONS.items() if not option.required}
         try:
             model = viewed(model, plan_of(Config.model_construct(**{**defaults, **valid}), model))
         except FedSQError as error:

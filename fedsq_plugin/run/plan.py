@@ -21,6 +21,7 @@ from ..errors import ConfigError, WeightsError, in_terms, nearest
 from ..federation.local import LocalTraining, frozen_keys
 from ..federation.seeding import derive, isolated
 from ..federation.task import CLASSIFICATION, Task
+from ..hosts.fedml.names import SETS_CLIENT_NUMBER
 from ..models.backbones import PREFIX
 from ..settings.config import OPTIONS, Config, Finding, Kind, parse
 from .reluise import Hardening, Reluised
@@ -73,7 +74,7 @@ def config_of(args: Any) -> Config:
         ConfigError: with everything that is wrong, unknown keys in our families included.
     """
     findings: list[Finding] = getattr(args, FINDINGS, [])
-    config, wrong = parse({**vars(args), "federated_optimizer": algorithm_of(args)})
+    config, wrong = parse({**vars(args), "federated_optimizer": algorithm_of(args)}, SETS_CLIENT_NUMBER)
     found = [finding for finding in findings if finding.kind in FATAL]
     if config is None or found:
         raise ConfigError(" | ".join(dict.fromkeys(map(str, found + wrong))))
@@ -110,7 +111,7 @@ def plan_of(config: Config, model: nn.Module, task: Task = CLASSIFICATION) -> Pl
         config,
         row,
         options,
-        _training(config),
+        config,
         head,
         row.personal if config.silo_evaluation is None else config.silo_evaluation,
         finetune_epochs,
@@ -173,23 +174,6 @@ def accepted(config: Config) -> tuple[str, ...]:
     if config.model in flamby.MODELS:
         own = flamby.ungated(config.model, config.dataset)
     return (*config.gate_accept, *own)
-
-
-def _training(config: Config) -> LocalTraining:
-    return LocalTraining(
-        optimizer=config.client_optimizer,
-        learning_rate=config.learning_rate,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        weight_decay=config.weight_decay,
-        clip_norm=config.clip_norm,
-        lr_schedule=config.lr_schedule,
-        lr_decay=config.lr_decay,
-        lr_decay_rounds=config.lr_decay_rounds,
-        rounds=config.comm_round,
-        augmentation=config.augmentation,
-        precision=config.precision,
-    )
 
 
 def warm_start(model: nn.Module, config: Config, dataset: Any, device: torch.device) -> Reluised | None:
