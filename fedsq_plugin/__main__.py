@@ -17,7 +17,7 @@ def main() -> None:
     script = Path(sys.argv[1])
     if not script.is_file():
         fail(f"no script {script}")
-    from .hosts import register
+    from . import register
 
     sys.argv = sys.argv[1:]
     sys.path[0] = str(script.resolve().parent)

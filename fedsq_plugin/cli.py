@@ -11,8 +11,7 @@ import click
 
 from . import __version__
 from .errors import ConfigError, FedSQError
-from .hosts.fedml.distributed.mpi import abort
-from .hosts.fedml.offline import require_home
+from .run.host import command, host
 
 if TYPE_CHECKING:
     from .settings.recipe import Families
@@ -45,21 +44,36 @@ def _begun_or_new(
     recipe: Path | None, settings: tuple[str, ...], out: Path | None, resume: Path | None
 ) -> tuple[Families, Path, dict[str, Any]]:
     """The recipe, the run directory, and the summary of a run that goes on."""
-    require_home()
-    from .run import run as runs
+    host().require()
+    from .run import session
     from .settings.recipe import overridden, read_yaml
 
     if resume is None:
         if recipe is None:
             raise ConfigError("name a RECIPE, or --resume DIR")
-        return overridden(read_yaml(recipe), settings), out or runs.default_out(recipe), {}
+        return overridden(read_yaml(recipe), settings), out or session.default_out(recipe), {}
     if recipe is not None or settings or out is not None:
         raise ConfigError(f"--resume {resume} goes on by the recipe in that folder: give nothing else")
-    families, summary = runs.interrupted(resume)
+    families, summary = session.interrupted(resume)
     return families, resume, summary
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
+class _Group(click.Group):
+    """A group whose `lazy` commands belong to hosts, and are imported when they are asked for."""
+
+    lazy = ("flamby",)
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return sorted([*super().list_commands(context), *self.lazy])
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        return command(name) if name in self.lazy else super().get_command(context, name)
+
+
+HELP = {"help_option_names": ["-h", "--help"]}
+
+
+@click.group(cls=_Group, context_settings=HELP, invoke_without_command=True)
 @click.version_option(__version__, prog_name="fedsq")
 @click.pass_context
 def cli(context: click.Context) -> None:
@@ -145,18 +159,19 @@ def compare(
 ) -> None:
     """Run RECIPE with several algorithms and seeds, all else equal, and compare them."""
     families, out, summary = _begun_or_new(recipe, settings, out, resume)
-    from .run import run as runs
+    from .run import compare as comparisons
 
     if resume is not None:
         if "algorithms_compared" not in summary:
             raise ConfigError(f"--resume {resume}: it is no comparison; use fedsq run --resume {resume}")
-        runs.compare(families, summary["algorithms_compared"], summary["seeds"], out, _console(), resume=True)
+        labels, numbers = summary["algorithms_compared"], summary["seeds"]
+        comparisons.compare(families, labels, numbers, out, _console(), resume=True)
         return
-    numbers = _numbers(seeds)
+    numbers = comparisons.parse_seeds(seeds)
     names = [name.strip() for name in algorithms.split(",") if name.strip()]
     if not names:
         raise ConfigError("--algorithms is empty; name at least one, as FedAvg,FedSQ")
-    runs.compare(families, names, numbers, out, _console())
+    comparisons.compare(families, names, numbers, out, _console())
 
 
 @cli.command()
@@ -229,57 +244,6 @@ def algorithms() -> None:
     console.print("\nNames joined by + are combined, as FedSQ+FedMR; options are described in the README.")
 
 
-@cli.group()
-def flamby() -> None:
-    """FedSQ, and the other rows, in FLamby's own benchmark."""
-
-
-@flamby.command("fed_benchmark", context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
-@click.option(
-    *("--config", "--config-file-path", "-cfp"),
-    type=click.Path(path_type=Path),
-    required=True,
-    help="FLamby's configuration, a JSON file as those in recipes/flamby.",
-)
-@click.option("--backbone", default="baseline", show_default=True, help="mlp, resnet18, alexnet, …")
-@click.option("--weights", metavar="FILE", help="What the backbone begins with; or imagenet.")
-@click.option(
-    "--only",
-    metavar="NAME,…",
-    help="Run these of the configuration's strategies; --strategy leaves out their options.",
-)
-@click.option(
-    *("--results", "--results-file-path", "-rfp"),
-    type=click.Path(path_type=Path),
-    help="CSV of the results; default: what the configuration says.",
-)
-@click.option(
-    *("--seeds", "--seed"), default="0", show_default=True, metavar="0,1,…", help="A run for each of them."
-)
-@click.pass_context
-def fed_benchmark(
-    context: click.Context,
-    config: Path,
-    backbone: str,
-    weights: str | None,
-    only: str | None,
-    results: Path | None,
-    seeds: str,
-) -> None:
-    """Run FLamby's fed_benchmark.py with our strategies in it. All other options are its own."""
-    from .hosts.flamby import benchmark
-
-    names = only.split(",") if only else []
-    benchmark.fed_benchmark(config, context.args, backbone, weights, _numbers(seeds), results, names)
-
-
-def _numbers(seeds: str) -> list[int]:
-    try:
-        return [int(seed) for seed in seeds.split(",")]
-    except ValueError:
-        raise ConfigError(f"--seeds {seeds}: write whole numbers separated by commas, as 0,1,2") from None
-
-
 def _console(plain: bool = False) -> Any:
     from rich.console import Console
 
@@ -304,7 +268,7 @@ def main() -> None:
 def fail(message: str, status: int = 2) -> None:
     """End the process with one line on standard error; under MPI, the others with it."""
     print(f"fedsq: error: {' '.join(message.split())}", file=sys.stderr)
-    abort(status)
+    host().end_processes(status)
     raise SystemExit(status)
 
 

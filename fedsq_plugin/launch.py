@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,9 +20,8 @@ from typing import IO, TYPE_CHECKING
 import yaml
 
 from .errors import ConfigError, RunError
-from .hosts.fedml.devices import device_name
-from .hosts.fedml.names import with_host_defaults
 from .run.check import check
+from .run.host import host
 from .settings.recipe import Families, flat, overridden, resolve
 from .wire import certificates
 from .wire.tls import credentials
@@ -65,20 +64,16 @@ def launch(
     if not resume and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"output folder {out} exists and is not an empty folder; name a new one")
     count = clients or _int(flat(families).get("worker_num")) or config.client_num_per_round
-    for rank in range(count + 1):
-        device_name(flat(with_host_defaults(families)), rank, count + 1)
     settings = [] if config.threads else [f"threads={max(1, _cores() // count)}"]
     signal.signal(signal.SIGTERM, _terminated)
     with tempfile.TemporaryDirectory() as folder:
-        recipe, table = Path(folder) / "recipe.yaml", Path(folder) / "grpc_ipconfig.csv"
-        families = _with(overridden(families, settings), "train_args", "worker_num", count)
+        recipe = Path(folder) / "recipe.yaml"
+        if tls:
+            certificates.write(Path(folder) / "tls", count, days=TRIAL_DAYS)
+            files = {key: str(Path(folder) / "tls" / name) for key, name in certificates.OPTIONS.items()}
+            settings += [f"{key}={json.dumps(file)}" for key, file in files.items()]
+        families = host().local_recipe(overridden(families, settings), count, Path(folder))
         if config.backend == "GRPC":
-            families = _with(families, "comm_args", "grpc_ipconfig_path", str(table))
-            table.write_text(_table(count))
-            if tls:
-                certificates.write(Path(folder) / "tls", count, days=TRIAL_DAYS)
-                for key, name in certificates.OPTIONS.items():
-                    families = _with(families, "fedsq_args", key, str(Path(folder) / "tls" / name))
             for rank in range(count + 1):
                 credentials(resolve(families), rank)
         recipe.write_text(yaml.safe_dump(families, sort_keys=False))
@@ -97,13 +92,9 @@ def _terminated(number: int, frame: object) -> None:
 
 def node(families: Families, rank: int | None, out: Path, console: Console, resume: bool) -> None:
     """One process of a launched run: the server where `rank` is 0."""
-    from .hosts.fedml.host import serve
     from .run import run as runs
 
-    if rank is None:
-        from mpi4py import MPI
-
-        rank = int(MPI.COMM_WORLD.Get_rank())
+    rank = host().rank() if rank is None else rank
     if rank == 0:
         runs.run(families, out, console, server=True, resume=resume)
         return
@@ -112,8 +103,8 @@ def node(families: Families, rank: int | None, out: Path, console: Console, resu
         if time.monotonic() > until:
             raise RunError(f"rank {rank}: the server made no run directory {out} within {COME_S:.0f} s")
         time.sleep(0.1)
-    families = overridden(families, runs.checkpoint_settings(families, out, resume))
-    serve(families, out / f"client-{rank}.log", rank)
+    families = overridden(families, runs.single(families).checkpoint_settings(out, resume))
+    host().serve(families, out / f"client-{rank}.log", rank)
 
 
 def _grpc(
@@ -235,23 +226,6 @@ def _process(
                 os.killpg(process.pid, number)
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=KILL_S)
-
-
-def _table(count: int) -> str:
-    """FedML's table of addresses, with free ports of this machine."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count + 1)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        ports = [one.getsockname()[1] for one in sockets]
-    rows = [f"{rank},{rank},127.0.0.1,{port}" for rank, port in enumerate(ports)]
-    return "\n".join(["eid,rank,grpc_server_ip,grpc_server_port", *rows, ""])
-
-
-def _with(families: Families, family: str, key: str, value: object) -> Families:
-    """The families with an option of FedML's, where the recipe has it or where it belongs."""
-    home = next((name for name, options in families.items() if key in options), family)
-    return {**families, home: {**families.get(home, {}), key: value}}
 
 
 def _int(value: object) -> int | None:

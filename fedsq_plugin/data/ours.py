@@ -272,9 +272,3 @@ def _with_image(path: str, use: Callable[[Any], Any]) -> Any:
 
 
 DATASETS = {"digits": _digits, "image_folder": _image_folder}
-
-FEDML_DATASETS = (
-    *("mnist", "femnist", "shakespeare", "fed_shakespeare", "fed_cifar100", "stackoverflow_lr"),
-    *("stackoverflow_nwp", "ILSVRC2012", "gld23k", "gld160k", "cifar10", "cifar100", "cinic10"),
-)
-"""What fedml.data.load knows by name; it takes any other name for CIFAR-10."""

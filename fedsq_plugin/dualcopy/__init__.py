@@ -1,5 +1,6 @@
 """A plain network turned into a DualCopy: gates, wrapper, validation, gate cache, ReLU-isation."""
 
+from .activations import GateKind
 from .cache import GateCache
 from .compiled import Compiled
 from .passes import Gate
@@ -14,6 +15,7 @@ __all__ = [
     "Finding",
     "Gate",
     "GateCache",
+    "GateKind",
     "LambdaActivation",
     "lambda_activation",
     "lambdas",

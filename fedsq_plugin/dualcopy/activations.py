@@ -8,6 +8,7 @@ stands for and returns them normalised.
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Enum
 from functools import partial
 from typing import Any
 
@@ -175,27 +176,43 @@ UNGATEABLE_MODULES: dict[type[nn.Module], str] = {
 }
 
 
-def kind(call: Gated) -> str:
-    """A short description of a gated call; calls match between copies when kind and shape do."""
+class GateKind(Enum):
+    """The form of a gate; the value is how it is shown."""
+
+    TWO_REGIONS = "piecewise linear"
+    THREE_REGIONS = "piecewise linear, 3 regions"
+    POOLING = "max-pooling"
+    ADAPTIVE_POOLING = "adaptive max-pooling"
+
+
+def kind(call: Gated) -> tuple[GateKind, tuple[int, ...]]:
+    """The kind of a gated call, and for pooling the spatial size of its input, on which the windows depend.
+    Calls of the two copies match when these and their shapes do."""
     if isinstance(call, Pool):
-        size = "x".join(map(str, call.input.shape[-call.dims :]))  # the windows depend on it
-        return f"{'adaptive ' if call.adaptive else ''}max-pooling {call.dims}d of {size}"
-    return "piecewise linear, 3 regions" if call.upper is not None else "piecewise linear"
+        pooling = GateKind.ADAPTIVE_POOLING if call.adaptive else GateKind.POOLING
+        return pooling, tuple(call.input.shape[-call.dims :])
+    return (GateKind.TWO_REGIONS if call.upper is None else GateKind.THREE_REGIONS), ()
+
+
+def shown(kind: GateKind, size: tuple[int, ...]) -> str:
+    """What `kind` gives, in words."""
+    return f"{kind.value} {len(size)}d of {'x'.join(map(str, size))}" if size else kind.value
+
+
+_RECURRENT = "recurrent cells have smooth gates of their own: use a convolutional or MLP backbone"
+_SMOOTH = "replace it by nn.ReLU (or turn the backbone into a ReLU one first)"
+_WAYS_OUT = {
+    "elu": "use nn.LeakyReLU or nn.ReLU in its place",
+    "swish": (
+        "use a backbone with nn.ReLU, or make it an nn.Hardswish or nn.SiLU and that a ReLU (relu_ise)"
+    ),
+    **dict.fromkeys(("gelu", "silu", "hardswish"), _SMOOTH),
+    **dict.fromkeys(("rnn", "lstm", "gru"), _RECURRENT),
+    "fractional_max_pool": "use nn.MaxPool or nn.AdaptiveMaxPool in its place",
+    "lambda_activation": "harden it and call replace_by_relu(model), which makes it nn.ReLU",
+}
 
 
 def way_out(name: str) -> str:
     """What to use in place of an activation that cannot be gated."""
-    smooth = {"gelu", "silu", "hardswish"}
-    if name == "elu":
-        return "use nn.LeakyReLU or nn.ReLU in its place"
-    if name == "swish":
-        return "use a backbone with nn.ReLU, or make it an nn.Hardswish or nn.SiLU and that a ReLU (relu_ise)"
-    if name in smooth:
-        return "replace it by nn.ReLU (or turn the backbone into a ReLU one first)"
-    if name in {"rnn", "lstm", "gru"}:
-        return "recurrent cells have smooth gates of their own: use a convolutional or MLP backbone"
-    if name == "fractional_max_pool":
-        return "use nn.MaxPool or nn.AdaptiveMaxPool in its place"
-    if name == "lambda_activation":
-        return "harden it and call replace_by_relu(model), which makes it nn.ReLU"
-    return "replace it by nn.ReLU or another piecewise-linear activation"
+    return _WAYS_OUT.get(name, "replace it by nn.ReLU or another piecewise-linear activation")

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from ..errors import GateError
+from .activations import GateKind
 from .passes import Gate
 from .precision import to_device
 from .wrapper import DualCopy
 
 Row = npt.NDArray[np.uint8]
-Layout = list[tuple[str, torch.dtype, torch.Size, bool, bool]]
-"""Of every gate: kind, dtype, shape per sample, whether a bit is enough, and whether channels come last."""
+Layout = list[tuple[GateKind, tuple[int, ...], torch.dtype, torch.Size, bool, bool]]
+"""Of every gate: kind, size, dtype, shape per sample, whether a bit is enough, whether channels come last."""
 
 
 class Passes(Protocol):
@@ -95,8 +96,8 @@ def _pack(gates: list[Gate], samples: int) -> tuple[Layout, npt.NDArray[np.uint8
             )
         region, last = gate.region, _channels_last(gate.region)
         flat = (region.movedim(1, -1) if last else region).reshape(samples, -1)
-        binary = gate.kind == "piecewise linear"
-        layout.append((gate.kind, region.dtype, region.shape[1:], binary, last))
+        binary = gate.kind is GateKind.TWO_REGIONS
+        layout.append((gate.kind, gate.size, region.dtype, region.shape[1:], binary, last))
         # Packed where it is: what leaves a GPU is an eighth.
         values = (_packed(flat) if binary and flat.is_cuda else flat).cpu().numpy()
         parts.append(np.packbits(values, axis=1) if binary and not flat.is_cuda else values.view(np.uint8))
@@ -128,7 +129,7 @@ def _unpacked(packed: Tensor, count: int) -> Tensor:
 
 def _unpack(rows: list[Row], layout: Layout, device: torch.device) -> list[Gate]:
     whole, gates, start = to_device(torch.from_numpy(np.stack(rows)), device), [], 0
-    for kind, dtype, shape, binary, last in layout:
+    for kind, size, dtype, shape, binary, last in layout:
         count = shape.numel()
         length = -(-count // 8) if binary else count * dtype.itemsize
         part = whole[:, start : start + length].contiguous()
@@ -141,5 +142,5 @@ def _unpack(rows: list[Row], layout: Layout, device: torch.device) -> list[Gate]
             region = _unpacked(part, count)
         inner = (*shape[1:], shape[0]) if last else shape
         region = region.view(len(rows), *inner)
-        gates.append(Gate(kind, region.movedim(-1, 1) if last else region))
+        gates.append(Gate(kind, region.movedim(-1, 1) if last else region, size))
     return gates

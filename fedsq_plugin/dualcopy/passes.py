@@ -19,16 +19,18 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from ..errors import GateError
 from . import gates, pooling
-from .activations import GATED, Gated, kind
+from .activations import GATED, Gated, GateKind, kind, shown
 from .pooling import Pool
 
 
 class Gate(NamedTuple):
     """What the structural copy decided at one gated call."""
 
-    kind: str
+    kind: GateKind
     region: Tensor
     """uint8 region per activation, or the pooling code per output entry."""
+    size: tuple[int, ...] = ()
+    """For pooling, the spatial size of its input."""
 
 
 class _Watch(TorchFunctionMode):
@@ -68,7 +70,8 @@ class Capture(_Watch):
             # RReLU is random in training mode even when only the functional form says so.
             maybe_random = not isinstance(call.slope, Tensor) and call.slope != 0.0
             values = gates.apply(call, region) if maybe_random else run()
-        self.gates.append(Gate(kind(call), region))
+        form, size = kind(call)
+        self.gates.append(Gate(form, region, size))
         return values
 
 
@@ -104,10 +107,10 @@ class Replay(_Watch):
         shape = call.input.shape
         gate_shape, free = gate.region.shape, call.dims if isinstance(call, Pool) else 0
         same_shape = gate_shape[: len(gate_shape) - free] == shape[: len(shape) - free]
-        if kind(call) != gate.kind or not same_shape:
+        if kind(call) != (gate.kind, gate.size) or not same_shape:
             raise GateError(
-                f"{_MISALIGNED}: gated call {number} is {kind(call)} on shape {tuple(shape)}, "
-                f"the structural copy's was {gate.kind} with gates of {tuple(gate.region.shape)}"
+                f"{_MISALIGNED}: gated call {number} is {shown(*kind(call))} on shape {tuple(shape)}, the "
+                f"structural copy's was {shown(gate.kind, gate.size)} with gates of {tuple(gate_shape)}"
             )
         if isinstance(call, Pool):
             return pooling.route(call, gate.region)

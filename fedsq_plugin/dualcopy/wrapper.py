@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from ..errors import GateError
 from .passes import Gate, capture, replay
 from .precision import HALF, Precision, exactly, widened
-from .validation import align, call_findings, detached_copy, refuse, static_findings, trace, validate
+from .tracing import TwoCopies, align, detached_copy, trace
+from .validation import call_findings, refuse, static_findings, validate
 
 Pooling = Literal["structural", "own"]
 
 
-class DualCopy(nn.Module):
+class DualCopy(TwoCopies):
     """The quantitative copy of a network under the structural copy's gates.
 
     For every input, the structural copy (taken at construction, in evaluation mode, without gradient)

@@ -251,8 +251,7 @@ def local_update(
     named = dict(model.named_parameters())
     required = {name: p.requires_grad for name, p in named.items()}
     first = {name: p.detach().clone() for name, p in named.items()} if objective else {}
-    losses: list[Tensor] = []
-    scaler = training.scaler(device)
+    steps = _Steps(forward or model, training, loss, objective, device, on_step)
     sums: dict[str, Tensor] = {}
     try:
         with nullcontext() if seed is None else isolated(seed):
@@ -264,40 +263,86 @@ def local_update(
                 trained = {name: p for name, p in named.items() if p.requires_grad}
                 if not trained:
                     raise ConfigError(f"a phase that trains {_said(phase.trains)} finds no such parameter")
-                values = list(trained.values())
-                optimizer = None if optimizers is None else optimizers.get(tuple(trained))
-                if optimizer is None:
-                    scales = [(factors or {}).get(name, 1) for name in trained]
-                    optimizer = training.build(values, round, scales)
-                if optimizers is not None:
-                    optimizers[tuple(trained)] = optimizer
-                start = [first[name] for name in trained] if objective else []
+                optimizer = _optimizer(trained, training, round, factors or {}, optimizers)
+                values, start = list(trained.values()), [first[name] for name in trained if objective]
                 for _ in range(phase.epochs):
                     for x, labels in batches:
-                        x, labels = to_device(x, device), to_device(labels, device)
-                        x = augment(x, training.augmentation)
-                        optimizer.zero_grad()
-                        with training.forward(device):
-                            output = main_output((forward or model)(x))
-                        value = loss(output.float() if output.dtype in HALF.values() else output, labels)
-                        losses.append(value.detach())
-                        total = value + objective(values, start) if objective else value
-                        torch.autograd.backward(scaler.scale(total))
-                        if training.clip_norm is not None:
-                            scaler.unscale_(optimizer)
-                            nn.utils.clip_grad_norm_(values, training.clip_norm)
-                        scaler.step(optimizer)
-                        scaler.update()
-                        if on_step is not None:
-                            on_step(losses[-1])
+                        steps.take(optimizer, values, start, x, labels)
     finally:
         for name, p in named.items():
             p.requires_grad_(required[name])
             p.grad = None
         model.train()
-    lost = int(math.log2(SCALE / scaler.get_scale())) if scaler.is_enabled() else 0
-    mean = float(torch.stack(losses).mean()) if losses else float("nan")
-    return LocalResult(len(losses), mean, sums, lost)
+    return LocalResult(len(steps.losses), steps.mean_loss, sums, steps.lost)
+
+
+class _Steps:
+    """Takes the steps of one local update, and keeps their losses."""
+
+    def __init__(
+        self,
+        forward: Callable[[Tensor], object],
+        training: LocalTraining,
+        loss: Loss,
+        objective: Term | None,
+        device: torch.device | str,
+        on_step: Callable[[Tensor], None] | None,
+    ) -> None:
+        self._forward, self._training, self._loss = forward, training, loss
+        self._objective, self._device, self._on_step = objective, device, on_step
+        self._scaler = training.scaler(device)
+        self.losses: list[Tensor] = []
+
+    def take(
+        self,
+        optimizer: torch.optim.Optimizer,
+        values: Sequence[Tensor],
+        start: Sequence[Tensor],
+        x: Tensor,
+        labels: Tensor,
+    ) -> None:
+        training, scaler = self._training, self._scaler
+        x, labels = to_device(x, self._device), to_device(labels, self._device)
+        x = augment(x, training.augmentation)
+        optimizer.zero_grad()
+        with training.forward(self._device):
+            output = main_output(self._forward(x))
+        value = self._loss(output.float() if output.dtype in HALF.values() else output, labels)
+        self.losses.append(value.detach())
+        total = value + self._objective(values, start) if self._objective else value
+        torch.autograd.backward(scaler.scale(total))
+        if training.clip_norm is not None:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(values, training.clip_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        if self._on_step is not None:
+            self._on_step(self.losses[-1])
+
+    @property
+    def mean_loss(self) -> float:
+        return float(torch.stack(self.losses).mean()) if self.losses else float("nan")
+
+    @property
+    def lost(self) -> int:
+        """Steps that were not taken because a gradient overflowed in fp16."""
+        return int(math.log2(SCALE / self._scaler.get_scale())) if self._scaler.is_enabled() else 0
+
+
+def _optimizer(
+    trained: Mapping[str, Tensor],
+    training: LocalTraining,
+    round: int,
+    factors: Mapping[str, float],
+    kept: Optimizers | None,
+) -> torch.optim.Optimizer:
+    """A new optimizer of these parameters, or the one that was kept for them."""
+    found = None if kept is None else kept.get(tuple(trained))
+    if found is None:
+        found = training.build(list(trained.values()), round, [factors.get(name, 1) for name in trained])
+    if kept is not None:
+        kept[tuple(trained)] = found
+    return found
 
 
 def frozen_keys(keys: Iterable[str], frozen: Sequence[str]) -> set[str]:

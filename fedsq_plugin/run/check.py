@@ -6,13 +6,13 @@ Every check runs where the options that it reads are valid, whatever else is wro
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, FedSQError, first_line, in_one_line, nearest
 from ..settings.config import OPTIONS, Config, family_of, validated
 from ..settings.recipe import Families, flat, problems
+from .host import host
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,8 +27,6 @@ DATA = (
 """What loading a data set of ours reads."""
 FLAMBY = ("data_cache_dir", "client_num_in_total", "batch_size", "using_gpu", "data_seed", "random_seed")
 """What loading a data set of FLamby's reads."""
-HOST_DEVICE = ("device_type", "gpu_util_parse")
-"""What FedML reads beside our options to find a device."""
 ONE_SILO = {
     **{"client_num_in_total": 1, "partition_method": "homo", "partition_alpha": 1.0},
     **{"min_client_samples": 0, "batch_size": 32, "warm_start": "none", "relu_ise": False},
@@ -44,7 +42,7 @@ def check(families: Families) -> list[str]:
     values = flat(families)
     valid = validated(values)[0]
     found += _names(valid)
-    found += _host(values, valid)
+    found += host().problems(values, valid)
     found += _trial(valid)
     return list(dict.fromkeys(found))
 
@@ -53,12 +51,11 @@ def notes(families: Families) -> list[str]:
     """One line per option that would silently do nothing. Recipes for `compare` have such options: some
     algorithms read them, others do not."""
     from ..algorithms import known
-    from ..hosts.fedml.names import NATIVE_SP
     from .unused import unused
 
     valid = validated(flat(families))[0]
     name = valid.get("federated_optimizer", "")
-    return unused(valid, ours=known(name) or name not in NATIVE_SP)
+    return unused(valid, ours=known(name) or name not in host().algorithms)
 
 
 def _names(valid: dict[str, Any]) -> Iterator[str]:
@@ -66,15 +63,14 @@ def _names(valid: dict[str, Any]) -> Iterator[str]:
     from ..algorithms import algorithm, algorithms, known
     from ..data.flamby.backbones import MODELS
     from ..data.flamby.catalogue import CATALOGUE
-    from ..data.ours import DATASETS, FEDML_DATASETS
+    from ..data.ours import DATASETS
     from ..data.partition import METHODS
-    from ..hosts.fedml.names import FEDML_MODELS, NATIVE_SP
     from ..models.backbones import PREFIX
 
     lists = {
         "federated_optimizer": [*algorithms()],
-        "dataset": [*DATASETS, *CATALOGUE, *FEDML_DATASETS],
-        "model": [*models.names(), *MODELS, *FEDML_MODELS],
+        "dataset": [*DATASETS, *CATALOGUE, *host().datasets],
+        "model": [*models.names(), *MODELS, *host().models],
     }
     for key, names in lists.items():
         if key not in valid or valid[key] in names:
@@ -91,74 +87,13 @@ def _names(valid: dict[str, Any]) -> Iterator[str]:
                 models.head(valid[key])
             except ConfigError as error:
                 what = f"is no model of ours: {error}"
-        if key == "federated_optimizer" and valid[key] in NATIVE_SP:
-            what = f"is FedML's own: run it by `python -m fedsq_plugin main.py`, or use {', '.join(algorithms())}"
+        if key == "federated_optimizer" and valid[key] in host().algorithms:
+            ours = ", ".join(algorithms())
+            what = f"is FedML's own: run it by `python -m fedsq_plugin main.py`, or use {ours}"
         yield f"{family_of(key)}.{key} '{valid[key]}' {what}"
     method = valid.get("partition_method", "homo")
     if valid.get("dataset") in DATASETS and method not in METHODS:
         yield f"data_args.partition_method '{method}' is unknown; {' or '.join(METHODS)}"
-
-
-def _host(values: dict[str, Any], valid: dict[str, Any]) -> Iterator[str]:
-    """What FedML, or our use of it, is known to refuse."""
-    from .. import models
-    from ..algorithms import find
-    from ..data.ours import FEDML_DATASETS
-    from ..hosts.fedml.names import FEDML_MODELS, NO_COLOUR_IMAGES, OTHER_LOSSES, WITHOUT_GATES, refused_road
-
-    dataset, model = valid.get("dataset", ""), valid.get("model", "")
-    row = find(valid.get("federated_optimizer", ""))
-    training, backend = valid.get("training_type", "simulation"), valid.get("backend", "sp")
-    reason = refused_road(training, backend, str(values.get("scenario", "horizontal")))
-    if reason is not None:
-        yield reason
-    elif backend != "sp":
-        yield from _packages(backend)
-    if dataset in FEDML_DATASETS:
-        for key in ("data_cache_dir", "partition_method", "partition_alpha", "batch_size"):
-            if key not in values:
-                yield f"{family_of(key)}.{key} is missing; FedML's loader of {dataset} has no default for it"
-    if dataset and model in FEDML_MODELS and FEDML_MODELS[model] and dataset not in FEDML_MODELS[model]:
-        homes = ", ".join(FEDML_MODELS[model])
-        yield f"model_args.model {model} is FedML's for {homes}, not for {dataset}"
-    if dataset in NO_COLOUR_IMAGES and model in models.names():
-        yield f"model_args.model {model} takes images of three channels, {dataset} has none"
-    if dataset in OTHER_LOSSES:
-        yield f"data_args.dataset {dataset} is no classification task; pass a trainer of your own in main.py"
-    if row is not None and row.gated and model in WITHOUT_GATES:
-        yield f"model_args.model {model} has no ReLU-like activation that {row.name} could gate"
-    if row is not None and row.needs_head and not valid.get("head", "?") and model in FEDML_MODELS:
-        yield f"{row.name} treats the head apart from the body: set fedsq_args.head, {model}'s last layer"
-    yield from _device({**{key: values.get(key) for key in HOST_DEVICE if key in values}, **valid})
-    if values.get("enable_wandb") and not values.get("wandb_project"):
-        yield "tracking_args.wandb_project is missing; enable_wandb: true needs it"
-    for key in ("enable_fhe", "enable_contribution"):
-        if values.get(key):
-            yield f"{key} is true, which this plugin's algorithms do not support"
-
-
-def _packages(backend: str) -> Iterator[str]:
-    module = {"MPI": "mpi4py", "GRPC": "grpc"}[backend]
-    if find_spec(module) is None:
-        yield f"comm_args.backend {backend} needs {module}: pip install 'fedsq-plugin[{backend.lower()}]'"
-
-
-def _device(values: dict[str, Any]) -> Iterator[str]:
-    """Of this machine; a mapping may be for others, where each process checks its own."""
-    from ..dualcopy.precision import refuse_unsupported
-    from ..hosts.fedml.devices import UNMAPPED, device_name, gpus
-
-    try:
-        mapped = values.get("using_gpu") and gpus(values) is not None
-        device = device_name({**values, **UNMAPPED} if mapped else values)
-    except ConfigError as error:
-        yield str(error)
-        return
-    for key in ("precision", "structural_precision"):
-        try:
-            refuse_unsupported(values.get(key, "fp32"), device, f"fedsq_args.{key}")
-        except ConfigError as error:
-            yield str(error)
 
 
 def _trial(valid: dict[str, Any]) -> Iterator[str]:

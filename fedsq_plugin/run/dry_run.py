@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .. import models
 from ..data.ours import DATASETS
 from ..dualcopy import DualCopy
-from ..dualcopy.validation import detached_copy, refuse, validate
+from ..dualcopy.tracing import detached_copy
+from ..dualcopy.validation import refuse, validate
 from ..errors import ConfigError, FedSQError, first_line
 from ..federation.evaluate import main_output
 from ..federation.seeding import isolated

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsq_plugin import DualCopy
-from fedsq_plugin.dualcopy import Gate, GateCache
+from fedsq_plugin.dualcopy import Gate, GateCache, GateKind
 from fedsq_plugin.dualcopy.precision import exactly, refuse_unsupported, to_device
 from fedsq_plugin.errors import ConfigError, GateError
 
@@ -62,7 +62,7 @@ def test_gates_are_those_of_the_plain_model_in_that_precision(precision: Any, dt
         net(x)
     for hook in hooks:
         hook.remove()
-    gates = [gate.region.bool() for gate in dual.gates(x) if gate.kind == "piecewise linear"]
+    gates = [gate.region.bool() for gate in dual.gates(x) if gate.kind is GateKind.TWO_REGIONS]
     assert all(torch.equal(a, b) for a, b in zip(gates, found, strict=True))
 
 

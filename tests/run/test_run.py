@@ -25,8 +25,10 @@ from fedsq_plugin.errors import ConfigError, RunError, UpdateError
 from fedsq_plugin.federation import checkpoint
 from fedsq_plugin.federation.evaluate import Metrics
 from fedsq_plugin.federation.record import RoundRecord
-from fedsq_plugin.hosts.fedml.host import Outcome, Start
+from fedsq_plugin.hosts.fedml import execute as fedml_runs
 from fedsq_plugin.run import run as runs
+from fedsq_plugin.run.compare import compare
+from fedsq_plugin.run.host import Outcome, Start
 from fedsq_plugin.run.reluise import Reluised
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
@@ -47,7 +49,7 @@ Execute = Callable[..., Outcome]
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> Callable[[Execute], io.StringIO]:
     def use(execute: Execute) -> io.StringIO:
-        monkeypatch.setattr(runs, "execute", execute)
+        monkeypatch.setattr(fedml_runs, "execute", execute)
         monkeypatch.setattr(runs, "check", lambda families: [])
         return io.StringIO()
 
@@ -124,7 +126,7 @@ def test_an_algorithm_may_bring_options_of_its_own(told: Any, tmp_path: Path) ->
 
     told(execute)
     other = "FedSQ:structural_copy=refresh:structural_rounds=2"
-    runs.compare(recipe(), ["FedSQ", other], [0], tmp_path / "out", Console(file=io.StringIO()))
+    compare(recipe(), ["FedSQ", other], [0], tmp_path / "out", Console(file=io.StringIO()))
     assert seen == [(None, None), ("refresh", 2)]
     metrics = pd.read_csv(tmp_path / "out" / "metrics.csv")
     assert metrics.algorithm.unique().tolist() == ["FedSQ", other]
@@ -155,7 +157,7 @@ def test_a_run_that_ends_early_does_not_end_the_comparison(told: Any, tmp_path: 
 
     out = told(execute)
     with pytest.raises(RunError, match=r"^FedProx seed 0 ended early: no update is left"):
-        runs.compare(recipe(), ["FedAvg", "FedProx", "FedSQ"], [0], tmp_path / "out", Console(file=out))
+        compare(recipe(), ["FedAvg", "FedProx", "FedSQ"], [0], tmp_path / "out", Console(file=out))
     metrics = pd.read_csv(tmp_path / "out" / "metrics.csv")
     assert metrics.groupby("algorithm").size().to_dict() == {"FedAvg": 3, "FedProx": 1, "FedSQ": 3}
     assert "difference to FedAvg" in out.getvalue()
@@ -254,7 +256,7 @@ def test_a_comparison_evaluates_and_tunes_all_alike(
     told(execute)
     families = recipe()
     families["fedsq_args"].update(given)
-    runs.compare(families, names, [0], tmp_path / "out", Console(file=io.StringIO()))
+    compare(families, names, [0], tmp_path / "out", Console(file=io.StringIO()))
     assert seen == dict.fromkeys(names, (evaluates, epochs))
     config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
     assert config["fedsq_args"]["silo_evaluation"] is evaluates
@@ -280,7 +282,7 @@ def test_a_real_comparison_tests_and_tunes_every_rows_silos(images: Path, tmp_pa
     families["fedsq_args"].update(min_client_samples=1)
     families["warm_start_args"] = {"warm_start": "none"}
     out, names = tmp_path / "out", ["FedAvg", "FedRep", "FedBABU"]
-    runs.compare(families, names, [0], out, Console(file=io.StringIO(), width=200))
+    compare(families, names, [0], out, Console(file=io.StringIO(), width=200))
     metrics = pd.read_csv(out / "metrics.csv")
     splits = [(1, "test"), (1, "silos"), (2, "test"), (2, "silos"), (2, "silos_tuned")]
     for _, found in metrics.groupby("algorithm"):

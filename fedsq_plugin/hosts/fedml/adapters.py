@@ -30,6 +30,7 @@ from ...federation.server_state import ServerState, load_state
 from ...federation.simulation import test_seeded
 from ...federation.state import State, clone, state_of
 from ...run.plan import Plan
+from .aggregation import HostedServer
 from .security import check_security, security_enabled
 
 log = logging.getLogger(__name__)
@@ -133,7 +134,9 @@ class FedSQAggregator(ServerAggregator):  # type: ignore[misc]
         if self._server is None or self._begun_with is not self.model:
             plan, model = self.plan, self.model
             seed = plan.config.random_seed
-            begun = Server(plan.algorithm, plan.options, state_of(model), roles(model, plan.head), seed)
+            known = roles(model, plan.head)
+            begun = HostedServer(plan.algorithm, plan.options, state_of(model), known, seed)
+            begun.aggregator = self
             check_security(begun, plan)
             self._server, self._begun_with = begun, model
         return self._server

@@ -20,7 +20,7 @@ from ...data.flamby.backbones import MODELS
 from ...data.flamby.catalogue import CATALOGUE
 from ...data.flamby.centres import load_centres
 from ...data.flamby.package import is_flamby
-from ...data.ours import DATASETS, FEDML_DATASETS
+from ...data.ours import DATASETS
 from ...data.ours import load as load_ours
 from ...data.silos import SilosData
 from ...dualcopy.precision import refuse_unsupported
@@ -46,7 +46,7 @@ from ...settings.config import OPTIONS, OURS, Config
 from ...settings.recipe import flat, misplaced, read_loosely
 from . import offline
 from .devices import NO_GPU, device_of
-from .names import FEDML_MODELS, NATIVE_SP, ROADS, broken_road, refused_road
+from .names import FEDML_DATASETS, FEDML_MODELS, NATIVE_SP, ROADS, broken_road, refused_road
 
 log = logging.getLogger(__name__)
 

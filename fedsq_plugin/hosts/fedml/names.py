@@ -10,6 +10,12 @@ NATIVE_SP = (
 )
 """Algorithms that FedML's `sp` runs by itself."""
 
+FEDML_DATASETS = (
+    *("mnist", "femnist", "shakespeare", "fed_shakespeare", "fed_cifar100", "stackoverflow_lr"),
+    *("stackoverflow_nwp", "ILSVRC2012", "gld23k", "gld160k", "cifar10", "cifar100", "cinic10"),
+)
+"""What fedml.data.load knows by name; it takes any other name for CIFAR-10."""
+
 FEDML_MODELS: dict[str, tuple[str, ...]] = {
     "lr": ("mnist", "cifar10", "stackoverflow_lr"),
     "cnn_web": ("cifar10",),

@@ -10,23 +10,22 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fedml import mlops
 from torch import Tensor
 
 from ...dualcopy import DualCopy
-from ...errors import ConfigError, UpdateError, WeightsError
+from ...errors import ConfigError, WeightsError
 from ...federation.checkpoints import ServerCheckpoints
 from ...federation.client_states import ClientStates
 from ...federation.evaluate import Metrics
-from ...federation.messages import Assignment, Update, packed, with_sums
-from ...federation.round import Gathers, RoundServer
+from ...federation.messages import Assignment
 from ...federation.seeding import derive, isolated
-from ...federation.server import Gathering
-from ...federation.server_state import ServerState, load_structural
+from ...federation.server import Server
+from ...federation.server_state import ServerState
 from ...federation.simulation import test_seeded
 from ...federation.state import State, clone
 from ...run.plan import Plan
 from .adapters import FedSQAggregator, FedSQTrainer
+from .aggregation import Together
 from .security import security_enabled
 
 log = logging.getLogger(__name__)
@@ -37,28 +36,19 @@ def is_ours(part: Any) -> bool:
     return part is None or isinstance(part, (FedSQTrainer, FedSQAggregator))
 
 
-class ServerSide(RoundServer):
-    """What rounds, tests and checkpoints need of an aggregator."""
+class ServerSide:
+    """What rounds, tests and checkpoints need of an aggregator. `server` is what rounds are run with."""
 
-    def __init__(self, aggregator: Any, plan: Plan) -> None:
-        self.aggregator, self.plan = aggregator, plan
-
-    @property
-    def structural_fingerprint(self) -> str | None:
-        """SHA-256 of the structural copy of the next round; None without one."""
-        return None
-
-    def forget(self, silos: Iterable[int]) -> None:
-        """Take silos for new ones, that have nothing."""
-
-    def show(self, silos: Sequence[int]) -> list[Assignment]:
-        """The global model for each of the silos, to make their own model from it."""
-        raise ConfigError("an aggregator of your own has no models of its silos")
+    def __init__(self, aggregator: Any, plan: Plan, server: Server | TheirServer) -> None:
+        self.aggregator, self.plan, self.server = aggregator, plan, server
 
     def test(self, batches: Any, samples: int, device: Any) -> tuple[Metrics | None, Metrics | None]:
-        """The global model on the global test data: as trained, and released (the quantitative copy alone, with its own
-        gates)."""
-        raise NotImplementedError
+        """The global model on the global test data: as trained, and released (the quantitative copy alone, with its
+        own gates)."""
+        with isolated(derive("test", self.plan.config.random_seed)):
+            tested = self.aggregator.test(batches, device, self.aggregator.args)
+        # (accuracy, loss, …) is what FedML expects of an aggregator.
+        return (Metrics(tested[1], tested[0], samples) if isinstance(tested, tuple) else None), None
 
     def restore(self, checkpoints: ServerCheckpoints, client: ClientSide | None = None) -> None:
         """Go on from a checkpoint, where there is one; the silos too, where they are in this process."""
@@ -68,58 +58,10 @@ class ServerSide(RoundServer):
 
     def weights(self) -> State:
         """The weights of the global model."""
-        raise NotImplementedError
+        return self.aggregator.get_model_params()  # type: ignore[no-any-return]
 
 
 class OurServerSide(ServerSide):
-    def __init__(self, aggregator: FedSQAggregator, plan: Plan) -> None:
-        super().__init__(aggregator, plan)
-        _ = aggregator.server  # refuses what does not go together, before the first round
-
-    @property
-    def state(self) -> ServerState:
-        return self.aggregator.server.state  # type: ignore[no-any-return]
-
-    @property
-    def expected(self) -> State:
-        return self.aggregator.server.expected  # type: ignore[no-any-return]
-
-    @property
-    def expected_sums(self) -> Mapping[str, Tensor]:
-        return self.aggregator.server.expected_sums  # type: ignore[no-any-return]
-
-    @property
-    def structural_fingerprint(self) -> str | None:
-        return self.aggregator.server.structural_fingerprint  # type: ignore[no-any-return]
-
-    def follow_structural(self) -> bool:
-        changed: bool = self.aggregator.server.follow_structural()
-        if changed:
-            load_structural(self.aggregator.model, self.state)
-        return changed
-
-    def assign(self, silos: Sequence[int]) -> list[Assignment]:
-        return self.aggregator.server.assign(silos)  # type: ignore[no-any-return]
-
-    def show(self, silos: Sequence[int]) -> list[Assignment]:
-        return self.aggregator.server.show(silos)  # type: ignore[no-any-return]
-
-    def confirm(self, silo: int) -> None:
-        self.aggregator.server.confirm(silo)
-
-    def forget(self, silos: Iterable[int]) -> None:
-        self.aggregator.server.forget(silos)
-
-    def begin(self, silos: Sequence[int]) -> Gathers:
-        gathering = self.aggregator.server.begin(silos)
-        if self.aggregator.streams:
-            return _OneByOne(self.aggregator, gathering)
-        return _Together(self.aggregator, self.plan, silos)
-
-    def pass_over(self, before: ServerState) -> None:
-        self.aggregator.server.pass_over(before)
-        self.aggregator.hold(self.state)
-
     def test(self, batches: Any, samples: int, device: Any) -> tuple[Metrics | None, Metrics | None]:
         model, seed = self.aggregator.model, self.plan.config.random_seed
         metrics = test_seeded(model, batches, device, self.plan.task, seed)
@@ -144,113 +86,54 @@ class OurServerSide(ServerSide):
 
     def save(self, checkpoints: ServerCheckpoints, client: ClientSide | None = None) -> None:
         states = None if client is None else client.states
-        checkpoints.save(self.state, {} if states is None else states.tensors())
+        checkpoints.save(self.server.state, {} if states is None else states.tensors())
 
     def weights(self) -> State:
         return self.aggregator.model.state_dict()  # type: ignore[no-any-return]
 
 
-class TheirServerSide(ServerSide):
-    """An aggregator of a user's own: it is sent weights, and tests by its own measure."""
+class TheirServer:
+    """Rounds with an aggregator of a user's own: silos are sent its weights alone, and send weights alone."""
+
+    structural_fingerprint = None
+    expected_sums: Mapping[str, Tensor] = {}
 
     def __init__(self, aggregator: Any, plan: Plan) -> None:
-        super().__init__(aggregator, plan)
-        self._sent: State = OrderedDict()
+        self._aggregator, self._plan = aggregator, plan
+        self.expected: State = OrderedDict()
 
     @property
     def state(self) -> ServerState:
-        return ServerState(self._sent)
-
-    @property
-    def expected(self) -> State:
-        return self._sent
-
-    @property
-    def expected_sums(self) -> Mapping[str, Tensor]:
-        return {}
+        return ServerState(self.expected)
 
     def follow_structural(self) -> bool:
         return False
 
     def assign(self, silos: Sequence[int]) -> list[Assignment]:
-        self._sent = clone(self.aggregator.get_model_params())  # it may be its model's live state
-        return [Assignment(self._sent)] * len(silos)
+        self.expected = clone(self._aggregator.get_model_params())  # it may be its model's live state
+        return [Assignment(self.expected)] * len(silos)
+
+    def show(self, silos: Sequence[int]) -> list[Assignment]:
+        raise ConfigError("an aggregator of your own has no models of its silos")
 
     def confirm(self, silo: int) -> None:
         pass
 
-    def begin(self, silos: Sequence[int]) -> Gathers:
-        return _Together(self.aggregator, self.plan, silos)
+    def forget(self, silos: Iterable[int]) -> None:
+        pass
+
+    def begin(self, silos: Sequence[int]) -> Together:
+        return Together(self._aggregator, self._plan, silos)
 
     def pass_over(self, before: ServerState) -> None:
         pass
 
-    def test(self, batches: Any, samples: int, device: Any) -> tuple[Metrics | None, Metrics | None]:
-        with isolated(derive("test", self.plan.config.random_seed)):
-            tested = self.aggregator.test(batches, device, self.aggregator.args)
-        # (accuracy, loss, …) is what FedML expects of an aggregator.
-        return (Metrics(tested[1], tested[0], samples) if isinstance(tested, tuple) else None), None
-
-    def weights(self) -> State:
-        return self.aggregator.get_model_params()  # type: ignore[no-any-return]
-
 
 def server_side(aggregator: Any, plan: Plan) -> ServerSide:
-    """The side of an aggregator."""
-    return (OurServerSide if is_ours(aggregator) else TheirServerSide)(aggregator, plan)
-
-
-class _OneByOne:
-    """Updates are added as they come."""
-
-    def __init__(self, aggregator: FedSQAggregator, gathering: Gathering) -> None:
-        self._aggregator, self._gathering = aggregator, gathering
-        self._event = str(aggregator.server.state.round)
-
-    def add(self, update: Update) -> None:
-        self._gathering.add(update)
-
-    def finish(self) -> None:
-        mlops.event("agg", event_started=True, event_value=self._event)
-        self._gathering.finish()
-        self._aggregator.hold(self._aggregator.server.state)
-        mlops.event("agg", event_started=False, event_value=self._event)
-
-
-class _Together:
-    """Updates are kept, for an aggregator whose hooks, or FedML's security code, must see them together."""
-
-    def __init__(self, aggregator: Any, plan: Plan, silos: Sequence[int]) -> None:
-        self._aggregator, self._plan = aggregator, plan
-        self._silos, self._round = list(silos), aggregator.args.round_idx + 1
-        self._updates: list[tuple[float, State]] = []
-        self._positions: list[int] = []
-
-    def add(self, update: Update) -> None:
-        self._updates.append((update.samples, with_sums(update.state, update.sums)))
-        self._positions.append(self._silos.index(update.silo))
-
-    def finish(self) -> None:
-        event = str(self._round - 1)
-        mlops.event("agg", event_started=True, event_value=event)
-        self._aggregator.positions = self._positions
-        self._aggregator.set_model_params(self._aggregate())
-        mlops.event("agg", event_started=False, event_value=event)
-
-    def _aggregate(self) -> State:
-        try:
-            # Attacks, noise and a user's own code draw from the global generators.
-            with isolated(derive("server", self._plan.config.random_seed, self._round)):
-                accepted, _ = self._aggregator.on_before_aggregation(self._updates)
-                result: State = self._aggregator.on_after_aggregation(self._aggregator.aggregate(accepted))
-        except Exception as error:  # as of a defence that has too few updates left
-            if not isinstance(error, ValueError) and not security_enabled():
-                raise
-            said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            raise UpdateError(
-                f"round {self._round}: aggregating {len(self._updates)} updates failed: {said}"
-            ) from error
-        return result
+    """The side of an aggregator. Raises ConfigError where our aggregator does not go with FedML's security code."""
+    if is_ours(aggregator):
+        return OurServerSide(aggregator, plan, aggregator.server)
+    return ServerSide(aggregator, plan, TheirServer(aggregator, plan))
 
 
 class ClientSide:
@@ -309,8 +192,3 @@ class OurClientSide(ClientSide):
 def client_side(trainer: Any) -> ClientSide:
     """The side of a trainer."""
     return (OurClientSide if is_ours(trainer) else ClientSide)(trainer)
-
-
-def pack_each(silos: Sequence[int], assignments: Sequence[Assignment]) -> dict[int, State]:
-    """Assignments as messages, by silo."""
-    return {silo: packed(sent) for silo, sent in zip(silos, assignments, strict=True)}

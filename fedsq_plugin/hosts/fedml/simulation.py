@@ -52,7 +52,7 @@ class Simulation(simulation.Simulation):
         silos = Silos(plan, args, device, self.model_trainer, data)
         self.client = silos.side
         super().__init__(
-            self.side,
+            self.side.server,
             silos,
             data.sizes,
             args.comm_round,
@@ -65,7 +65,7 @@ class Simulation(simulation.Simulation):
     @property
     def structural_fingerprint(self) -> str | None:
         """SHA-256 of the structural copy as it is now; None without one."""
-        return self.side.structural_fingerprint
+        return self.side.server.structural_fingerprint
 
     @property
     def silo_parts(self) -> dict[str, Tensor]:
@@ -109,7 +109,7 @@ class Simulation(simulation.Simulation):
 
     def _own_models(self, epochs: int) -> dict[int, Metrics]:
         silos = list(self.data.test)
-        return self.test_silos(dict(zip(silos, self.side.show(silos), strict=True)), epochs)
+        return self.test_silos(dict(zip(silos, self.side.server.show(silos), strict=True)), epochs)
 
 
 def refuse_foreign(plan: Plan, args: Any, client_trainer: Any, server_aggregator: Any) -> None:

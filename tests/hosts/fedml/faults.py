@@ -19,10 +19,10 @@ from typing import Any
 
 
 def install(arguments: Sequence[str]) -> None:
-    from fedsq_plugin.run import run as runs
+    from fedsq_plugin.run import session
 
     wanted, folder = json.loads(os.environ["FAULTS"]), Path(os.environ["FAULTS_FOLDER"])
-    runs.write_report = lambda directory: "pictures take a second"
+    session.write_report = lambda directory: "pictures take a second"
     _constants(wanted.get("constants", {}))
     if arguments[0] == "launch":
         return
@@ -69,14 +69,13 @@ def _do(what: str, mark: Path, go: Path) -> None:
 
 def _at(when: str, number: int, act: Callable[[], None]) -> None:
     """Let `act` happen once, in round `number` (1-based) where there are rounds."""
-    from fedsq_plugin.hosts.fedml import host as run
+    from fedsq_plugin.hosts.fedml import execute as run
     from fedsq_plugin.hosts.fedml import round as rounds
     from fedsq_plugin.hosts.fedml.adapters import FedSQTrainer
     from fedsq_plugin.hosts.fedml.distributed.client import Client
     from fedsq_plugin.hosts.fedml.distributed.server import Server
     from fedsq_plugin.hosts.fedml.distributed.transport import Transport
     from fedsq_plugin.hosts.fedml.scoring import Scoring
-    from fedsq_plugin.run import run as runs
 
     done: list[bool] = []
 
@@ -113,6 +112,6 @@ def _at(when: str, number: int, act: Callable[[], None]) -> None:
         "evaluating": (Scoring, "score", lambda _, record: record.round == number),
         "end": (Client, "_end", lambda *_: True),
         "over": (Server, "_end_all", lambda *_: True),
-        "saving": (runs, "execute", lambda *_: True),
+        "saving": (run, "execute", lambda *_: True),
     }
     before(*points[when], after=when in ("sent", "saving"))

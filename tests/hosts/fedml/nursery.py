@@ -171,7 +171,7 @@ def _import_all() -> None:
 
     torch.set_num_threads(1)
     fedsq_plugin.register()
-    ours = [f"fedsq_plugin.{name}" for name in ("run.run", "__main__", "hosts.fedml.distributed.node")]
+    ours = [f"fedsq_plugin.{name}" for name in ("run.compare", "__main__", "hosts.fedml.distributed.node")]
     for name in (*ours, "sklearn.datasets", "safetensors.torch", "tests.hosts.fedml.faults"):
         importlib.import_module(name)
 

@@ -16,7 +16,7 @@ import yaml
 
 from fedsq_plugin.errors import ConfigError
 from fedsq_plugin.federation.state import fingerprint, state_of
-from fedsq_plugin.hosts.fedml.host import execute, serve
+from fedsq_plugin.hosts.fedml.execute import execute, serve
 from fedsq_plugin.settings.config import OPTIONS, family_of
 from tests.hosts.fedml.cases import CASES, Case
 from tests.hosts.fedml.conftest import BASE, network, silos

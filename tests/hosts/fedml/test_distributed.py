@@ -20,6 +20,7 @@ import yaml
 
 from fedsq_plugin import launch
 from fedsq_plugin.federation.seeding import sample_clients
+from fedsq_plugin.hosts.fedml.local import free_addresses
 from fedsq_plugin.settings.config import OPTIONS, family_of
 
 from . import golden, several
@@ -126,11 +127,11 @@ def test_the_figures_are_those_of_one_process(
         )
         if backend == "GRPC":
             table = tmp_path / f"{number}.csv"
-            table.write_text(launch._table(2))
+            table.write_text(free_addresses(3))
             families["comm_args"]["grpc_ipconfig_path"] = str(table)
         (tmp_path / f"{backend}-{name}.recipe").write_text(yaml.safe_dump(families))
     for number in range(len(CASES)):
-        (tmp_path / f"table-{number}.csv").write_text(launch._table(2))
+        (tmp_path / f"table-{number}.csv").write_text(free_addresses(3))
     command = (str(python), "-m", "fedsq_plugin", str(several.__file__), str(tmp_path), backend)
     if backend == "GRPC":
         commands = [(*command, str(rank)) for rank in range(3)]
@@ -261,7 +262,7 @@ def test_a_client_that_is_killed(python: Path, cache: Path, tmp_path: Path) -> N
 def test_a_recipe_that_disagrees_and_a_server_that_ended(python: Path, cache: Path, tmp_path: Path) -> None:
     """Each of two processes on its own recipe, as across silos."""
     table, out = tmp_path / "table.csv", tmp_path / "out"
-    table.write_text(launch._table(1))
+    table.write_text(free_addresses(2))
     processes = []
     for rank, rate in ((0, 0.02), (1, 0.03)):
         families = recipe(cache, backend="GRPC", training_type="cross_silo", learning_rate=rate, worker_num=1)

@@ -22,7 +22,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from fedsq_plugin import launch
+from fedsq_plugin.hosts.fedml.local import free_addresses
 
 from .conftest import MPIRUN
 from .test_distributed import FEDSQ, ROADS, recipe, start
@@ -94,7 +94,7 @@ class Running:
         families["warm_start_args"]["warm_start_public"] = 0.85  # little is left to train on
         if self.row.road == "GRPC":
             table = self.folder / "table.csv"
-            table.write_text(launch._table(2))
+            table.write_text(free_addresses(3))
             families["comm_args"]["grpc_ipconfig_path"] = str(table)
         path = self.folder / "recipe.yaml"
         path.write_text(yaml.safe_dump(families))

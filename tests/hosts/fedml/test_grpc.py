@@ -17,6 +17,7 @@ import yaml
 
 from fedsq_plugin import launch
 from fedsq_plugin.errors import ConfigError, RunError
+from fedsq_plugin.hosts.fedml.local import free_addresses
 from fedsq_plugin.wire import certificates
 from fedsq_plugin.wire.tls import Credentials, credentials
 
@@ -35,7 +36,7 @@ class Network:
 
     def __init__(self, folder: Path, ranks: int = 3) -> None:
         self.table = folder / "table.csv"
-        self.table.write_text(launch._table(ranks - 1))
+        self.table.write_text(free_addresses(ranks))
         self.heard: dict[int, list[Any]] = {}
         self.open: list[Any] = []
 
@@ -249,7 +250,7 @@ def test_a_silo_of_another_authority_and_a_server_that_ends_by_its_rules(
     python: Path, tmp_path: Path, ours: Path, others: Path
 ) -> None:
     table, out = tmp_path / "table.csv", tmp_path / "out"
-    table.write_text(launch._table(1))
+    table.write_text(free_addresses(2))
     processes = []
     for rank, folder in ((0, ours), (1, others)):
         families = recipe(tmp_path, backend="GRPC", training_type="cross_silo", worker_num=1)

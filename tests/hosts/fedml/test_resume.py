@@ -24,8 +24,10 @@ from fedsq_plugin.dualcopy import DualCopy
 from fedsq_plugin.errors import ConfigError, RunError, WeightsError
 from fedsq_plugin.federation.record import RoundRecord
 from fedsq_plugin.federation.state import fingerprint
-from fedsq_plugin.hosts.fedml.host import Outcome, execute
-from fedsq_plugin.run import run as runs
+from fedsq_plugin.hosts.fedml import execute as fedml_runs
+from fedsq_plugin.hosts.fedml.execute import execute
+from fedsq_plugin.run.compare import compare
+from fedsq_plugin.run.host import Outcome
 
 from .test_distributed import FEDSQ, LIMIT_S, ROADS, ended, recipe, start, wait_for
 
@@ -244,7 +246,7 @@ def test_a_comparison_that_was_interrupted_goes_on(
     """In the second of three runs, after its second round; the first is not run again."""
     console, families = Console(file=io.StringIO()), recipe(cache, comm_round=3, **LITTLE)
     compared = (families, ["FedAvg", "FedSQ:structural_copy=ema", "FedBABU"], [1])
-    runs.compare(*compared, tmp_path / "whole", console)
+    compare(*compared, tmp_path / "whole", console)
 
     def interrupted(families: Any, log: Path, on_start: Any, on_round: Any) -> Outcome:
         def cut(record: RoundRecord) -> None:
@@ -255,8 +257,8 @@ def test_a_comparison_that_was_interrupted_goes_on(
         return execute(families, log, on_start, cut)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(runs, "execute", interrupted)
-        runs.compare(*compared, tmp_path / "cut", console)
+        patch.setattr(fedml_runs, "execute", interrupted)
+        compare(*compared, tmp_path / "cut", console)
     assert f"--resume {tmp_path / 'cut'} goes on" in " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
     begun = pd.read_csv(tmp_path / "cut" / "metrics.csv")
     assert len(begun) == (3 + 3 + 1) + (2 + 2)  # silos are tested and tuned, too, for FedBABU's sake

@@ -80,7 +80,7 @@ def config(recipe: dict[str, dict[str, Any]]) -> Config:
 
 def run(recipe: dict[str, dict[str, Any]], folder: Path) -> tuple[list[Any], Any]:
     """The records of the rounds, and the outcome."""
-    from fedsq_plugin.hosts.fedml.host import execute
+    from fedsq_plugin.hosts.fedml.execute import execute
 
     assert check(recipe) == []
     records: list[Any] = []

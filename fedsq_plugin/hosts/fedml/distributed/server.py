@@ -90,7 +90,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
     @property
     def structural_fingerprint(self) -> str | None:
         """SHA-256 of the structural copy as it is now; None without one."""
-        return self.side.structural_fingerprint
+        return self.side.server.structural_fingerprint
 
     @property
     def silo_parts(self) -> dict[str, Tensor]:
@@ -185,7 +185,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         """A rank takes part from the next round on, and begins with the whole model."""
         self._attendance.come(rank, process)
         mine = [silo for silo in sorted(self._samples) if rank_of(silo, self._ranks) == rank]
-        self.side.forget(mine)
+        self.side.server.forget(mine)
         log.info("rank %d is there with silos %s", rank, mine)
 
     def _begin_round(self) -> None:
@@ -202,7 +202,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
             note(record, f"from round {record.round} on, silo {silos} is not there")
         self._absent = (self._absent | absent) - set(there)
         taking_part = skip_empty(there, self._samples, record) if there else []
-        self._round = Round(self.side, taking_part, self._samples, record, self.plan.fatal)
+        self._round = Round(self.side.server, taking_part, self._samples, record, self.plan.fatal)
         self._stage = "train"
         sent = self._round.assignments
         self._give({silo: ("train", packed(sent[silo])) for silo in taking_part})
@@ -257,7 +257,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         """Why an answer must be refused, whatever its values are."""
         if reason := changed_count(result.get("samples"), self._samples[result.get("silo")]):
             return reason
-        ours, theirs = self.side.structural_fingerprint, brief(result.get("structural"))
+        ours, theirs = self.side.server.structural_fingerprint, brief(result.get("structural"))
         if theirs == brief(ours):
             return None
         return f"it was made under the structural copy {theirs[:14]}…, the server has {brief(ours)[:14]}…"
@@ -295,7 +295,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         """Let every silo test its own model."""
         self._stage, self._tested, self._since = stage, {}, time.monotonic()
         silos = self._there(sorted(self._samples))
-        shown = zip(silos, self.side.show(silos), strict=True)
+        shown = zip(silos, self.side.server.show(silos), strict=True)
         self._give({silo: (stage, packed(assignment)) for silo, assignment in shown})
 
     def _pooled(self) -> Metrics:

@@ -1,0 +1,178 @@
+"""One run through FedML, from a checked recipe: what `fedsq run` and `fedsq compare` do per run."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ...errors import ConfigError, FedSQError, RunError, in_one_line
+from ...federation.record import RoundRecord
+from ...run.host import Outcome, Start
+from ...settings.recipe import Families, flat
+from .devices import described
+from .names import with_host_defaults
+
+log = logging.getLogger(__name__)
+
+
+def execute(
+    families: Families,
+    log_file: Path,
+    on_start: Callable[[Start], None],
+    on_round: Callable[[RoundRecord], None],
+) -> Outcome:
+    """Run a recipe by FedML's own five lines, with our rows also for FedAvg and FedProx: all of it, or the
+    server process of it where the recipe's road has several.
+
+    FedML's log lines and prints go to `log_file`.
+    """
+    with _recipe(families, log_file) as path:
+        return _run(path, on_start, on_round, _fedml_arguments(families, rank=0))
+
+
+def serve(families: Families, log_file: Path, rank: int) -> None:
+    """A client process of a run over MPI or GRPC, until the server ends it."""
+    with _recipe(families, log_file) as path:
+        runner = _runner(path, _fedml_arguments(families, rank)).runner
+        runner.run()
+
+
+def _fedml_arguments(families: Families, rank: int) -> list[str]:
+    """What FedML takes from the command line alone."""
+    if flat(families).get("training_type", "simulation") == "simulation":
+        return []
+    return ["--rank", str(rank), "--role", "client" if rank else "server", "--run_id", "1"]
+
+
+@contextlib.contextmanager
+def _recipe(families: Families, log_file: Path) -> Iterator[Path]:
+    """A recipe as a file, while FedML runs it; what FedML and a user's code raise becomes one line."""
+    with _logged(log_file), tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(yaml.safe_dump(with_host_defaults(families), sort_keys=False))
+        try:
+            yield path
+        except FedSQError as error:
+            log.error("%s", error)
+            raise
+        except SystemExit as error:
+            log.exception("the run called sys.exit(%r) before its end", error.code)
+            raise RunError(f"the run called sys.exit({error.code!r}) before its end") from error
+        except Exception as error:
+            log.exception("%s", in_one_line(error))  # the line is looked for here, see launch
+            raise RunError(f"{in_one_line(error)} (full trace in {log_file})") from error
+
+
+@dataclass
+class _Ready:
+    """What FedML's five lines made, before the last of them."""
+
+    runner: Any
+    args: Any
+    device: Any
+    dataset: Any
+    notes: list[str]
+
+
+def _runner(path: Path, arguments: list[str]) -> _Ready:
+    import fedml
+
+    from . import hook
+
+    hook.register()
+    args = _init(fedml, path, arguments)
+    setattr(args, hook.OWN_ROWS, True)
+    device = fedml.device.get_device(args)
+    dataset, classes = _load(fedml, args)
+    model = fedml.model.create(args, classes)
+    with _heard("fedsq_plugin") as notes:
+        runner = fedml.FedMLRunner(args, device, dataset, model)
+    return _Ready(runner, args, device, dataset, notes)
+
+
+def _run(
+    path: Path,
+    on_start: Callable[[Start], None],
+    on_round: Callable[[RoundRecord], None],
+    arguments: list[str],
+) -> Outcome:
+    ready = _runner(path, arguments)
+    args, dataset, main = ready.args, ready.dataset, ready.runner.runner
+    metrics = main.scoring.evaluate()[0]
+    main.on_round = on_round
+    counts, names = getattr(dataset, "counts", None), getattr(dataset, "classes", None)
+    finished, device = main.checkpoints.round, described(ready.device)
+    metric = main.plan.task.metric.name
+    on_start(Start(device, counts, names, metrics, ready.runner.reluised, ready.notes, finished, metric))
+    ready.runner.run()
+    if getattr(args, "enable_wandb", False):
+        import wandb
+
+        wandb.finish()  # the next run of a comparison is a run of its own
+    return Outcome(main.aggregator.model, main.structural_fingerprint, main.plan.head, main.silo_parts)
+
+
+def _init(fedml: Any, path: Path, arguments: list[str]) -> Any:
+    """`fedml.init` for a recipe, as a `main.py --cf path` gets it."""
+    argv, excepthook = sys.argv, sys.excepthook
+    sys.argv = ["fedsq", "--cf", str(path), *arguments]
+    try:
+        args = fedml.init()
+    finally:
+        sys.argv, sys.excepthook = argv, excepthook
+    args.yaml_paths = []  # the recipe was checked before; the file is gone after
+    return args
+
+
+def _load(fedml: Any, args: Any) -> Any:
+    try:
+        return fedml.data.load(args)
+    except OSError as error:
+        raise ConfigError(
+            f"data_args: {args.dataset} cannot be loaded from data_cache_dir '{args.data_cache_dir}': {error}"
+        ) from None
+
+
+@contextlib.contextmanager
+def _logged(path: Path) -> Iterator[None]:
+    """Send all that FedML logs, warns of and prints to a file; put the root logger back afterwards."""
+    root = logging.root
+    handlers, level = list(root.handlers), root.level
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root.handlers = [handler]
+    root.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    try:
+        with path.open("a") as out, contextlib.redirect_stdout(out):
+            yield
+    finally:
+        logging.captureWarnings(False)
+        handler.close()
+        root.handlers = handlers
+        root.setLevel(level)
+
+
+@contextlib.contextmanager
+def _heard(name: str) -> Iterator[list[str]]:
+    """What the plugin's FedML side logs from the options: warm start, options without effect."""
+    messages: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    logger, handler = logging.getLogger(name), Keep()
+    logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
