@@ -38,7 +38,7 @@ LARGEST_BATCH = 32
 
 def check(families: Families) -> list[str]:
     """One line per problem; empty when `fedsq run` may start."""
-    found = [str(finding) for finding in problems(families)[1]]
+    found = [str(finding) for finding in problems(families, host().brings_silos)[1]]
     values = flat(families)
     valid = validated(values)[0]
     found += _names(valid)
