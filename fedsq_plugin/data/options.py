@@ -55,8 +55,8 @@ class PublicSplit(Options):
         return self.warm_start == "public" or self.relu_ise
 
 
-class DataOptions(Seeds, PublicSplit):
-    """A data set, and what each silo holds of it."""
+class DataOptions(Seeds, PublicSplit, DeviceOptions):
+    """A data set, and what each silo holds of it. Some of FLamby's data sets need a GPU, or none."""
 
     dataset: str = option(
         ...,
@@ -106,7 +106,3 @@ class DataOptions(Seeds, PublicSplit):
         if value is not None and value < 1 and value != -1:
             raise PydanticCustomError("size", "Use a number above 0, or -1 for all data")
         return value
-
-
-class CentresOptions(DataOptions, DeviceOptions):
-    """What a data set of FLamby's reads. Some of its packages choose the device themselves."""

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 from pydantic import ValidationError, ValidationInfo, field_validator
 
 from ..algorithms.registry import builtin_options
-from ..data.options import CentresOptions
+from ..data.options import DataOptions
 from ..federation.algorithm import ExtraOptions, FederationOptions
 from ..federation.local import LocalTraining
 from ..federation.options import options_of, said
@@ -47,7 +47,7 @@ class Finding(NamedTuple):
         return self.line
 
 
-# A group that comes later is documented earlier: pydantic collects fields as Python resolves methods, backwards.
+# The last group is documented first: pydantic collects fields from the last base class to the first.
 class _Shared(
     TlsOptions,
     CheckpointOptions,
@@ -55,11 +55,11 @@ class _Shared(
     ExtraOptions,
     WarmStartOptions,
     EvaluationOptions,
-    LocalTraining,
     FederationOptions,
+    LocalTraining,
     RoundOptions,
     ModelOptions,
-    CentresOptions,
+    DataOptions,
 ):
     """The options that are not an algorithm's own."""
 

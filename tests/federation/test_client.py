@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from fedsq_plugin.algorithms import algorithm
 from fedsq_plugin.errors import ConfigError
 from fedsq_plugin.federation.client import Client
-from fedsq_plugin.federation.local import LocalTraining, Phase, local_update
+from fedsq_plugin.federation.local import LocalTraining, OptimizerTraining, Phase, local_update
 from fedsq_plugin.federation.roles import Role
 from fedsq_plugin.federation.seeding import derive
 from fedsq_plugin.federation.state import fingerprint, state_of
@@ -161,7 +163,7 @@ def test_without_epochs_nothing_is_trained() -> None:
 
 
 def test_kept_optimizers_are_each_clients_own_and_need_a_constant_rate() -> None:
-    training = LocalTraining(torch.optim.Adam, learning_rate=0.01)
+    training = OptimizerTraining(optimizer=torch.optim.Adam, learning_rate=0.01)
     one = Client(mlp(), algorithm("FedAvg"), OPTIONS, training, seed=0, keep_optimizers=True)
     begun, batches = state_of(one.model), silos()[0]
     results = []

@@ -14,9 +14,10 @@ from fedsq_plugin.errors import RunError, UpdateError
 from fedsq_plugin.federation.seeding import sample_clients
 from fedsq_plugin.federation.state import State, clone
 from fedsq_plugin.hosts.fedml.adapters import FedSQTrainer
+from fedsq_plugin.hosts.fedml.arguments import config_of
 from fedsq_plugin.hosts.fedml.hook import prepare_host
 from fedsq_plugin.hosts.fedml.silo import Silos
-from fedsq_plugin.run.plan import config_of, plan_of, viewed
+from fedsq_plugin.run.plan import plan_of, viewed
 from fedsq_plugin.settings.agreement import shared_options
 
 from .conftest import MakeArgs, network, silos
