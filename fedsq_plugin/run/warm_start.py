@@ -173,13 +173,17 @@ def public_warm_start(
     cache: Path,
     device: torch.device | str = "cpu",
 ) -> bool:
-    """Train `model` in place on public data, or load the result of having done so before.
+    """Train `model` on public data, in place, or load the result from the cache.
 
-    The cache is keyed by content: the model as printed, its initial weights, the data (`content` is
-    their fingerprint), the options, the seed, the threads and the versions. A damaged entry is made anew.
+    An entry of the cache is used where everything is the same: the printed model, its initial weights, the data
+    (`content` is their SHA-256), the options, the seed, the number of threads, the device and the versions. A
+    damaged entry is made again.
 
     Returns:
         Whether the result came from the cache.
+
+    Raises:
+        ConfigError: the training diverged, or the cache cannot be written.
     """
 
     def train() -> Mapping[str, Any]:
@@ -206,11 +210,11 @@ def public_relu_ise(
     cache: Path,
     device: torch.device | str = "cpu",
 ) -> tuple[Reluised, bool]:
-    """`relu_ise` in place on public data, measured on public data that nothing trained on; or the result of
-    having done so before, with a cache as `public_warm_start` has it.
+    """Run `relu_ise` on public data, in place, or load the result from the cache of `public_warm_start`. Accuracies are
+    measured on `validation`, on which nothing is trained.
 
     Returns:
-        What it did, and whether that came from the cache.
+        What ReLU-isation did, and whether that came from the cache.
     """
 
     def accuracy(model: nn.Module) -> float:
@@ -237,9 +241,14 @@ def _cached(
     make: Callable[[], Mapping[str, Any]],
     prepare: Callable[[], None] = lambda: None,
 ) -> tuple[Mapping[str, Any], bool]:
-    """What `make` says of what it made of the model, and whether it had been made before.
+    """Let `make` change the model in place, or load the result from the cache.
 
-    `prepare` gives the model the modules that `make` gives it.
+    Args:
+        make: changes the model, and returns metadata.
+        prepare: gives the model the modules that `make` would give it, so that the cached weights fit.
+
+    Returns:
+        The metadata, and whether they came from the cache.
     """
     parts: tuple[object, ...] = (
         model,
@@ -261,7 +270,7 @@ def _cached(
                 model.to(device)
                 return about, True
         except (WeightsError, RuntimeError):
-            pass  # written by another version, or damaged: train again and replace it
+            pass  # damaged, or from another version: it is made again
     _refuse_unwritable(cache)
     about = dict(make())
     model.to(device)
@@ -270,7 +279,7 @@ def _cached(
 
 
 def _refuse_unwritable(cache: Path) -> None:
-    """Before the training rather than after it."""
+    """Raise ConfigError where the cache cannot be written, before a training that takes long."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache):

@@ -17,7 +17,7 @@ from fedsq_plugin.hosts.fedml.adapters import FedSQTrainer
 from fedsq_plugin.hosts.fedml.arguments import config_of
 from fedsq_plugin.hosts.fedml.hook import prepare_host
 from fedsq_plugin.hosts.fedml.silo import Silos
-from fedsq_plugin.run.plan import plan_of, viewed
+from fedsq_plugin.run.plan import build_view, plan_of
 from fedsq_plugin.settings.agreement import shared_options
 
 from .conftest import MakeArgs, network, silos
@@ -64,7 +64,7 @@ class Bench:
         model = network()
         self.plan = plan_of(config, model)
         prepare_host(args)
-        model = viewed(model, self.plan)
+        model = build_view(model, self.plan)
         from fedsq_plugin.hosts.fedml.adapters import FedSQAggregator
 
         aggregator = FedSQAggregator(model, args, self.plan)
