@@ -104,8 +104,8 @@ def _trial(valid: dict[str, Any]) -> Iterator[str]:
     from ..data.flamby.backbones import MODELS, downloads_weights
     from ..data.flamby.catalogue import CATALOGUE
     from ..data.registry import OURS, load
-    from ..dualcopy.reluise import replace_by_lambda, replace_by_relu
     from .plan import create_model
+    from .reluise import replace_smooth
     from .warm_start import refuse_warm_start, with_public_split
 
     config = Config.model_construct(**valid)
@@ -148,8 +148,7 @@ def _trial(valid: dict[str, Any]) -> Iterator[str]:
         yield from _weights(config, model)
     if model is not None and config.relu_ise:
         try:
-            replace_by_lambda(model)
-            replace_by_relu(model)
+            replace_smooth(model)
         except ConfigError as error:
             yield f"warm_start_args.relu_ise: {error}"
     if model is not None:

@@ -17,7 +17,6 @@ from .. import __version__, models
 from ..data.registry import OURS
 from ..data.silos import VALIDATION, SilosData
 from ..dualcopy import DualCopy
-from ..dualcopy.reluise import replace_by_lambda, replace_by_relu
 from ..errors import ConfigError, WeightsError
 from ..federation import checkpoint
 from ..federation.evaluate import evaluate
@@ -28,7 +27,7 @@ from ..federation.state import fingerprint, state_of
 from ..models.backbones import PREFIX
 from ..settings.config import Config
 from .plan import head_of, in_recipe_terms
-from .reluise import Hardening, Reluised, relu_ise
+from .reluise import Hardening, Reluised, relu_ise, replace_smooth
 
 log = logging.getLogger(__name__)
 
@@ -224,11 +223,9 @@ def public_relu_ise(
         done = relu_ise(model, batches, training, hardening, seed=seed, device=device, evaluate=accuracy)
         return asdict(done)
 
-    def prepare() -> None:
-        replace_by_lambda(model)
-        replace_by_relu(model)
-
-    about, cached = _cached("relu-ise", model, (content, training, hardening, seed), cache, device, train, prepare)
+    about, cached = _cached(
+        "relu-ise", model, (content, training, hardening, seed), cache, device, train, replace_smooth
+    )
     return Reluised(**{name: about[name] for name in Reluised.__dataclass_fields__}), cached
 
 
@@ -239,7 +236,7 @@ def _cached(
     cache: Path,
     device: torch.device | str,
     make: Callable[[], Mapping[str, Any]],
-    prepare: Callable[[], None] = lambda: None,
+    prepare: Callable[[nn.Module], None] = lambda model: None,
 ) -> tuple[Mapping[str, Any], bool]:
     """Let `make` change the model in place, or load the result from the cache.
 
@@ -265,7 +262,7 @@ def _cached(
         try:
             state, about = checkpoint.load(path)
             if state.keys() == model.state_dict().keys():
-                prepare()
+                prepare(model)
                 model.load_state_dict(state)
                 model.to(device)
                 return about, True
