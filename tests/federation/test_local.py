@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fedsq_plugin.algorithms.objective import proximal
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from fedsq_plugin.algorithms.fedprox import proximal
 from fedsq_plugin.errors import ConfigError
 from fedsq_plugin.federation.augment import augment
 from fedsq_plugin.federation.local import (
