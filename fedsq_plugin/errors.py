@@ -47,10 +47,12 @@ def in_terms(terms: Mapping[str, str]) -> Iterator[None]:
     stands for what in their lines."""
     try:
         yield
-    except (GateError, WeightsError) as error:
+    except (GateError, ConfigError, WeightsError) as error:
         line = str(error)
         for python, own in terms.items():
             line = line.replace(python, own)
+        if line == str(error):
+            raise
         raise type(error)(line) from None
 
 

@@ -283,12 +283,13 @@ def test_the_readme_lists_every_option() -> None:
 
 
 def test_the_readme_lists_every_algorithm() -> None:
-    from fedsq_plugin.algorithms import ALGORITHMS, CHOICES
+    from fedsq_plugin.algorithms.registry import builtin
+    from fedsq_plugin.federation.algorithm import CHOICES
 
     text = (ROOT / "README.md").read_text()
-    for row in ALGORITHMS.values():
-        cells = [row.name, *(getattr(row, choice) for choice in CHOICES)]
-        options = ", ".join(f"`{key}`" for key in row.options) or "–"
+    for row in builtin().values():
+        cells = [row.name, *(row.described()[choice] for choice in CHOICES)]
+        options = ", ".join(f"`{key}`" for key in row.option_names) or "–"
         assert f"| {' | '.join([*cells, options, row.source])} |\n" in text
 
 

@@ -14,9 +14,7 @@ METHODS = {"homo": "i.i.d.", "hetero": "Dirichlet(alpha) over the silos, class b
 """FedML's names of the partition methods."""
 
 
-def partition(
-    labels: Labels, silos: int, method: str, alpha: float, seed: int, min_size: int = 1
-) -> list[Labels]:
+def partition(labels: Labels, silos: int, method: str, alpha: float, seed: int, min_size: int = 1) -> list[Labels]:
     """Indices of every silo's samples: disjoint, together all samples, each ascending.
 
     `hetero` splits each class by proportions drawn from Dirichlet(alpha) (Hsu et al. 2019,

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from ..federation.seeding import derive
 from ..federation.task import CLASSIFICATION, Task
+from ..settings.config import Config
+from .loaders import make_loader
+from .partition import Labels, label_counts, matching, partition
+
+VALIDATION = 5
+"""One of so many public samples is kept for validation."""
+BATCH_SIZE = 32
+"""Where the recipe gives none, and the data set has none of its own."""
 
 
 @dataclass
@@ -42,3 +55,76 @@ class SilosData:
     """Training samples of every silo (rows) per class (columns); None: unknown."""
     classes: Sequence[str] | None = None
     """Names of the classes; None: unknown."""
+
+
+@dataclass
+class Splits:
+    """A labelled data set before it is divided over silos."""
+
+    train: Dataset[Any]
+    train_labels: Labels
+    test: Dataset[Any]
+    test_labels: Labels
+    classes: list[str]
+    """Names of the classes, in the order of their labels."""
+
+
+def divide(splits: Splits, config: Config) -> SilosData:
+    """Divide a labelled data set over the silos, as `partition_method` says.
+
+    A silo's share of a class is the same in the test split as in the training split. With
+    `warm_start: public` or `relu_ise`, a share of the training data goes to no silo; with `relu_ise`, a fifth
+    of that share is kept for validation.
+
+    Raises:
+        ConfigError: there is no such partition.
+    """
+    seed = config.seed("data")
+    size = BATCH_SIZE if config.batch_size is None else config.batch_size
+    order = np.random.default_rng(derive("public", seed)).permutation(len(splits.train_labels))
+    public = round(config.warm_start_public * len(order)) if config.has_public_split else 0
+    kept = public // VALIDATION if config.relu_ise else 0
+    private = np.sort(order[public:])
+    parts = [
+        private[part]
+        for part in partition(
+            splits.train_labels[private],
+            config.client_num_in_total,
+            config.partition_method,
+            config.partition_alpha,
+            derive("partition", seed),
+            config.min_client_samples,
+        )
+    ]
+    labels = [splits.train_labels[part] for part in parts]
+    tests = matching(splits.test_labels, labels, derive("test", seed))
+
+    def batches(dataset: Dataset[Any], indices: Labels, size: int, shuffle: bool = False) -> DataLoader[Any]:
+        return make_loader(Subset(dataset, indices.tolist()), size, shuffle)
+
+    data = SilosData(
+        train={silo: batches(splits.train, part, size, shuffle=True) for silo, part in enumerate(parts)},
+        test={silo: batches(splits.test, part, size) for silo, part in enumerate(tests)},
+        sizes={silo: len(part) for silo, part in enumerate(parts)},
+        outputs=len(splits.classes),
+        global_train=batches(splits.train, private, size, shuffle=True),
+        global_test=make_loader(splits.test, max(size, 256)),
+        global_test_size=len(splits.test_labels),
+        counts=label_counts(labels, len(splits.classes)),
+        classes=splits.classes,
+    )
+    if public:
+        held = np.sort(order[kept:public])
+        data.public = batches(splits.train, held, config.warm_start_batch_size, shuffle=True)
+        data.public_content = _hash_content(batches(splits.train, held, 256))
+    if kept:
+        data.validation = batches(splits.train, np.sort(order[:kept]), 256)
+    return data
+
+
+def _hash_content(batches: DataLoader[Any]) -> str:
+    digest = hashlib.sha256()
+    for images, labels in batches:
+        digest.update(images.numpy().tobytes())
+        digest.update(labels.numpy().tobytes())
+    return digest.hexdigest()

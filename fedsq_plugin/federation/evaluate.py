@@ -16,7 +16,7 @@ class Metrics(NamedTuple):
     loss: float
     """Mean over samples."""
     accuracy: float
-    """Or the task's own metric; in [0, 1]."""
+    """The task's own metric where it is not a classification; in [0, 1]."""
     samples: int
 
 
@@ -31,7 +31,7 @@ def pooled(parts: Iterable[Metrics]) -> Metrics:
 
 
 def main_output(output: Any) -> Tensor:
-    """The prediction of a model that may return more: the first tensor, or `out` or `logits`."""
+    """The prediction of a model that may return more: the entry `logits` or `out` of a mapping, else the first one."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, Mapping):
@@ -49,8 +49,8 @@ def evaluate(
     loss: Loss = CLASSIFICATION.loss,
     metric: Metric = CLASSIFICATION.metric,
 ) -> Metrics:
-    """Evaluate in evaluation mode, in the precision of the weights, whatever they were trained in; every
-    module's mode is put back. NaN metrics without any sample."""
+    """Evaluate a model in evaluation mode and in the precision of its weights, whatever it was trained in. Every
+    module's mode is put back. Without any sample the metrics are NaN."""
     modes = {module: module.training for module in model.modules()}
     model.to(device).eval()
     losses: list[Tensor] = []

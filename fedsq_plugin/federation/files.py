@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from ..errors import ConfigError
 def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[Path], object]) -> None:
     """Write `path` whole or not at all: `content`, or whatever `content(temporary path)` writes.
 
-    The temporary name does not keep the suffix: a writer that guesses the format from the name has
-    to be told it. ConfigError, one line, if the place cannot be written; what the writer itself
-    raises otherwise passes through.
+    The temporary name does not keep the suffix, so a writer that guesses the format from the name has to be told it.
+
+    Raises:
+        ConfigError: the place cannot be written. Other errors of the writer pass through.
     """
     target = Path(path)
     # Not tempfile: its files are readable by their owner alone, and results are there to share.

@@ -1,4 +1,4 @@
-"""The weighted mean of client states, one state at a time."""
+"""The weighted mean of updates, which are added one at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .state import State
 
 
 class Mean(Protocol):
-    """What a round's updates are added to, one at a time."""
+    """Takes a round's updates one at a time, and gives their mean."""
 
     def add(self, state: Mapping[str, Tensor], weight: float) -> None: ...
 
@@ -22,9 +22,9 @@ class Mean(Protocol):
 
 
 class WeightedMean:
-    """Streaming mean in float64: memory of two float32 models, whatever the number of clients.
+    """A mean in float64 that holds only the sum: as much memory as two float32 models, whatever the number of silos.
 
-    Entries come back in their own dtype; integers (counters) are rounded, never turned into floats.
+    Entries keep their dtype. Integers (counters) are rounded, and stay integers.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class WeightedMean:
         return self._weight
 
     def add(self, state: Mapping[str, Tensor], weight: float) -> None:
-        """Add one state. Weights are sample counts: above zero, not normalised."""
+        """Add one state. Its weight is a sample count, above zero."""
         if not 0 < weight < float("inf"):
             raise UpdateError(f"the weight of a state in a mean is {weight}; it must be above 0 and finite")
         if not self._sums:
@@ -50,7 +50,7 @@ class WeightedMean:
         self._weight += weight
 
     def result(self) -> State:
-        """The mean; the sums are given up for it. Raises UpdateError when nothing was added."""
+        """The mean. The sums are used up. Raises UpdateError when nothing was added."""
         if not self._sums:
             raise UpdateError("there is no update to average: every client was skipped or refused")
         mean: State = OrderedDict()
@@ -62,9 +62,9 @@ class WeightedMean:
 
 
 class MeanOfDifferences:
-    """The weighted mean of client states as what they began with plus the mean of their differences from
-    it, in each entry's own precision: FLamby's arithmetic (strategies/fed_avg.py), and so its very numbers.
-    Integers are averaged as WeightedMean does.
+    """The weighted mean as the start of the round plus the mean of the differences from it, in each entry's own
+    precision: FLamby's order of operations (strategies/fed_avg.py), so that results are equal bit for bit. Integers
+    are averaged as in WeightedMean.
     """
 
     def __init__(self, start: Mapping[str, Tensor]) -> None:
@@ -74,7 +74,7 @@ class MeanOfDifferences:
         self._weight = 0.0
 
     def add(self, state: Mapping[str, Tensor], weight: float) -> None:
-        """Add one state. Weights are sample counts: above zero, not normalised."""
+        """Add one state. Its weight is a sample count, above zero."""
         floating = {k: v for k, v in state.items() if v.is_floating_point()}
         self._exact.add({k: v for k, v in state.items() if k not in floating}, weight)
         for key, value in floating.items():

@@ -1,4 +1,4 @@
-"""Roles of state-dict keys: found by module type and an explicit head, never by substring."""
+"""Roles of the entries of a state dict, found by module type and an explicit head, never by the name of a key."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Role(str, Enum):
     NORM_PARAMETER = "norm parameter"
     HEAD_NORM_PARAMETER = "norm parameter of the head"
     NORM_BUFFER = "norm buffer"
-    """Floating-point buffers: running statistics, and whatever else is not trained."""
+    """Floating-point buffers: running statistics, and every other entry that is not trained."""
     COUNTER = "counter"
     """Integer and boolean entries, as BatchNorm's number of batches."""
 
@@ -33,7 +33,7 @@ NORMALISATION: tuple[type[nn.Module], ...] = (
 
 
 def roles(model: nn.Module, head: str | None = None) -> dict[str, Role]:
-    """The role of every key of `model.state_dict()`, in its order.
+    """The role of every key of `model.state_dict()`, in the order of the keys.
 
     Args:
         head: module path of the head, `fc` for a ResNet.
@@ -70,10 +70,11 @@ def refuse_without_norm(name: str, model: nn.Module) -> None:
 
 
 def with_roles(state: Mapping[str, Tensor], roles: Mapping[str, Role], kept: Collection[Role]) -> State:
-    """The entries of a state whose roles are among `kept`; the tensors are not copied."""
+    """The entries of a state whose roles are in `kept`. The tensors are not copied."""
     return OrderedDict((key, value) for key, value in state.items() if roles[key] in kept)
 
 
 def check_finite(value: torch.Tensor) -> bool:
-    """Whether all entries are finite. A finite sum says so in one pass; finite entries can overflow it."""
+    """Whether all entries are finite. A finite sum shows it in one pass. Finite entries can overflow the sum, so where
+    it is not finite the entries are looked at."""
     return bool(torch.isfinite(value.sum())) or bool(torch.isfinite(value).all())

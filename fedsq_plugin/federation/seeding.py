@@ -1,4 +1,4 @@
-"""Seeds: one per purpose, derived from the recipe's, so that the order of clients changes nothing."""
+"""Seeds: one for each purpose, derived from the recipe's, so that the order of silos changes nothing."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def derive(*keys: int | str) -> int:
 
 @contextmanager
 def isolated(seed: int) -> Iterator[None]:
-    """Seed python's, numpy's and torch's global generators; put their states back afterwards.
+    """Seed python's, numpy's and torch's global generators, and put their states back afterwards.
 
-    Third-party code (data loaders, transforms, dropout) draws from the global generators: within this
-    block its draws depend on `seed` alone, and nothing outside depends on the block.
+    Third-party code (data loaders, transforms, dropout) draws from the global generators. Within this block its draws
+    depend on `seed` alone, and nothing outside depends on the block.
     """
     python, array, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    # What never drew on a GPU must not take hold of all GPUs of the machine.
+    # Reading the states initialises all GPUs, so a process that used none leaves them alone.
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     random.seed(seed)
     np.random.seed(seed)
@@ -41,7 +41,7 @@ def isolated(seed: int) -> Iterator[None]:
 
 
 def sample_clients(total: int, per_round: int, round: int, seed: int) -> list[int]:
-    """The clients of a round, ascending: all of them, or `per_round` drawn without replacement."""
+    """The silos of a round, ascending: all of them, or `per_round` drawn without replacement."""
     if per_round >= total:
         return list(range(total))
     generator = np.random.default_rng(derive("clients", seed, round))

@@ -1,7 +1,7 @@
-"""What a run goes on from after it was cut off: its state between two rounds, on disk.
+"""Saved states between two rounds, from which a run goes on after it was cut off.
 
-A snapshot counts once its JSON file, which is written last, is there. The newest counts; the one before it
-stays until the next is whole.
+A snapshot is valid once its JSON file is there, which is written last. The newest one is used; the one before it stays
+until the next is whole.
 """
 
 from __future__ import annotations
@@ -20,37 +20,41 @@ from . import checkpoint
 from .server_state import ServerState
 from .state import fingerprint
 
-FORMAT = 1
+FORMAT = 2
+"""Version 0.1.0 wrote format 1."""
 _STRUCTURAL, _SILOS = "structural/", "silos/"
 
 
 class Versions:
-    """The states that one name had after so many rounds, as <name>-round<n>.safetensors and .json.
+    """The states of one name after several rounds, in files <name>-round<n>.safetensors and .json.
 
     Args:
-        run: what the run is; that of what is loaded must be the same.
+        run: describes the run. A state of another run is refused.
     """
 
     def __init__(self, folder: Path, name: str, run: Mapping[str, Any]) -> None:
         self._folder, self._name, self._run = folder, name, dict(run)
 
     def rounds(self) -> list[int]:
-        """The rounds of the whole states, ascending."""
+        """The rounds of the states that are whole, ascending."""
         pattern = re.compile(rf"{re.escape(self._name)}-round(\d+)\.json")
         found = (pattern.fullmatch(path.name) for path in self._folder.glob(f"{self._name}-round*.json"))
         return sorted(int(match[1]) for match in found if match)
 
     def save(self, round: int, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        """Raises ConfigError where it cannot be written; what was there before stays whole."""
+        """Save a state. Raises ConfigError where it cannot be written; older states stay whole."""
         whole = {"format": FORMAT, "run": self._run, **about}
         checkpoint.save(self._path(round), tensors, {**whole, "about_sha256": _digest(whole)})
 
     def load(self, round: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Raises WeightsError for one that is damaged, or of another run."""
+        """Load a state and its metadata. Raises WeightsError for one that is damaged, or of another run."""
         path = self._path(round)
         tensors, about = checkpoint.load(path)
         if about.get("format") != FORMAT:
-            raise WeightsError(f"{path}: not a snapshot of format {FORMAT}, which this version reads")
+            raise WeightsError(
+                f"{path}: a checkpoint of format {about.get('format')}, and this version reads format {FORMAT}: end the "
+                "run with the version that wrote it"
+            )
         if about.pop("about_sha256", None) != _digest(about):
             raise WeightsError(f"{path}: {path.stem}.json was changed after it was written")
         if about["run"] != self._run:
@@ -58,14 +62,14 @@ class Versions:
         return tensors, about
 
     def described(self, round: int) -> dict[str, Any]:
-        """What `load` says of it beside the tensors, without them."""
+        """The metadata of a state, without its tensors."""
         return checkpoint.described(self._path(round))
 
     def drop(self, before: int = 0, after: int | None = None) -> None:
-        """Remove what is older than `before`, and what is newer than `after`."""
+        """Remove the states of rounds before `before` and after `after`."""
         for round in self.rounds():
             if round < before or (after is not None and round > after):
-                # Without its JSON file it counts no more, so that goes first.
+                # Without its JSON file a state is no longer valid, so that file goes first.
                 self._path(round).with_suffix(".json").unlink(missing_ok=True)
                 self._path(round).unlink(missing_ok=True)
 
@@ -74,9 +78,9 @@ class Versions:
 
 
 class ServerSnapshots:
-    """The server's state, and what stays with the silos where their clients are in its process.
+    """The server's state, and what stays with the silos where they are in its process.
 
-    The structural copy is a file of its own, named by its fingerprint: it seldom changes.
+    The structural copy is in a file of its own, named by its fingerprint, because it seldom changes.
     """
 
     def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
@@ -88,7 +92,7 @@ class ServerSnapshots:
         return self._versions.rounds()
 
     def save(self, state: ServerState, silos: Mapping[str, Tensor]) -> None:
-        """Raises ConfigError where it cannot be written."""
+        """Save the state after a round. Raises ConfigError where it cannot be written."""
         print_of = self._save_structural(state)
         tensors = {key: value for key, value in state.tensors().items() if not key.startswith(_STRUCTURAL)}
         tensors |= {f"{_SILOS}{key}": value for key, value in silos.items()}
@@ -139,7 +143,7 @@ class ServerSnapshots:
         return {f"{_STRUCTURAL}{key}": value for key, value in tensors.items()}
 
     def _drop_structural(self) -> None:
-        """Those that no snapshot names."""
+        """Remove structural copies that no snapshot names."""
         named = (self._versions.described(round).get("structural") for round in self.rounds())
         kept = {self._structural_path(one).stem for one in named if one is not None}
         for path in self._folder.glob("structural-*.*"):
@@ -151,7 +155,7 @@ class ServerSnapshots:
 
 
 class SiloSnapshots:
-    """What stays with the silos of a client process, as far back as the server may go."""
+    """What stays with the silos of a client process, for every round to which the server may go back."""
 
     def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
         self._folder, self._run = folder, run
@@ -162,16 +166,16 @@ class SiloSnapshots:
         return sorted({round for name in silos for round in self._of(name).rounds()})
 
     def save(self, silo: int, round: int, part: Mapping[str, Tensor], server_at: int) -> None:
-        """What stays with a silo after so many rounds, of which the server has `server_at` in a snapshot."""
+        """Save what stays with a silo after so many rounds. The server has a snapshot of round `server_at`."""
         versions = self._of(f"silo-{silo}")
         versions.save(round, part, {})
         versions.drop(before=max((r for r in versions.rounds() if r <= server_at), default=0))
 
     def load(self, silo: int, round: int) -> dict[str, Tensor]:
-        """Go on from so many rounds: what stayed with a silo by then; empty where it had not trained."""
+        """What stayed with a silo after so many rounds; empty where it had not trained. Newer states are removed."""
         versions = self._of(f"silo-{silo}")
         until = [one for one in versions.rounds() if one <= round]
-        versions.drop(after=round)  # of a history that is not gone on with
+        versions.drop(after=round)  # the run goes another way from here
         return versions.load(until[-1])[0] if until else {}
 
     def _of(self, name: str) -> Versions:
@@ -179,7 +183,7 @@ class SiloSnapshots:
 
 
 def refuse_started(folder: Path, rounds: list[int], resume: bool) -> None:
-    """Raise ConfigError where a run would write over what another one left, without being told to go on."""
+    """Raise ConfigError where a run would overwrite another run's checkpoints, and is not told to go on with it."""
     if rounds and not resume:
         raise ConfigError(
             f"checkpoint_dir {folder} holds round {rounds[-1]} of a run: set fedsq_args.resume: true to go "

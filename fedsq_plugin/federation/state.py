@@ -1,4 +1,4 @@
-"""Model states: what travels between clients and the server, and how it is counted and named."""
+"""Model states: what travels between silos and server, its size, and its fingerprint."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def clone(state: Mapping[str, Tensor]) -> State:
 
 
 def nbytes(state: Mapping[str, Tensor]) -> int:
-    """Bytes of the tensors of a state, as sent."""
+    """Number of bytes of the tensors of a state."""
     return sum(value.numel() * value.element_size() for value in state.values())
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and values, in hex: equal exactly when the states are."""
+    """SHA-256 over names, dtypes, shapes and values, in hex: two states have the same one only if they are equal."""
     digest = hashlib.sha256()
     for key, value in state.items():
         digest.update(f"{key}|{value.dtype}|{tuple(value.shape)}|".encode())

@@ -1,4 +1,4 @@
-"""What a data set asks of a model: the loss that is trained, and the measure of its predictions."""
+"""The task of a data set: the loss that is trained, and the metric of the predictions."""
 
 from __future__ import annotations
 
@@ -20,21 +20,20 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class Metric(Protocol):
-    """A measure of a model's outputs on a data set, in [0, 1], higher being better; NaN where it is
-    undefined."""
+    """A metric of a model's outputs on a data set, in [0, 1]; higher is better. NaN where it is undefined."""
 
     @property
     def name(self) -> str:
-        """As it is said beside a figure."""
+        """Its name in tables and logs."""
 
     def size(self, targets: Tensor) -> int:
-        """What a batch counts, in means over batches and over silos."""
+        """The weight of a batch in means over batches and over silos."""
 
     def of_batch(self, outputs: Tensor, targets: Tensor) -> Any:
-        """What has to be kept of a batch."""
+        """What is kept of a batch to compute the metric at the end."""
 
     def of_all(self, kept: Sequence[Any], sizes: Sequence[int]) -> float:
-        """The measure, from what was kept of all batches; there is one at least."""
+        """The metric, from what was kept of all batches, of which there is at least one."""
 
 
 class Accuracy:
@@ -55,11 +54,11 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class OfPredictions:
-    """A function of all predictions of a data set together, as AUC and the concordance index are."""
+    """A function of all predictions of a data set together, such as AUC or the concordance index."""
 
     name: str
     function: Callable[[Any, Any], Any]
-    """(targets, outputs), arrays of all samples -> the measure."""
+    """(targets, outputs), as arrays over all samples -> the metric."""
 
     def size(self, targets: Tensor) -> int:
         return len(targets)
@@ -79,11 +78,11 @@ class OfPredictions:
 
 @dataclass(frozen=True)
 class MeanOverBatches:
-    """The plain mean of a function of batches, of whose predictions, perhaps volumes, nothing is kept."""
+    """The plain mean of a function over batches. Predictions, which may be large volumes, are not kept."""
 
     name: str
     function: Callable[[Tensor, Tensor], Any]
-    """(targets, outputs) of a batch -> the measure."""
+    """(targets, outputs) of a batch -> the metric."""
 
     def size(self, targets: Tensor) -> int:
         return len(targets)
@@ -96,7 +95,7 @@ class MeanOverBatches:
 
 
 class Task(NamedTuple):
-    """Of one data set; classification unless it says otherwise."""
+    """The task of one data set; by default a classification."""
 
     loss: Loss = cross_entropy
     metric: Metric = Accuracy()

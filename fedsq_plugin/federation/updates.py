@@ -1,4 +1,4 @@
-"""The reasons to refuse what a client sent."""
+"""Why an update, or a count, or a test result that a silo sent is refused."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from .messages import Update
 from .roles import check_finite
 
 MAX_SAMPLES = 10**9
-"""Of one silo; a count beyond is no count, but a way to be the whole average."""
+"""The largest sample count of one silo. A larger one would make that silo the whole mean."""
 
 
 def problem(
     update: Update, template: Mapping[str, Tensor], sums: Mapping[str, Tensor] | None = None
 ) -> str | None:
-    """Why `update` must not reach the average, in a few words; None when it may.
+    """Why an update must not reach the mean, in a few words; None when it may.
 
-    `template` is the server's state, as far as it travels, and `sums` are like those that the round asks
-    for: same keys, shapes and dtypes are expected, and finite values.
+    Args:
+        template: a state with the keys, shapes and dtypes that the update's state must have.
+        sums: the same for its sums. All values must be finite.
     """
     if not 0 < update.samples <= MAX_SAMPLES:
         return f"its sample count is {update.samples}"
@@ -32,8 +33,8 @@ def problem(
 def counts_problem(
     counts: Any, silos: Collection[int], before: Mapping[int, int] | None = None
 ) -> str | None:
-    """Why these are not the sample counts of `silos`; a silo may have none, but not other ones than
-    `before`."""
+    """Why these are not the sample counts of `silos`. A count may be 0, but may not differ from the one that the silo
+    announced `before`."""
     if not isinstance(counts, dict):
         return "it sent no sample counts"
     if counts.keys() != set(silos):
@@ -48,15 +49,15 @@ def counts_problem(
 
 
 def changed_count(samples: Any, announced: int) -> str | None:
-    """Why a silo's update does not have the weight that the silo announced."""
+    """Why the sample count of an update is not the one that the silo announced."""
     if _is_count(samples) and samples == announced:
         return None
     return f"its sample count is {brief(samples)}, and it announced {announced}"
 
 
 def metrics_problem(metrics: Any) -> str | None:
-    """Why this is not what a silo's test can give: a loss of at least 0, an accuracy in [0, 1], a count.
-    A model that diverged has an infinite loss or none; without a sample there is neither."""
+    """Why this cannot be the result of a silo's test: loss, accuracy in [0, 1], sample count. The loss of a model that
+    diverged is infinite or NaN; without a sample, loss and accuracy are NaN."""
     if not isinstance(metrics, (list, tuple)) or len(metrics) != 3:
         return "it is no loss, accuracy and sample count"
     loss, accuracy, samples = metrics
@@ -71,7 +72,7 @@ def metrics_problem(metrics: Any) -> str | None:
 
 
 def metrics_of(value: Any) -> Metrics:
-    """What `metrics_problem` has no objection to."""
+    """Metrics from a value that `metrics_problem` accepts."""
     loss, accuracy, samples = value
     return Metrics(loss, accuracy, samples)
 
@@ -81,7 +82,7 @@ def _is_count(value: Any) -> bool:
 
 
 def brief(value: Any, most: int = 80) -> str:
-    """What a stranger sent, for a line."""
+    """A value that another process sent, made short and printable for a line."""
     if isinstance(value, (int, float, str)) or value is None:
         words = " ".join(str(value)[: 2 * most].split())
         return "".join(letter if letter.isprintable() else "?" for letter in words)[:most]

@@ -17,6 +17,8 @@ from .host import host
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..data.silos import SilosData
+
 MODEL = ("model", "small_images", "model_seed", "random_seed", "head", "gate_accept", "gate_pooling")
 """What building a model of ours reads."""
 DATA = (
@@ -62,14 +64,13 @@ def _names(valid: dict[str, Any]) -> Iterator[str]:
     from .. import models
     from ..algorithms import algorithm, algorithms, known
     from ..data.flamby.backbones import MODELS
-    from ..data.flamby.catalogue import CATALOGUE
-    from ..data.ours import DATASETS
     from ..data.partition import METHODS
+    from ..data.registry import NAMES, OURS
     from ..models.backbones import PREFIX
 
     lists = {
         "federated_optimizer": [*algorithms()],
-        "dataset": [*DATASETS, *CATALOGUE, *host().datasets],
+        "dataset": [*NAMES, *host().datasets],
         "model": [*models.names(), *MODELS, *host().models],
     }
     for key, names in lists.items():
@@ -92,7 +93,7 @@ def _names(valid: dict[str, Any]) -> Iterator[str]:
             what = f"is FedML's own: run it by `python -m fedsq_plugin main.py`, or use {ours}"
         yield f"{family_of(key)}.{key} '{valid[key]}' {what}"
     method = valid.get("partition_method", "homo")
-    if valid.get("dataset") in DATASETS and method not in METHODS:
+    if valid.get("dataset") in OURS and method not in METHODS:
         yield f"data_args.partition_method '{method}' is unknown; {' or '.join(METHODS)}"
 
 
@@ -102,28 +103,28 @@ def _trial(valid: dict[str, Any]) -> Iterator[str]:
     from ..algorithms import find
     from ..data.flamby.backbones import MODELS, fetched
     from ..data.flamby.catalogue import CATALOGUE
-    from ..data.flamby.centres import load_centres
-    from ..data.ours import DATASETS, load
+    from ..data.registry import OURS, load
     from ..dualcopy.reluise import replace_by_lambda, replace_by_relu
-    from .plan import created, public_split, refuse_warm_start
+    from .plan import created
+    from .warm_start import refuse_warm_start, with_public_split
 
     config = Config.model_construct(**valid)
-    data, classes = None, 10
+    data = None
     model: nn.Module | None = None
     folders = list(_missing_folders(config)) if _all_in(valid, "dataset", "data_cache_dir") else []
     yield from folders
-    if valid.get("dataset") in DATASETS and not folders:
+    if valid.get("dataset") in OURS and not folders:
         for options in ({}, ONE_SILO):
             if data is None and _all_in({**valid, **options}, *DATA):
                 try:
-                    data, classes = load(config.model_copy(update=options))
+                    data = load(config.model_copy(update=options))
                     if not options and config.has_public_split:
-                        public_split(data, config)
+                        with_public_split(data, config)
                 except FedSQError as error:
                     yield str(error)
     if valid.get("dataset") in CATALOGUE and _all_in(valid, *FLAMBY):
         try:
-            data, classes = load_centres(config)
+            data = load(config)
         except FedSQError as error:
             yield str(error)
     # Without the data set, nothing can be said of a model that is made for it.
@@ -135,7 +136,7 @@ def _trial(valid: dict[str, Any]) -> Iterator[str]:
         buildable = data is not None and (gated or not fetched(config.model, config.dataset))
     if buildable and _all_in(valid, *MODEL):
         try:
-            model = created(config, classes)
+            model = created(config, 10 if data is None else data.outputs)
         except FedSQError as error:
             yield str(error)
     if _all_in(valid, "warm_start", "dataset", "model", "small_images"):
@@ -174,7 +175,8 @@ def _missing_folders(config: Config) -> Iterator[str]:
 def _weights(config: Config, model: nn.Module | None) -> Iterator[str]:
     from ..dualcopy import DualCopy
     from ..models import read_state
-    from .plan import in_recipe_terms, load_pretrained
+    from .plan import in_recipe_terms
+    from .warm_start import load_pretrained
 
     file = str(config.warm_start_file)
     if not Path(file).expanduser().is_file():
@@ -190,7 +192,7 @@ def _weights(config: Config, model: nn.Module | None) -> Iterator[str]:
         yield str(error)
 
 
-def _forward(config: Config, valid: dict[str, Any], model: nn.Module, data: Any) -> Iterator[str]:
+def _forward(config: Config, valid: dict[str, Any], model: nn.Module, data: SilosData | None) -> Iterator[str]:
     """The algorithm's view of the model, and a batch through it: as evaluated and as trained."""
     from ..algorithms import find
     from ..federation.roles import roles
@@ -214,18 +216,16 @@ def _forward(config: Config, valid: dict[str, Any], model: nn.Module, data: Any)
         yield from _batches(config, model, data)
 
 
-def _batches(config: Config, model: nn.Module, data: Any) -> Iterator[str]:
+def _batches(config: Config, model: nn.Module, data: SilosData) -> Iterator[str]:
     import torch
 
     from .plan import in_recipe_terms
 
     # The smallest batch is the one that batch normalisation may refuse, and the quickest.
-    sizes = [
-        (len(batch), silo) for silo, loader in data[5].items() for batch in loader.batch_sampler if batch
-    ]
+    sizes = [(len(batch), silo) for silo, loader in data.train.items() for batch in loader.batch_sampler if batch]
     smallest, silo = min(sizes)
-    samples = data[5][silo].dataset
-    collate: Any = data[5][silo].collate_fn
+    samples = data.train[silo].dataset
+    collate: Any = data.train[silo].collate_fn
     try:
         images = collate([samples[n] for n in range(min(smallest, LARGEST_BATCH))])[0]
     except Exception as error:  # whatever a data set of others raises

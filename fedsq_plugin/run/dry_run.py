@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Sized
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import models
-from ..data.ours import DATASETS
+from ..data.registry import OURS
+from ..data.silos import SilosData
 from ..dualcopy import DualCopy
 from ..dualcopy.tracing import detached_copy
 from ..dualcopy.validation import refuse, validate
@@ -22,23 +23,22 @@ from .plan import Plan, in_recipe_terms
 SAMPLES = 2
 
 
-def tried(model: nn.Module, plan: Plan, dataset: Any) -> list[str]:
-    """Run a copy of the model, as evaluated, on two samples of FedML's 8-tuple.
+def tried(model: nn.Module, plan: Plan, data: SilosData) -> list[str]:
+    """Run a copy of the model, in evaluation mode, on two samples of the test data.
 
     Returns:
-        A line for everything that does not go together and still runs.
+        A line for everything that does not go together, but still runs.
 
     Raises:
         GateError: the model cannot be gated.
         ConfigError: it does not run on such samples.
     """
-    _, _, train, test, sizes, trains, _, classes = dataset
     config = plan.config
-    notes = list(_miscounted(config.dataset, sizes, trains))
-    samples = _samples(test)
+    notes = list(_miscounted(config.dataset, data))
+    samples = _samples(data.global_test)
     if samples is None:
         notes.append("the test set gives no batch: accuracies will be nan; lower train_args.batch_size")
-        samples = _samples(train)
+        samples = _samples(data.global_train)
     if samples is None:
         return notes
     plain = model.quantitative if isinstance(model, DualCopy) else model
@@ -52,13 +52,13 @@ def tried(model: nn.Module, plan: Plan, dataset: Any) -> list[str]:
     except FedSQError:
         raise
     except (RuntimeError, ValueError) as error:
-        ours = config.model in models.names() or config.dataset in DATASETS
+        ours = config.model in models.names() or config.dataset in OURS
         remedy = "; try fedsq_args.small_images or image_size" if ours else ""
         raise ConfigError(
             f"model {config.model} does not run on samples of {config.dataset}, of shape "
             f"{'x'.join(map(str, samples.shape[1:]))}: {first_line(error)}{remedy}"
         ) from error
-    return notes + list(_other_outputs(config.model, outputs, classes))
+    return notes + list(_other_outputs(config.model, outputs, data.outputs))
 
 
 def _samples(batches: Any) -> Tensor | None:
@@ -76,10 +76,10 @@ def _other_outputs(model: str, outputs: Tensor, classes: Any) -> Iterable[str]:
         )
 
 
-def _miscounted(name: str, sizes: Mapping[int, int], batches: Mapping[int, Any]) -> Iterable[str]:
-    """Of silos whose number is not that of their samples: updates are weighted by it."""
-    for silo, size in sizes.items():
-        held = getattr(batches.get(silo), "dataset", None)
+def _miscounted(name: str, data: SilosData) -> Iterable[str]:
+    """A line for the first silo whose size is not the number of its samples: updates are weighted by it."""
+    for silo, size in data.sizes.items():
+        held = getattr(data.train.get(silo), "dataset", None)
         if isinstance(held, Sized) and size != len(held):
             yield (
                 f"data set {name} says that silo {silo} has {size} samples, its loader has {len(held)}: "

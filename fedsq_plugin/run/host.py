@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -28,8 +28,8 @@ class Start:
     """What is known before the first round."""
 
     device: str
-    counts: list[list[int]] | None
-    classes: list[str] | None
+    counts: Sequence[Sequence[int]] | None
+    classes: Sequence[str] | None
     metrics: Metrics
     """The global model before the next round, on the global test set."""
     reluised: Reluised | None

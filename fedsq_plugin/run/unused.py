@@ -8,8 +8,7 @@ from typing import Any
 from .. import models
 from ..algorithms import algorithms, find
 from ..data.flamby.backbones import MODELS
-from ..data.flamby.package import is_flamby
-from ..data.ours import DATASETS
+from ..data.registry import OURS, is_flamby
 from ..models.backbones import PREFIX
 from ..settings.config import OPTIONS, family_of
 
@@ -56,7 +55,7 @@ def unused(valid: Mapping[str, Any], ours: bool = True) -> list[str]:
         mark(("small_images",), f"{model} is none of our models")
     if is_flamby(dataset):
         mark((*DATA[1:], "partition_method", "partition_alpha"), f"the centres of {dataset} are the silos")
-    elif "dataset" in valid and dataset not in DATASETS:
+    elif "dataset" in valid and dataset not in OURS:
         mark(DATA, f"{dataset} is FedML's own data set")
     if ours and get("client_optimizer", "sgd") != "sgd":
         mark(("momentum",), f"{valid['client_optimizer']} has none")
@@ -110,9 +109,7 @@ def untrained_gates(valid: Mapping[str, Any]) -> list[str]:
     model, row = str(valid.get("model", "")), find(str(valid.get("federated_optimizer", "")))
     gated = model.startswith(PREFIX) or (row is not None and row.gated)
     if gated and model in (*models.names(), *MODELS) and valid.get("warm_start", "none") == "none":
-        return [
-            "warm_start is none: the gates of random weights are frozen; FedSQ is meant for pretrained ones"
-        ]
+        return ["warm_start is none: the gates of random weights are frozen; FedSQ is meant for pretrained ones"]
     return []
 
 

@@ -1,8 +1,9 @@
-"""Warm start on a public split: the server trains the model before the first round."""
+"""The model before the first round: pretrained weights, training on public data, and ReLU-isation."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
@@ -12,17 +13,154 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import __version__
+from .. import __version__, models
+from ..data.registry import OURS
+from ..data.silos import VALIDATION, SilosData
+from ..dualcopy import DualCopy
 from ..dualcopy.reluise import replace_by_lambda, replace_by_relu
 from ..errors import ConfigError, WeightsError
 from ..federation import checkpoint
 from ..federation.evaluate import evaluate
 from ..federation.local import LocalTraining, Phase, local_update
 from ..federation.roles import Role, check_finite, roles
+from ..federation.seeding import derive
 from ..federation.state import fingerprint, state_of
+from ..models.backbones import PREFIX
+from ..settings.config import Config
+from .plan import head_of, in_recipe_terms
 from .reluise import Hardening, Reluised, relu_ise
 
+log = logging.getLogger(__name__)
+
 Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+def warm_start(model: nn.Module, config: Config, data: SilosData | None, device: torch.device) -> Reluised | None:
+    """Give the model its pretrained weights, and ReLUs in place of its smooth activations where `relu_ise` asks
+    for that, in place. The structural copy of a DualCopy is taken anew.
+
+    Args:
+        data: read only where the recipe has a public split.
+
+    Returns:
+        What ReLU-isation did; None: it was not asked for.
+
+    Raises:
+        ConfigError: the warm start cannot be had, or has diverged.
+        WeightsError: a weights file does not fit.
+    """
+    plain = model.quantitative if isinstance(model, DualCopy) else model
+    refuse_warm_start(config)
+    if config.warm_start == "public":
+        _train_on_public(plain, config, data, device)
+    elif config.warm_start != "none":
+        load_pretrained(plain, config)
+    done = _relu_ise_on_public(plain, config, data, device) if config.relu_ise else None
+    if isinstance(model, DualCopy):
+        model.refresh()
+    return done
+
+
+def refuse_warm_start(config: Config) -> None:
+    """Raise ConfigError where the names alone tell that this model or data set cannot have this warm start."""
+    if config.has_public_split and config.dataset not in OURS:
+        what = "relu_ise" if config.relu_ise else "warm_start 'public'"
+        raise ConfigError(
+            f"warm_start_args.{what}: {config.dataset} has no public split; "
+            f"use the data sets {' or '.join(OURS)}, or warm_start: file"
+        )
+    if config.warm_start == "imagenet" and config.model not in models.names():
+        raise ConfigError(
+            f"warm_start_args.warm_start 'imagenet': there are no such weights for {config.model}; "
+            f"use {', '.join(n for n in models.names() if not n.startswith(PREFIX))}, or warm_start: file"
+        )
+    if config.warm_start == "imagenet" and config.small_images:
+        raise ConfigError(
+            "warm_start_args.warm_start 'imagenet': ImageNet's weights have torchvision's own stem; "
+            "set fedsq_args.small_images: false (and image_size for small images), or use warm_start: public"
+        )
+
+
+def load_pretrained(model: nn.Module, config: Config) -> None:
+    """Load ImageNet's weights, or those of a file, into a plain model, in place."""
+    weights = config.warm_start_file or "imagenet"
+    with in_recipe_terms():
+        state = models.pretrained_state(weights, config.model, config.small_images)
+        try:
+            lines = models.load_weights(model, state, head_of(config, model))
+        except WeightsError as error:
+            raise WeightsError(f"warm start from {weights}: {error}") from None
+    for line in lines:
+        log.info("warm start: %s", line)
+
+
+def _train_on_public(model: nn.Module, config: Config, data: SilosData | None, device: torch.device) -> None:
+    data = with_public_split(data, config)
+    training = LocalTraining(
+        learning_rate=config.warm_start_learning_rate,
+        momentum=config.warm_start_momentum,
+        augmentation=config.augmentation,
+    )
+    seed = derive("warm start", config.seed("model"))
+    cached = public_warm_start(
+        model,
+        data.public,
+        f"{data.public_content}/{config.warm_start_batch_size}",
+        training,
+        config.warm_start_epochs,
+        seed,
+        config.cache_dir,
+        device,
+    )
+    how = "read from the cache" if cached else f"trained for {config.warm_start_epochs} epochs"
+    log.info("warm start on %d public samples: %s", len(data.public.dataset), how)
+
+
+def _relu_ise_on_public(model: nn.Module, config: Config, data: SilosData | None, device: torch.device) -> Reluised:
+    data = with_public_split(data, config)
+    training = LocalTraining(
+        learning_rate=config.relu_ise_learning_rate or config.warm_start_learning_rate,
+        momentum=config.warm_start_momentum,
+        augmentation=config.augmentation,
+    )
+    hardening = Hardening(
+        config.relu_ise_tolerance,
+        config.relu_ise_schedule,
+        config.relu_ise_learn_epochs,
+        config.relu_ise_harden_epochs,
+        config.relu_ise_lr_factor,
+        config.relu_ise_initial,
+        config.relu_ise_temperature,
+    )
+    done, cached = public_relu_ise(
+        model,
+        data.public,
+        data.validation,
+        f"{data.public_content}/{config.warm_start_batch_size}",
+        training,
+        hardening,
+        derive("relu-ise", config.seed("model")),
+        config.cache_dir,
+        device,
+    )
+    log.info(
+        "ReLU-isation of %d activations%s: accuracy on %d public samples %.1f %% smooth, %.1f %% at the "
+        "target lambda, %.1f %% with ReLU (drop %.1f points)",
+        len(done.target), " (read from the cache)" if cached else "", len(data.validation.dataset),
+        100 * done.original, 100 * done.hardened, 100 * done.relu, 100 * done.drop,
+    )  # fmt: skip
+    return done
+
+
+def with_public_split(data: SilosData | None, config: Config) -> SilosData:
+    """The data, with a public split that is large enough to train on. Raises ConfigError where it is not."""
+    size = 0 if data is None or data.public is None else len(data.public.dataset)
+    if data is None or size < 2 or (config.relu_ise and data.validation is None):
+        raise ConfigError(
+            f"warm_start_args.warm_start_public {config.warm_start_public} leaves {size} of the training "
+            f"samples public, at least {VALIDATION if config.relu_ise else 2} are needed; raise it"
+        )
+    return data
 
 
 def public_warm_start(
@@ -49,8 +187,7 @@ def public_warm_start(
         local_update(model, batches, training, everything, roles(model), round=0, seed=seed, device=device)
         if not all(check_finite(value) for value in model.state_dict().values() if value.is_floating_point()):
             raise ConfigError(
-                f"the warm start diverged: weights are not finite after {epochs} epochs; "
-                "lower warm_start_learning_rate"
+                f"the warm start diverged: weights are not finite after {epochs} epochs; lower warm_start_learning_rate"
             )
         return {"epochs": epochs, "seed": seed, "public_data": content}
 
@@ -87,9 +224,7 @@ def public_relu_ise(
         replace_by_lambda(model)
         replace_by_relu(model)
 
-    about, cached = _cached(
-        "relu-ise", model, (content, training, hardening, seed), cache, device, train, prepare
-    )
+    about, cached = _cached("relu-ise", model, (content, training, hardening, seed), cache, device, train, prepare)
     return Reluised(**{name: about[name] for name in Reluised.__dataclass_fields__}), cached
 
 

@@ -26,9 +26,7 @@ def skew(parts: list[Labels]) -> float:
     st.sampled_from(METHODS),
     st.integers(0, 2**32 - 1),
 )
-def test_parts_are_disjoint_complete_and_ascending(
-    labels: list[int], silos: int, method: str, seed: int
-) -> None:
+def test_parts_are_disjoint_complete_and_ascending(labels: list[int], silos: int, method: str, seed: int) -> None:
     parts = partition(np.array(labels), silos, method, 0.5, seed, min_size=0)
     assert len(parts) == silos
     assert sorted(np.concatenate(parts).tolist()) == list(range(len(labels)))
@@ -113,9 +111,7 @@ def test_alpha_must_be_above_zero(alpha: float) -> None:
 
 def test_bound_that_no_draw_meets_is_an_error() -> None:
     # 5 classes, each in one silo only, cannot give 6 silos a sample.
-    with pytest.raises(
-        ConfigError, match="no Dirichlet\\(1e-06\\) partition gives each of 6 silos 1 samples"
-    ):
+    with pytest.raises(ConfigError, match="no Dirichlet\\(1e-06\\) partition gives each of 6 silos 1 samples"):
         partition(LABELS, 6, "hetero", 1e-6, 0)
 
 

@@ -20,9 +20,10 @@ from rich.console import Console
 from torch import nn
 
 from fedsq_plugin import cli
-from fedsq_plugin.algorithms import CHOICES, rows
+from fedsq_plugin.algorithms import algorithms
 from fedsq_plugin.errors import ConfigError, RunError, UpdateError
 from fedsq_plugin.federation import checkpoint
+from fedsq_plugin.federation.algorithm import CHOICES
 from fedsq_plugin.federation.evaluate import Metrics
 from fedsq_plugin.federation.record import RoundRecord
 from fedsq_plugin.hosts.fedml import execute as fedml_runs
@@ -314,14 +315,14 @@ def test_algorithms_are_listed_with_choices_options_and_source(
     first, second = (part.splitlines() for part in text.split("name ")[1:])
     assert first[0].split() == list(CHOICES)
     assert second[0].split() == ["options", "source"]
-    for name, row in rows().items():
+    for name, row in algorithms().items():
         (choices,) = (line for line in first if line.partition(" ")[0] == name)
         for choice in CHOICES:
-            assert f" {getattr(row, choice)} " in f"{choices} "
+            assert f" {row.described()[choice]} " in f"{choices} "
         start = next(n for n, line in enumerate(second) if line.partition(" ")[0] == name)
         length = next((n for n, line in enumerate(second[start + 1 :]) if line[:1] != " "), 0) + 1
         said = " ".join(second[start : start + length])
-        assert all(f"{option}" in said for option in row.options)
+        assert all(f"{option}" in said for option in row.option_names)
         assert all(word in said for word in row.source.split())
 
 
@@ -351,7 +352,7 @@ def test_algorithms_are_listed_with_choices_options_and_source(
         ),
         (
             ["compare", str(QUICKSTART), "--algorithms", "FedSQ+FedSQ"],
-            "algorithm 'FedSQ+FedSQ' names a row twice",
+            "algorithm 'FedSQ+FedSQ' names an algorithm twice",
         ),
     ],
 )

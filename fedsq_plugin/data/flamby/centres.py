@@ -1,4 +1,4 @@
-"""FLamby's data sets as FedML's 8-tuple: a centre is a silo."""
+"""FLamby's data sets: a centre is a silo."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from torch.utils.data import DataLoader, Dataset
 
 from ...errors import ConfigError
 from ...settings.config import Config
-from ..ours import SiloData, loader
+from ..loaders import count_samples, make_loader
+from ..silos import SilosData
 from .package import FlambyPackage
 
 
-def load_centres(
-    config: Config, silos: Sequence[int] | None = None, pooled: bool = True
-) -> tuple[SiloData, int]:
-    """FedML's 8-tuple of one of FLamby's data sets, and the number of a model's outputs.
+def load_centres(config: Config, silos: Sequence[int] | None = None, pooled: bool = True) -> SilosData:
+    """The data of one of FLamby's data sets, with its loss and metric.
 
     Args:
-        silos: the centres that this process serves; None: all of them. Of others nothing is loaded, but
-            of Synthetic, whose centres are counted.
+        silos: the centres that this process serves; None: all. The data of other centres are not loaded,
+            except for Synthetic, where the data say how many centres there are.
         pooled: whether the test data of all centres together are wanted.
 
     Raises:
@@ -40,38 +39,28 @@ def load_centres(
     size = package.batch_size if config.batch_size is None else config.batch_size
 
     def batches(samples: Dataset[Any], train: bool) -> DataLoader[Any]:
-        # The test batches are FLamby's whatever the recipe says: its Dice is a mean over them.
+        # Test batches have FLamby's size, whatever the recipe says: its Dice is a mean over batches.
         wanted = size if train else about.test_batch or package.batch_size
         begin = partial(setattr, samples, about.alternating, 0) if about.alternating else None
-        return loader(samples, wanted, shuffle=train, collate=package.collate, begin=begin)
+        return make_loader(samples, wanted, shuffle=train, collate=package.collate, begin=begin)
 
     def centre(silo: int, train: bool) -> DataLoader[Any]:
         return batches(package.samples(train, silo, seed=seed), train)
 
     train = {silo: centre(silo, train=True) for silo in mine}
     tests = {silo: centre(silo, train=False) for silo in mine}
-    sizes = {silo: _samples(part) for silo, part in train.items()}
+    sizes = {silo: count_samples(part.dataset) for silo, part in train.items()}
     if sizes and not any(sizes.values()):
-        raise ConfigError(
-            f"data_args.dataset {config.dataset}: no training sample of centre {min(sizes)} is there"
-        )
+        raise ConfigError(f"data_args.dataset {config.dataset}: no training sample of centre {min(sizes)} is there")
     whole = batches(package.samples(True, pooled=True, seed=seed), True) if silos is None else None
     test = batches(package.samples(False, pooled=True, seed=seed), False) if pooled else None
-    data = SiloData(
-        [
-            sum(sizes.values()),
-            0 if test is None else _samples(test),
-            whole,
-            test,
-            sizes,
-            train,
-            tests,
-            about.outputs,
-        ]
+    return SilosData(
+        train=train,
+        test=tests,
+        sizes=sizes,
+        outputs=about.outputs,
+        global_train=whole,
+        global_test=test,
+        global_test_size=0 if test is None else count_samples(test.dataset),
+        task=package.task(),
     )
-    data.task = package.task()
-    return data, about.outputs
-
-
-def _samples(batches: DataLoader[Any]) -> int:
-    return len(batches.dataset)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from ...errors import ConfigError, in_one_line, nearest
 from ...federation.seeding import derive, isolated
 from ...federation.task import MeanOverBatches, Metric, OfPredictions, Task
-from .catalogue import CATALOGUE, PREFIX, FlambyData
+from .catalogue import CATALOGUE, FlambyData
 
 NO_FLAMBY = (
     "FLamby is not importable, and is not on the package index: "
@@ -70,13 +70,9 @@ class FlambyPackage:
         name, measure = self.about.metric, self.module.metric
         if self.about.over == "labels":
             softmax = self.module.softmax_helper
-            return MeanOverBatches(
-                name, lambda targets, outputs: measure(softmax(outputs).argmax(1), targets)
-            )
+            return MeanOverBatches(name, lambda targets, outputs: measure(softmax(outputs).argmax(1), targets))
         if self.about.over == "scan":
-            return MeanOverBatches(
-                name, lambda targets, outputs: measure(targets.numpy()[None], outputs.numpy()[None])
-            )
+            return MeanOverBatches(name, lambda targets, outputs: measure(targets.numpy()[None], outputs.numpy()[None]))
         return OfPredictions(name, measure)
 
     def centres(self) -> int:
@@ -96,9 +92,7 @@ class FlambyPackage:
         for train, split in ((True, "training"), (False, "test")):
             for centre in range(trained):
                 if not len(self.samples(train, centre)):  # type: ignore[arg-type]
-                    raise ConfigError(
-                        f"{self.about.key}: centre {centre} has no {split} sample; {self._how()}"
-                    )
+                    raise ConfigError(f"{self.about.key}: centre {centre} has no {split} sample; {self._how()}")
 
     def require_device(self, gpu: bool) -> None:
         """Raise ConfigError where a GPU is needed and none is to be used."""
@@ -146,9 +140,7 @@ class FlambyPackage:
         """The folder to hand to FLamby; None where it knows by itself, and none is to be handed over."""
         about = self.about
         if not about.takes_path and self._folder:
-            raise ConfigError(
-                f"data_args.data_cache_dir: {about.key} is read from FLamby's own place; leave it out"
-            )
+            raise ConfigError(f"data_args.data_cache_dir: {about.key} is read from FLamby's own place; leave it out")
         if not about.get:
             self._refuse_without_licence()
             return None
@@ -258,8 +250,3 @@ def _quietly() -> Iterator[None]:
             yield
         finally:
             sys.stdout = out
-
-
-def is_flamby(dataset: str) -> bool:
-    """Whether a recipe's data set is FLamby's."""
-    return dataset.startswith(PREFIX)

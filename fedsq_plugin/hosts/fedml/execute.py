@@ -17,6 +17,7 @@ from ...errors import ConfigError, FedSQError, RunError, in_one_line
 from ...federation.record import RoundRecord
 from ...run.host import Outcome, Start
 from ...settings.recipe import Families, flat
+from .dataset import from_tuple
 from .devices import described
 from .names import with_host_defaults
 
@@ -108,10 +109,10 @@ def _run(
     args, dataset, main = ready.args, ready.dataset, ready.runner.runner
     metrics = main.scoring.evaluate()[0]
     main.on_round = on_round
-    counts, names = getattr(dataset, "counts", None), getattr(dataset, "classes", None)
+    data = from_tuple(dataset, args.dataset)
     finished, device = main.checkpoints.round, described(ready.device)
     metric = main.plan.task.metric.name
-    on_start(Start(device, counts, names, metrics, ready.runner.reluised, ready.notes, finished, metric))
+    on_start(Start(device, data.counts, data.classes, metrics, ready.runner.reluised, ready.notes, finished, metric))
     ready.runner.run()
     if getattr(args, "enable_wandb", False):
         import wandb

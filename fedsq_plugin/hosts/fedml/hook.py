@@ -16,12 +16,9 @@ import torch
 
 from ... import models
 from ...algorithms import algorithm, algorithms, known
+from ...data import registry
 from ...data.flamby.backbones import MODELS
-from ...data.flamby.catalogue import CATALOGUE
-from ...data.flamby.centres import load_centres
-from ...data.flamby.package import is_flamby
-from ...data.ours import DATASETS
-from ...data.ours import load as load_ours
+from ...data.registry import is_flamby
 from ...data.silos import SilosData
 from ...dualcopy.precision import refuse_unsupported
 from ...errors import ConfigError, in_one_line, nearest
@@ -29,22 +26,16 @@ from ...federation.checkpoints import ServerCheckpoints
 from ...federation.seeding import derive, isolated
 from ...models.backbones import PREFIX
 from ...run.dry_run import tried
-from ...run.plan import (
-    FINDINGS,
-    HostName,
-    algorithm_of,
-    config_of,
-    created,
-    plan_of,
-    task_of,
-    viewed,
-    warm_start,
-)
+from ...run.plan import created, plan_of, viewed
 from ...run.unused import compiled_for_cpu, untrained_gates, unused
+from ...run.warm_start import warm_start
 from ...settings.agreement import kept_options
-from ...settings.config import OPTIONS, OURS, Config
+from ...settings.config import OPTIONS, Config
+from ...settings.config import OURS as OUR_FAMILIES
 from ...settings.recipe import flat, misplaced, read_loosely
 from . import offline
+from .arguments import FINDINGS, HostName, algorithm_of, config_of
+from .dataset import from_tuple, to_tuple
 from .devices import NO_GPU, device_of
 from .names import FEDML_DATASETS, FEDML_MODELS, NATIVE_SP, ROADS, broken_road, refused_road
 
@@ -95,7 +86,7 @@ def _load_yaml_config(self: Any, path: str) -> dict[str, Any]:
     found += misplaced(families)
     setattr(self, FINDINGS, getattr(self, FINDINGS, []) + found)
     _refuse_road(flat(families))
-    asked = bool(families.keys() & set(OURS)) or any(finding.kind == "family" for finding in found)
+    asked = bool(families.keys() & set(OUR_FAMILIES)) or any(finding.kind == "family" for finding in found)
     setattr(self, ASKED, getattr(self, ASKED, False) or asked)
     return families
 
@@ -110,26 +101,26 @@ def _refuse_road(values: dict[str, Any]) -> None:
 def _load(original: Any) -> Any:
     @functools.wraps(original)
     def load(args: Any) -> Any:
-        if args.dataset in DATASETS:
-            return load_ours(config_of(args))
-        if is_flamby(args.dataset):
-            return _load_centres(args)
+        if registry.has(args.dataset):
+            data = _load_ours(args)
+            return to_tuple(data), data.outputs
         if args.dataset not in FEDML_DATASETS:
-            known = [*DATASETS, *CATALOGUE, *FEDML_DATASETS]
+            known = [*registry.NAMES, *FEDML_DATASETS]
             raise ConfigError(f"data_args.dataset '{args.dataset}' is unknown{nearest(args.dataset, known)}")
         return original(args)
 
     return load
 
 
-def _load_centres(args: Any) -> Any:
-    """All centres in one process; a silo's own in its process, the pooled test data in the server's."""
+def _load_ours(args: Any) -> SilosData:
+    """All data; of FLamby's data sets, on several processes, a client process loads those of its own silos, and
+    the server's the pooled test data."""
     config = config_of(args)
-    if _is_sp(args):
-        return load_centres(config)
+    if _is_sp(args) or not is_flamby(args.dataset):
+        return registry.load(config)
     from .distributed.node import is_client, silos_of
 
-    return load_centres(config, silos_of(args), pooled=not is_client(args))
+    return registry.load(config, silos_of(args), pooled=not is_client(args))
 
 
 def _get_device(original: Any) -> Any:
@@ -202,13 +193,14 @@ def _init(original: Any) -> Any:
         check_device(config, device)
         if config.threads:
             torch.set_num_threads(config.threads)
-        plan = (
-            plan_of(config, model, task_of(config, dataset)) if ours else None
-        )  # whatever it refuses, before anything is trained
-        if plan is None:
-            self.reluised = warm_start(model, config, dataset, device)
+        if not ours:
+            # FedML's own algorithms may take data of another form, which have no public split.
+            data = from_tuple(dataset, args.dataset) if config.has_public_split else None
+            self.reluised = warm_start(model, config, data, device)
             original(self, args, device, dataset, model, *rest)
             return
+        data = from_tuple(dataset, args.dataset)
+        plan = plan_of(config, model, data.task)  # refuses what does not fit before anything is trained
         from .distributed.node import is_client, node, refuse_road, relu_like_the_servers
         from .security import check_options
         from .simulation import Simulation, refuse_foreign
@@ -221,14 +213,14 @@ def _init(original: Any) -> Any:
         prepare_host(args)
         checkpoints = server_checkpoints(config) if one_process or not is_client(args) else None
         if checkpoints is not None and not checkpoints.resumes:
-            self.reluised = warm_start(model, config, dataset, device)
+            self.reluised = warm_start(model, config, data, device)
         elif config.relu_ise:
             relu_like_the_servers(model)
         view = viewed(model, plan)
         if own == (None, None):
-            for line in tried(view, plan, dataset):
+            for line in tried(view, plan, data):
                 log.warning(line)
-        parts: Any = (args, device, _named(dataset), view, plan, *own, checkpoints)
+        parts: Any = (args, device, data, view, plan, *own, checkpoints)
         self.runner = Simulation(*parts) if one_process else node(*parts)
 
     return init
@@ -295,11 +287,6 @@ def _has_tls(args: Any) -> bool:
 def _asks_for_ours(args: Any) -> bool:
     """Whether a recipe for FedML's own algorithm uses what only the plugin can give."""
     return getattr(args, ASKED, False) or getattr(args, "warm_start", "none") not in ("none", None)
-
-
-def _named(dataset: Any) -> SilosData:
-    _, test_size, whole, test, sizes, train, tests, outputs = dataset
-    return SilosData(train, tests, sizes, outputs, whole, test, test_size)
 
 
 def server_checkpoints(config: Config) -> ServerCheckpoints:

@@ -14,7 +14,7 @@ FEDML_DATASETS = (
     *("mnist", "femnist", "shakespeare", "fed_shakespeare", "fed_cifar100", "stackoverflow_lr"),
     *("stackoverflow_nwp", "ILSVRC2012", "gld23k", "gld160k", "cifar10", "cifar100", "cinic10"),
 )
-"""What fedml.data.load knows by name; it takes any other name for CIFAR-10."""
+"""What fedml.data.load knows by name; any other name it takes for CIFAR-10."""
 
 FEDML_MODELS: dict[str, tuple[str, ...]] = {
     "lr": ("mnist", "cifar10", "stackoverflow_lr"),
@@ -36,9 +36,7 @@ SETS_CLIENT_NUMBER = (
 )
 """Data sets of FedML whose loader sets client_num_in_total itself, whatever the recipe says."""
 
-NO_COLOUR_IMAGES = (
-    *("mnist", "femnist", "shakespeare", "fed_shakespeare", "stackoverflow_lr", "stackoverflow_nwp"),
-)
+NO_COLOUR_IMAGES = (*("mnist", "femnist", "shakespeare", "fed_shakespeare", "stackoverflow_lr", "stackoverflow_nwp"),)
 """Data sets of FedML that give flat vectors, grey levels without a channel, or text."""
 
 OTHER_LOSSES = ("fed_shakespeare", "stackoverflow_nwp", "stackoverflow_lr")

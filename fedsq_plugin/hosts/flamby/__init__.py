@@ -1,5 +1,11 @@
-"""FLamby as a host. Nothing here is mathematics, and FLamby is imported only when asked for."""
+"""FLamby as a host. Importing this imports neither FLamby nor torch."""
 
-from .strategy import strategy_class
+from typing import Any
 
-__all__ = ["strategy_class"]
+
+def __getattr__(name: str) -> Any:
+    if name == "strategy_class":
+        from .strategy import strategy_class
+
+        return strategy_class
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

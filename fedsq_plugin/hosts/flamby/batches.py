@@ -1,4 +1,4 @@
-"""Batches as FLamby counts them: a round is so many updates, from a loader that begins anew when it ends."""
+"""Batches as FLamby counts them: a round is a number of updates, from a loader that starts again when it ends."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Batch = tuple[Tensor, Tensor]
 
 
 class EndlessBatches:
-    """A loader that goes on for ever, across rounds.
+    """A loader that never ends, across rounds.
 
-    Its iterator is made at once and stays, as in FLamby's DataLoaderWithMemory: both make the same draws
-    from torch's generator at the same moments, so that strategies see the same batches.
+    Its iterator is made at once and kept, as in FLamby's DataLoaderWithMemory. So both draw from torch's generator at
+    the same moments, and see the same batches.
     """
 
     def __init__(self, loader: Any) -> None:
@@ -22,7 +22,7 @@ class EndlessBatches:
         self._batches = iter(loader)
 
     def __len__(self) -> int:
-        """Samples."""
+        """Number of samples."""
         return len(self.loader.dataset)
 
     def get_samples(self) -> Batch:
@@ -36,7 +36,7 @@ class EndlessBatches:
 
 
 class Updates(Iterable[Batch]):
-    """So many of the next batches, every time that it is iterated: what stands for an epoch in the core."""
+    """The next `count` batches, each time that it is iterated. The core takes them for an epoch."""
 
     def __init__(self, batches: EndlessBatches, count: int) -> None:
         self._batches, self._count = batches, count

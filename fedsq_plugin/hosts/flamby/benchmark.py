@@ -1,4 +1,4 @@
-"""FLamby's own benchmark, its sources untouched, with our strategies in it."""
+"""FLamby's own benchmark with our strategies in it. FLamby's sources are not changed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .hook import register
 from .privacy import Privacy
 
 FLAGS = ("debug", "hard_debug", "use_ssl_features")
-"""Of FLamby's arguments, those by which the results are of another run."""
+"""The arguments of FLamby that make the results another run's."""
 SCRIPT = "flamby.benchmarks.fed_benchmark"
 WHO = "FLamby's benchmark"
 
@@ -40,12 +40,12 @@ def fed_benchmark(
 ) -> None:
     """Run `flamby/benchmarks/fed_benchmark.py` once per seed, with its own arguments.
 
-    It writes its own CSV, `results` or the file that its configuration names, and leaves out what stands
-    there already.
+    It writes its own CSV: `results`, or the file that its configuration names. What is in that file already is not run
+    again.
 
     Args:
-        arguments: FLamby's own, but for the configuration, the results and the seed.
-        only: names of the configuration's strategies; none: all of them.
+        arguments: FLamby's own, without the configuration, the results and the seed.
+        only: names of the configuration's strategies that are run; empty: all of them.
 
     Raises:
         ConfigError: FLamby or the data are missing, or the configuration or the backbone is wrong.
@@ -85,11 +85,11 @@ def fed_benchmark(
 
 
 class _Parsed(Exception):
-    """Stops FLamby's script behind its command line."""
+    """Stops FLamby's script when it has read its command line."""
 
 
 def _parsed(arguments: Sequence[str]) -> Namespace:
-    """What FLamby's own parser makes of its arguments; it knows no strategy of ours."""
+    """The arguments as FLamby's own parser reads them. It would refuse the names of our strategies."""
     parser: Any = ArgumentParser
     add_argument, parse_args, argv = parser.add_argument, parser.parse_args, sys.argv
 
@@ -115,7 +115,7 @@ def _parsed(arguments: Sequence[str]) -> Namespace:
 
 
 def _refuse_arguments(asked: Namespace, centres: int) -> None:
-    """FLamby's own rules, whose errors are tracebacks."""
+    """Raise ConfigError for what FLamby's own rules answer with a traceback."""
     numbers = ("learning_rate", "server_learning_rate", "mu")
     given = [key for key in numbers if getattr(asked, key) is not None]
     given += ["optimizer-class"] if asked.optimizer_class != "torch.optim.SGD" else []
@@ -140,8 +140,10 @@ def _refuse_pandas() -> None:
 
 
 def _one_model_per_file(results: Path, asked: dict[str, Any]) -> None:
-    """Its CSV does not say what model it is about, nor for how many rounds: results of another run would be
-    taken for these. A note beside it says so; without one, it is FLamby's own baseline, for all rounds."""
+    """Refuse a CSV with results of another model or number of rounds, which FLamby would take for these.
+
+    FLamby's CSV does not name the model. A note beside the file does; without one, the results are those of FLamby's
+    own baseline, for all rounds."""
     beside = results.with_name(f"{results.name}.model.json")
     own = {"backbone": "baseline", "weights": None, **dict.fromkeys(FLAGS, False)}
     if results.exists():

@@ -40,7 +40,7 @@ def read_json(file: Path) -> Any:
 
 @dataclass(frozen=True)
 class Configuration:
-    """FLamby's JSON: a data set, the file of the results, the strategies with their options."""
+    """The content of FLamby's JSON: data set, file for the results, strategies with their options."""
 
     file: Path
     about: FlambyData
@@ -65,25 +65,25 @@ class Configuration:
         return cls(file, about, Path(content["results_file"]), content["strategies"])
 
     def only(self, names: Sequence[str]) -> Configuration:
-        """With these of its strategies, or all where none is named."""
+        """The configuration with these strategies alone; with all where none is named."""
         for name in names:
             if name not in self.strategies:
                 raise self._wrong(f"no strategy '{name}'{nearest(name, self.strategies)}")
         return replace(self, strategies={name: self.strategies[name] for name in names or self.strategies})
 
     def text(self) -> str:
-        """As FLamby reads it."""
+        """The JSON that FLamby reads."""
         content = {"dataset": self.about.name, "results_file": str(self.results)}
         return json.dumps({**content, "strategies": self.strategies})
 
     def check(
         self, strategies: Any, model: nn.Module, inputs: Tensor, backbone: str, asked: Namespace
     ) -> None:
-        """Raise what FLamby or a strategy would raise when its turn comes, after hours perhaps.
+        """Raise now what FLamby or a strategy would raise when its turn comes, perhaps after hours.
 
         Args:
             strategies: the module `flamby.strategies`, with ours.
-            model: what all of them train, by the name `backbone`.
+            model: what all strategies train; its name is `backbone`.
             inputs: a batch for it.
             asked: FLamby's own arguments.
         """
@@ -150,7 +150,7 @@ class Configuration:
         try:
             privacy = cls.privacy(**private)
             with in_terms(_TERMS), torch.no_grad():
-                viewed, _ = cls.viewed(model, {k: v for k, v in own.items() if k != "nonfinite"})
+                viewed, *_ = cls.viewed(model, own)
                 if privacy is not None:
                     privacy.refuse_model(cls.algorithm, viewed)
                 if isinstance(viewed, DualCopy):

@@ -1,7 +1,7 @@
-"""What `register()` does to FLamby: it adds our strategies, and lets its benchmark find their results.
+"""Registers our algorithms in FLamby: adds them to its strategies, and lets its benchmark find their results.
 
-Both wait until FLamby is imported by whoever uses it: FLamby needs seconds to import, and packages (opacus,
-tensorboard) that are not there on every machine.
+Both happen when FLamby is imported by whoever uses it. Its import takes seconds, and needs packages (opacus,
+tensorboard) that some machines do not have.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def register() -> None:
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Calls what changes a module right after the module has been executed."""
+    """Changes a module right after Python has executed it."""
 
     def __init__(self, changes: Mapping[str, Callable[[ModuleType], None]]) -> None:
         self._changes = changes
@@ -87,9 +87,8 @@ def add_strategies(module: ModuleType) -> None:
 def find_ours(module: ModuleType) -> None:
     """Let the benchmark find the results of our strategies among those of its file.
 
-    Its function refuses names that it does not know, breaks on columns of text that no line has a value in
-    yet, and overlooks options that only the other experiment was given. Everything else that makes two
-    experiments the same is left to it.
+    FLamby's function refuses unknown names, fails on text columns that are empty so far, and overlooks options that
+    only the other experiment was given. Everything else that makes two experiments equal is left to it.
     """
     original, always = module.find_xps_in_df, {"Test", "Method", "Metric", "seed"}
 

@@ -1,4 +1,4 @@
-"""Differential privacy as FLamby's strategies have it: opacus clips and noises every client's gradients."""
+"""Differential privacy as in FLamby's strategies: opacus clips every client's gradients and adds noise to them."""
 
 from __future__ import annotations
 
@@ -27,8 +27,11 @@ class Privacy:
 
     @classmethod
     def of(cls, epsilon: float | None, delta: float | None, max_grad_norm: float | None) -> Privacy | None:
-        """None where none of the three is given. Raises ConfigError where one is missing: FLamby's own
-        strategies then train without privacy."""
+        """The privacy of these arguments; None where none of the three is given.
+
+        Raises:
+            ConfigError: only some are given; FLamby's own strategies would then train without privacy.
+        """
         if epsilon is None and delta is None and max_grad_norm is None:
             return None
         if epsilon is None or delta is None or max_grad_norm is None:
@@ -38,7 +41,7 @@ class Privacy:
         return cls(epsilon, delta, max_grad_norm)
 
     def refuse(self, algorithm: Algorithm, fine_tuning_steps: int) -> None:
-        """Raise ConfigError for what opacus would leave without noise, or noise without counting."""
+        """Raise ConfigError for training to which opacus would add no noise, or noise that it does not count."""
         why = None
         if algorithm.objective is not NOTHING:
             why = "opacus puts its own gradients in place of those of the term that is added to the loss"
@@ -50,15 +53,14 @@ class Privacy:
             raise ConfigError(f"{algorithm.name} cannot train with differential privacy (dp_…): {why}")
 
     def refuse_model(self, algorithm: Algorithm, model: nn.Module) -> None:
-        """Raise ConfigError for what opacus has no gradients of samples for, as BatchNorm, before `optimizer`
-        does."""
+        """Raise ConfigError for layers for which opacus has no gradients by sample, such as BatchNorm."""
         from opacus.validators import ModuleValidator
 
         if found := ModuleValidator.validate(model.train(), strict=False):
             raise ConfigError(f"{algorithm.name}: differential privacy: {' '.join(str(found[0]).split())}")
 
     def warn(self, loaders: Sequence[Any], updates: int) -> None:
-        """Say where FLamby's way of counting, which this follows, promises too much."""
+        """Warn where FLamby's way of counting, which is followed here, promises too much."""
         if any(updates > len(loader) for loader in loaders):
             log.warning(
                 "differential privacy: FLamby counts a round as one pass over a client's data; %d updates "
@@ -76,7 +78,7 @@ class Privacy:
         seed: int,
         device: torch.device,
     ) -> torch.optim.Optimizer:
-        """The optimizer of a client that noises its gradients; the model's modules get opacus' hooks."""
+        """An optimizer that adds noise to a client's gradients. The model's modules get opacus' hooks."""
         from opacus import PrivacyEngine
 
         model.to(device).train()

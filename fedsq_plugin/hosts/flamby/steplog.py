@@ -1,4 +1,4 @@
-"""What FLamby's strategies write for tensorboard while they train, under the same names."""
+"""The tensorboard log of a strategy's training, with the names that FLamby's strategies use."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from torch import Tensor, nn
 
 
 class StepLog:
-    """Takes the loss of every step of a client: prints and writes it every `period` steps of a round, and
-    the histograms of the parameters once an epoch.
+    """Logs the steps of a client: the loss every `period` steps of a round, histograms of the parameters once an epoch.
 
     Args:
-        epoch: batches of the client's data.
-        updates: steps of a round.
+        epoch: number of batches of the client's data.
+        updates: number of steps of a round.
     """
 
     def __init__(

@@ -126,21 +126,18 @@ class Strategy:
         num_fine_tuning_steps: int | None = None,
         **options: Any,
     ) -> None:
-        for number, loader in enumerate(training_dataloaders):
-            if loader is None or not len(loader.dataset):
-                raise ConfigError(
-                    f"{self.algorithm.name}: training_dataloaders[{number}] has no samples: leave it out"
-                )
+        self._refuse_empty(training_dataloaders)
         self.nrounds, self.num_updates = nrounds, num_updates
         self.bits_counting_function = bits_counting_function
-        self._fatal = "nonfinite: fail" if options.pop("nonfinite", "skip") == "fail" else None
         privacy = self.privacy(dp_target_epsilon, dp_target_delta, dp_max_grad_norm, num_fine_tuning_steps)
-        viewed, chosen = self.viewed(model, options)
+        viewed, chosen, nonfinite = self.viewed(model, options)
+        self._fatal = "nonfinite: fail" if nonfinite == "fail" else None
         self.training_dataloaders_with_memory = [EndlessBatches(loader) for loader in training_dataloaders]
         self._fine_tuning = [self._steps(loader, num_fine_tuning_steps) for loader in training_dataloaders]
         if privacy is not None:
             privacy.warn(training_dataloaders, num_updates)
         device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        name = self.algorithm.name if log_basename is None else log_basename
         self.models_list: list[Silo] = []
         for number, batches in enumerate(self.training_dataloaders_with_memory):
             own: nn.Module = copy.deepcopy(viewed).to(device)
@@ -154,10 +151,8 @@ class Strategy:
                 optimizer = _always(made)
             training = LocalTraining(optimizer=optimizer, learning_rate=learning_rate, rounds=max(nrounds, 1))
             client = self._client(own, chosen, training, copy.deepcopy(loss))
-            on_step = None
-            if log:
-                name = self.algorithm.name if log_basename is None else log_basename
-                on_step = StepLog(own, number, len(batches.loader), num_updates, log_period, logdir, name)
+            period = (len(batches.loader), num_updates, log_period)
+            on_step = StepLog(own, number, *period, logdir, name) if log else None
             self.models_list.append(Silo(client, number, batches, num_updates, device, on_step))
         self.server = Server(
             self.algorithm,
@@ -167,6 +162,13 @@ class Strategy:
             torch.initial_seed() if seed is None else seed,
             mean=MeanOfDifferences,
         )
+
+    def _refuse_empty(self, loaders: Sequence[Any]) -> None:
+        for number, loader in enumerate(loaders):
+            if loader is None or not len(loader.dataset):
+                raise ConfigError(
+                    f"{self.algorithm.name}: training_dataloaders[{number}] has no samples: leave it out"
+                )
 
     def _client(self, model: nn.Module, options: Any, training: LocalTraining, loss: Loss) -> Client:
         return Client(
@@ -196,12 +198,14 @@ class Strategy:
         return found
 
     @classmethod
-    def viewed(cls, model: nn.Module, options: dict[str, Any]) -> tuple[nn.Module, Any]:
-        """A copy of the model as the algorithm trains it, and what the algorithm reads. The errors are those of the
-        constructor."""
-        chosen = _settings(cls.algorithm, options)
+    def viewed(cls, model: nn.Module, options: dict[str, Any]) -> tuple[nn.Module, Any, str]:
+        """A copy of the model as the algorithm trains it, what the algorithm reads, and the option `nonfinite`. The
+        errors are those of the constructor."""
+        valid = _validated(cls.algorithm, options)
+        nonfinite = str(valid.pop("nonfinite", "skip"))
+        chosen = cls.algorithm.settings(**valid)
         cls.algorithm.refuse_misfit(model, chosen)
-        return cls.algorithm.view.make(copy.deepcopy(model), chosen), chosen
+        return cls.algorithm.view.make(copy.deepcopy(model), chosen), chosen, nonfinite
 
     def perform_round(self) -> None:
         """Train every client for `num_updates` batches from the server's model, and gather what they send."""
@@ -260,14 +264,14 @@ def known_options(algorithm: Algorithm) -> tuple[str, ...]:
     return (*head, "buffers", "nonfinite", *own)
 
 
-def _settings(algorithm: Algorithm, given: dict[str, Any]) -> Any:
+def _validated(algorithm: Algorithm, given: dict[str, Any]) -> dict[str, Any]:
     for key in given:
         if key not in known_options(algorithm):
             raise ConfigError(f"{algorithm.name} has no option '{key}'{nearest(key, known_options(algorithm))}")
     valid, found = validated(given)
     if wrong := [f.line.removeprefix(f"{family_of(f.key)}.") for f in found if f.key in given]:
         raise ConfigError(f"{algorithm.name}: {'; '.join(wrong)}")
-    return algorithm.settings(**{key: valid[key] for key in given})
+    return {key: valid[key] for key in given}
 
 
 def _always(optimizer: torch.optim.Optimizer) -> OptimizerClass:

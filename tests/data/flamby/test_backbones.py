@@ -61,8 +61,6 @@ def test_weights_are_what_it_begins_with(tmp_path: Path) -> None:
         ("fed_heart_disease", "mlp", "imagenet", "there are none for mlp"),
     ],
 )
-def test_what_a_data_set_cannot_have_is_said(
-    dataset: str, backbone: str, weights: str | None, said: str
-) -> None:
+def test_what_a_data_set_cannot_have_is_said(dataset: str, backbone: str, weights: str | None, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         made(dataset, backbone, weights)

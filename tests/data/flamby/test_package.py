@@ -69,9 +69,7 @@ def test_without_flamby_the_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPa
 
 
 def test_an_unknown_data_set_names_the_nearest() -> None:
-    assert "'flamby/fed_heart' is unknown" in refused("flamby/fed_heart") and HEART in refused(
-        "flamby/fed_heart"
-    )
+    assert "'flamby/fed_heart' is unknown" in refused("flamby/fed_heart") and HEART in refused("flamby/fed_heart")
 
 
 def test_a_missing_dependency_is_named_as_pip_knows_it(fake: Path) -> None:
@@ -157,11 +155,11 @@ def test_the_number_of_silos_is_the_number_of_centres(fake: Path, tmp_path: Path
     rounds = {"federated_optimizer": "FedSQ", "client_num_per_round": 3}
     with pytest.raises(ConfigError, match=r"client_num_in_total is 3, and .* has 4 centres; set it to 4"):
         load_centres(Config(**options, **rounds, client_num_in_total=3))
-    data, outputs = load_centres(Config(**options, **rounds, client_num_in_total=4))
-    assert outputs == 1 and data[4] == {0: 5, 1: 5, 2: 5, 3: 5}
-    for silo, batches in data[5].items():
+    data = load_centres(Config(**options, **rounds, client_num_in_total=4))
+    assert data.outputs == 1 and data.sizes == {0: 5, 1: 5, 2: 5, 3: 5}
+    for silo, batches in data.train.items():
         assert all((x == silo).all() for x, _ in batches)  # every loader has its own centre's samples
-    assert [len(y) for _, y in data[5][0]] == [5]  # a last batch of one joins FLamby's four
+    assert [len(y) for _, y in data.train[0]] == [5]  # a last batch of one joins FLamby's four
 
 
 def heart_recipe(folder: Path) -> dict[str, dict[str, Any]]:
@@ -210,9 +208,7 @@ def test_a_sample_that_cannot_be_read_is_one_line(fake: Path, tmp_path: Path) ->
     assert refused(folder=str(tmp_path)).startswith(f"{HEART}: {line}")
 
 
-def test_check_says_which_silo_cannot_be_read(
-    fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_check_says_which_silo_cannot_be_read(fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "processed.va.data").touch()
     fake.write_text(CENTRE + UNREADABLE)
     monkeypatch.setattr(FlambyPackage, "_refuse_other_shape", lambda *_: None)  # as of images

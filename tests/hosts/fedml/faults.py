@@ -97,8 +97,7 @@ def _at(when: str, number: int, act: Callable[[], None]) -> None:
         setattr(owner, name, wrapped)
 
     def message(kind: str) -> Callable[..., bool]:
-        wanted = (f"fedsq.{kind}", number - 1)
-        return lambda _, m, **__: (m.get_type(), m.get("round")) == wanted
+        return lambda _, m, **__: (m.type, getattr(m, "round", None)) == (kind, number - 1)
 
     points: dict[str, tuple[Any, str, Callable[..., bool]]] = {
         "start": (run, "_fedml_arguments", lambda *_, **__: True),

@@ -95,7 +95,8 @@ def own_parts(kind: str, args: Any, model: Any) -> dict[str, Any]:
     from fedml.ml.trainer.my_model_trainer_classification import ModelTrainerCLS
 
     from fedsq_plugin.hosts.fedml.adapters import FedSQAggregator, FedSQTrainer
-    from fedsq_plugin.run.plan import config_of, plan_of
+    from fedsq_plugin.hosts.fedml.arguments import config_of
+    from fedsq_plugin.run.plan import plan_of
 
     class Noisy:
         """Draws from the global generators, as a user's code may."""

@@ -17,8 +17,8 @@ import fedsq_plugin
 from fedsq_plugin import DualCopy, models
 from fedsq_plugin.errors import ConfigError, GateError, WeightsError
 from fedsq_plugin.hosts.fedml import hook
+from fedsq_plugin.hosts.fedml.arguments import algorithm_of
 from fedsq_plugin.hosts.fedml.simulation import Simulation
-from fedsq_plugin.run.plan import algorithm_of
 
 from .conftest import MakeArgs, network, silos
 

@@ -716,7 +716,8 @@ def mine(which: str, args: Any, model: nn.Module) -> tuple[dict[str, Any], list[
     """Subclasses of ours as a main.py makes them, from the model that FedMLRunner gets as well; and the
     calls that reach them."""
     from fedsq_plugin.hosts.fedml.adapters import FedSQAggregator, FedSQTrainer
-    from fedsq_plugin.run.plan import config_of, plan_of
+    from fedsq_plugin.hosts.fedml.arguments import config_of
+    from fedsq_plugin.run.plan import plan_of
 
     calls: list[str] = []
 
@@ -768,7 +769,8 @@ def test_subclasses_of_ours_are_used_and_follow_the_row(
 def test_a_subclass_may_aggregate_by_itself(fedml: Any, make_args: MakeArgs) -> None:
     """The rounds go on: the probe ends after the first one."""
     from fedsq_plugin.hosts.fedml.adapters import FedSQAggregator
-    from fedsq_plugin.run.plan import config_of, plan_of
+    from fedsq_plugin.hosts.fedml.arguments import config_of
+    from fedsq_plugin.run.plan import plan_of
 
     class First(FedSQAggregator):
         def aggregate(self, raw_client_model_or_grad_list: Any) -> State:

@@ -11,6 +11,7 @@ from torch import nn
 from fedsq_plugin.dualcopy import DualCopy
 from fedsq_plugin.errors import ConfigError, GateError
 from fedsq_plugin.federation.state import fingerprint
+from fedsq_plugin.hosts.fedml.dataset import from_tuple
 
 from .conftest import MakeArgs
 
@@ -62,10 +63,11 @@ def test_the_second_time_it_comes_from_the_cache(
 def test_what_it_is_measured_on_is_held_by_nobody(fedml: Any, make_args: MakeArgs, tmp_path: Path) -> None:
     args = make_args(**GELUNET, warm_start_cache_dir=str(tmp_path / "cache"))
     dataset, _ = fedml.data.load(args)
-    parts = [set(batches.dataset.indices) for batches in dataset[5].values()]
-    parts += [set(dataset.public.dataset.indices), set(dataset.validation.dataset.indices)]
+    data = from_tuple(dataset, args.dataset)
+    parts = [set(batches.dataset.indices) for batches in data.train.values()]
+    parts += [set(data.public.dataset.indices), set(data.validation.dataset.indices)]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 1348  # 1,797 digits less a quarter, 449
-    assert len(dataset.validation.dataset) == 404 // 5  # of 0.3 · 1348 = 404 public samples
+    assert len(data.validation.dataset) == 404 // 5  # of 0.3 · 1348 = 404 public samples
 
 
 def test_a_smooth_network_without_it_is_refused_with_the_way_out(fedml: Any, make_args: MakeArgs) -> None:
@@ -87,7 +89,7 @@ def test_a_gated_name_of_a_smooth_network_says_what_to_use(fedml: Any, make_args
 
 
 def test_a_data_set_of_fedmls_has_no_public_split(fedml: Any, make_args: MakeArgs) -> None:
-    from fedsq_plugin.run.plan import refuse_warm_start
+    from fedsq_plugin.run.warm_start import refuse_warm_start
     from fedsq_plugin.settings.config import parse
 
     args = make_args(**{**GELUNET, "dataset": "cifar10", "warm_start": "none"})

@@ -252,7 +252,8 @@ def test_a_trainer_that_fedml_would_ignore_is_an_error(fedml: Any, make_args: Ma
 
 def test_user_hooks_see_all_updates_together(fedml: Any, make_args: MakeArgs) -> None:
     from fedsq_plugin.hosts.fedml.adapters import FedSQAggregator
-    from fedsq_plugin.run.plan import config_of, plan_of
+    from fedsq_plugin.hosts.fedml.arguments import config_of
+    from fedsq_plugin.run.plan import plan_of
 
     seen: list[int] = []
 

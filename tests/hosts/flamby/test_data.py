@@ -20,7 +20,6 @@ import pytest
 import torch
 import yaml
 
-from fedsq_plugin.errors import ConfigError
 from fedsq_plugin.federation.evaluate import evaluate
 from fedsq_plugin.federation.seeding import isolated
 from fedsq_plugin.run.check import check
@@ -109,21 +108,20 @@ def in_one_process(
 
 
 @needs_heart
-def test_the_8_tuple_is_flambys_own_split(datasets: Path, heart: Path) -> None:
+def test_the_centres_are_flambys_own_split(datasets: Path, heart: Path) -> None:
     from fedsq_plugin.data.flamby.centres import load_centres
 
     flamby = package("fed_heart_disease")
-    data, outputs = load_centres(config(heart_recipe(heart)))
-    train_size, test_size, whole, test, sizes, train, tests, classes = data
+    data = load_centres(config(heart_recipe(heart)))
     # FLamby's published sizes
-    assert sizes == {0: 199, 1: 172, 2: 30, 3: 85} and (train_size, test_size) == (486, 254)
-    assert {silo: len(part.dataset) for silo, part in tests.items()} == {0: 104, 1: 89, 2: 16, 3: 45}
-    assert (len(whole.dataset), len(test.dataset), classes, outputs) == (486, 254, 1, 1)
-    assert {len(y) for _, y in train[2]} <= {flamby.BATCH_SIZE, 2, 5}
+    assert data.sizes == {0: 199, 1: 172, 2: 30, 3: 85} and data.global_test_size == 254
+    assert {silo: len(part.dataset) for silo, part in data.test.items()} == {0: 104, 1: 89, 2: 16, 3: 45}
+    assert (len(data.global_train.dataset), len(data.global_test.dataset), data.outputs) == (486, 254, 1)
+    assert {len(y) for _, y in data.train[2]} <= {flamby.BATCH_SIZE, 2, 5}
     for silo in range(4):  # loaders belong to their client
         own = flamby.FedClass(center=silo, train=True, data_path=str(heart))
         assert {tuple(own[n][0].tolist()) for n in range(len(own))} == {
-            tuple(x.tolist()) for batch, _ in train[silo] for x in batch
+            tuple(x.tolist()) for batch, _ in data.train[silo] for x in batch
         }
     assert data.task.metric.name == "accuracy" and isinstance(data.task.loss, flamby.BaselineLoss)
 
@@ -133,8 +131,8 @@ def test_the_recipes_batch_size_goes_before_flambys(datasets: Path, heart: Path)
     from fedsq_plugin.data.flamby.centres import load_centres
 
     package("fed_heart_disease")
-    data, _ = load_centres(config(heart_recipe(heart, batch_size=10)))
-    assert [len(y) for _, y in data[5][2]] == [10, 10, 10]
+    data = load_centres(config(heart_recipe(heart, batch_size=10)))
+    assert [len(y) for _, y in data.train[2]] == [10, 10, 10]
 
 
 @needs_heart
@@ -191,7 +189,7 @@ def test_a_silos_process_loads_its_centre_alone(
 ) -> None:
     from types import SimpleNamespace
 
-    from fedsq_plugin.hosts.fedml.hook import _load_centres
+    from fedsq_plugin.hosts.fedml.hook import _load_ours
 
     flamby, made = package("fed_heart_disease"), []
 
@@ -203,12 +201,12 @@ def test_a_silos_process_loads_its_centre_alone(
     monkeypatch.setattr(flamby, "FedClass", Watched)
     road = {"training_type": "cross_silo", "backend": "GRPC"}
     values = {k: v for part in heart_recipe(heart, **road).values() for k, v in part.items()}
-    data, _ = _load_centres(SimpleNamespace(**values, rank=rank, worker_num=2))
+    data = _load_ours(SimpleNamespace(**values, rank=rank, worker_num=2))
     if rank:  # silos 1 and 3 of 4 belong to the second of two client processes
         assert sorted(made) == [(c, train, False) for c in (1, 3) for train in (False, True)]
-        assert data[4] == {1: 172, 3: 85} and data[3] is None
+        assert data.sizes == {1: 172, 3: 85} and data.global_test is None
     else:
-        assert made == [(0, False, True)] and data[5] == {} and len(data[3].dataset) == 254
+        assert made == [(0, False, True)] and data.train == {} and len(data.global_test.dataset) == 254
 
 
 def test_synthetic_data_of_flambys_own_script(datasets: Path, tmp_path: Path) -> None:
@@ -266,8 +264,8 @@ def test_a_round_on_stand_in_files(name: str, datasets: Path, plain_path: Path, 
     centres = options["client_num_in_total"]
     _, pooled = utils.init_data_loaders(pooled=True, **common)
     _, single = utils.init_data_loaders(pooled=False, num_clients=centres, **common)
-    data, _ = load_centres(config(recipe))
-    for ours, theirs in ((data[3], pooled), (data[6][0], single[0])):
+    data = load_centres(config(recipe))
+    for ours, theirs in ((data.global_test, pooled), (data.test[0], single[0])):
         with isolated(1):  # KiTS draws its patches at random: the same draws for both
             measured = evaluate(outcome.model, ours, "cpu", *data.task).accuracy
         with isolated(1):
@@ -321,11 +319,3 @@ def test_what_only_a_gpu_can_do_is_one_line(datasets: Path, tmp_path: Path) -> N
     package("fed_lidc_idri")
     (line,) = check(families("fed_lidc_idri", tmp_path, model="flamby/baseline", client_num_in_total=4))
     assert "runs on a GPU only; under FedML, set device_args.using_gpu: true" in line
-
-
-def test_a_data_set_that_a_script_took_apart_is_refused(datasets: Path) -> None:
-    from fedsq_plugin.run.plan import task_of
-
-    recipe = config(heart_recipe(Path("x")))
-    with pytest.raises(ConfigError, match="the loss and the metric of flamby/fed_heart_disease are lost"):
-        task_of(recipe, [1, 2, 3])

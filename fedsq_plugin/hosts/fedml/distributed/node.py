@@ -99,9 +99,7 @@ def _ranks(args: Any) -> int:
     """The number of client processes. FedML counts the server among the workers of an MPI simulation."""
     ranks = int(args.worker_num) - int(args.training_type == "simulation")
     if ranks < 1:
-        raise ConfigError(
-            "this run has no client process: start it with mpirun -np 2 or more, or fedsq launch"
-        )
+        raise ConfigError("this run has no client process: start it with mpirun -np 2 or more, or fedsq launch")
     if int(args.rank) > ranks:
         raise ConfigError(f"rank {args.rank} is none of this run's: worker_num is {ranks}")
     return ranks

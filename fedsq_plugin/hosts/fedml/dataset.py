@@ -1,0 +1,65 @@
+"""FedML's form of a data set: a list of eight parts, known by their positions. Nothing else reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from ...data.registry import is_flamby
+from ...data.silos import SilosData
+from ...errors import ConfigError
+
+
+class EightTuple(list[Any]):
+    """What FedML calls the 8-tuple; `silos` has what it has no place for."""
+
+    silos: SilosData
+
+
+def to_tuple(data: SilosData) -> EightTuple:
+    """FedML's form of the data: its own loops and a user's script find what they expect."""
+    found = EightTuple(
+        [
+            sum(data.sizes.values()),
+            data.global_test_size,
+            data.global_train,
+            data.global_test,
+            data.sizes,
+            data.train,
+            data.test,
+            data.outputs,
+        ]
+    )
+    found.silos = data
+    return found
+
+
+def from_tuple(dataset: Iterable[Any], name: str) -> SilosData:
+    """The data by name, from what `fedml.data.load` or a user's own function gave.
+
+    A script may have replaced parts of the list: its parts count. What has no place there is as it was
+    loaded; for a list of others the task is a classification.
+
+    Args:
+        name: the recipe's `dataset`.
+
+    Raises:
+        ConfigError: there are not eight parts, or a script took apart what `fedml.data.load` gave for a data
+            set of FLamby's, whose loss is then lost.
+    """
+    parts = list(dataset)
+    if len(parts) != 8:
+        raise ConfigError(f"the data set has {len(parts)} parts; FedML's have 8, as fedml.data.load gives them")
+    _, global_test_size, global_train, global_test, sizes, train, test, outputs = parts
+    places = {
+        **{"train": train, "test": test, "sizes": sizes, "outputs": outputs},
+        **{"global_train": global_train, "global_test": global_test, "global_test_size": global_test_size},
+    }
+    if isinstance(dataset, EightTuple):
+        return replace(dataset.silos, **places)
+    if is_flamby(name):
+        raise ConfigError(
+            f"the loss and the metric of {name} are lost: hand the data set to FedMLRunner as fedml.data.load gave it"
+        )
+    return SilosData(**places)
