@@ -30,11 +30,10 @@ from fedsq_plugin.federation.roles import Role, roles
 from fedsq_plugin.federation.seeding import isolated
 from fedsq_plugin.federation.state import State, fingerprint, state_of
 from fedsq_plugin.federation.task import cross_entropy
+from tests.algorithms.task import AllOptions
 
 ALL = frozenset(Role)
 Batches = Sequence[tuple[Tensor, Tensor]]
-
-from tests.algorithms.task import AllOptions
 
 
 class Weight(nn.Module):

@@ -23,6 +23,7 @@ from fedsq_plugin.federation.state import fingerprint, nbytes, state_of
 from fedsq_plugin.federation.task import CLASSIFICATION
 from tests.algorithms.task import SILOS, Federation, changed, mlp, silos
 
+
 class Watched(Federation):
     """Notes what the loop calls."""
 
