@@ -20,7 +20,7 @@ from fedsq_plugin.hosts.fedml.dataset import from_tuple
 from fedsq_plugin.hosts.fedml.hook import prepare_host
 from fedsq_plugin.hosts.fedml.sides import server_side
 from fedsq_plugin.hosts.fedml.silo import Silos
-from fedsq_plugin.run.plan import plan_of, viewed
+from fedsq_plugin.run.plan import build_view, plan_of
 from fedsq_plugin.settings.agreement import shared_options
 from fedsq_plugin.wire.message import End, Failed, Online, Result, Task
 
@@ -64,7 +64,7 @@ class Bench:
         model = network()
         self.plan = plan_of(config, model)
         prepare_host(args)
-        model = viewed(model, self.plan)
+        model = build_view(model, self.plan)
         from fedsq_plugin.hosts.fedml.adapters import FedSQAggregator
 
         side = server_side(FedSQAggregator(model, args, self.plan), self.plan)
