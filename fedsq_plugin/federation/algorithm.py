@@ -164,7 +164,7 @@ class Algorithm:
     """Five choices; their defaults are FedAvg's.
 
     Raises:
-        ConfigError: the name cannot name a file.
+        ConfigError: the name cannot name a file, or a choice is no value of its class.
     """
 
     name: str
@@ -180,6 +180,14 @@ class Algorithm:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.+-]+", self.name):
             raise ConfigError(f"algorithm '{self.name}': a name has letters, digits, '-', '_' and '.'")
+        for choice, value in self.choices.items():
+            kind = type(_DEFAULTS[choice])
+            if not isinstance(value, kind):
+                raise ConfigError(
+                    f"algorithm '{self.name}': {choice} is {type(value).__name__}, not a value of {kind.__name__}"
+                )
+        if not (isinstance(self.options, type) and issubclass(self.options, Options)):
+            raise ConfigError(f"algorithm '{self.name}': options is no subclass of Options, as ExtraOptions is")
 
     @property
     def gated(self) -> bool:
@@ -272,7 +280,8 @@ def options_together(*groups: type[Options]) -> type[Options]:
     unique = [one for one in dict.fromkeys(groups) if not any(_extends(other, one) for other in groups)]
     if len(unique) < 2:
         return unique[0] if unique else Options
-    return create_model("Together", __base__=tuple(unique))
+    # Pydantic takes the fields of the last base first.
+    return create_model("Together", __base__=tuple(reversed(unique)))
 
 
 def _extends(group: type[Options], other: type[Options]) -> bool:
