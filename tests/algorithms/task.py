@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsq_plugin.algorithms import Algorithm, FederationOptions, algorithm
-from fedsq_plugin.algorithms.registry import builtin_options
+from fedsq_plugin.algorithms.registry import builtin, builtin_options
 from fedsq_plugin.data.partition import partition
 from fedsq_plugin.federation.algorithm import options_together
 from fedsq_plugin.federation.client import Client
@@ -33,6 +33,11 @@ AllOptions: Any = options_together(FederationOptions, builtin_options())
 """The options of all algorithms together."""
 
 
+def values(choice: str) -> dict[str, Any]:
+    """All values of a choice that the algorithms of this package make, by name."""
+    return {(value := getattr(one, choice)).name: value for one in builtin().values()}
+
+
 def corners(samples: int, seed: int) -> tuple[Tensor, Tensor]:
     """Four clouds around (±1, ±1); the class is whether the signs agree."""
     with isolated(seed):
@@ -47,6 +52,11 @@ def mlp() -> nn.Module:
 
 OPTIONS: Any = AllOptions(epochs=2, head="3", frozen_modules=("0", "1"), server_lr=0.1)
 """For `mlp`, whatever the algorithm; 0.1 for the algorithms with a server optimizer of few rounds."""
+
+
+def changed(**options: Any) -> Any:
+    """`OPTIONS` with these."""
+    return OPTIONS.model_copy(update=options)
 
 
 @functools.cache
