@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..dualcopy import DualCopy
 from ..errors import ConfigError
 from .local import Part, Phase, Term
-from .options import Options, option
+from .options import Options, option, runs_rounds
 from .roles import Role
 from .roles import roles as find_roles
 from .server_state import ServerState
@@ -30,18 +30,23 @@ HEAD = frozenset({Role.HEAD, Role.HEAD_NORM_PARAMETER})
 BODY = EVERYTHING - HEAD
 
 
+def _unknown_head(native: str | None, warm_start: str) -> str | None:
+    return f"{native} knows no head" if native and warm_start not in ("file", "imagenet") else None
+
+
 class FederationOptions(Options):
     """The options that the choices of several algorithms read."""
 
     epochs: int = option(1, "train_args", "local epochs per round", agree=True, ge=0)
     head: str | None = option(
-        None, "fedsq_args", "module path of the head; known for our own backbones", agree=True
+        None, "fedsq_args", "module path of the head; known for our own backbones", agree=True, idle=_unknown_head
     )
     buffers: Literal["average", "keep"] = option(
         "average",
         "fedsq_args",
         "BatchNorm's statistics: average the silos', or keep the server's",
         agree=True,
+        idle=runs_rounds,
     )
 
 

@@ -6,16 +6,17 @@ import fnmatch
 import math
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
+from pydantic import field_validator
 from torch import Tensor, nn
 
 from ..dualcopy.precision import HALF, Precision, to_device
 from ..errors import ConfigError
 from .augment import augment
 from .evaluate import main_output
+from .options import Options, option, runs_rounds
 from .roles import NORMALISATION, Role
 from .seeding import isolated
 from .state import State
@@ -64,47 +65,97 @@ def trains(parts: Sequence[Part]) -> bool:
     return any(not isinstance(part, Statistics) for part in parts)
 
 
-@dataclass(frozen=True)
-class LocalTraining:
-    """The optimizer of a local update. Learning rate per step; clip_norm on the global gradient norm.
+def _plain_sgd(native: str | None, client_optimizer: str) -> str | None:
+    return f"{native} trains by plain SGD" if native and client_optimizer == "sgd" else None
+
+
+def _no_momentum(native: str | None, client_optimizer: str) -> str | None:
+    return f"{client_optimizer} has none" if not native and client_optimizer != "sgd" else None
+
+
+def _other_trainer(native: str | None, warm_start: str) -> str | None:
+    return f"{native} trains" if native and warm_start != "public" else None
+
+
+def _no_steps(lr_schedule: str) -> str | None:
+    return f"lr_schedule is '{lr_schedule}'" if lr_schedule != "step" else None
+
+
+class LocalTraining(Options):
+    """The steps of a local update. The learning rate is per step, clip_norm bounds the global gradient norm.
 
     The schedule is over rounds (0-based round r of R): constant; cosine, lr·(1+cos(πr/R))/2; step,
     lr·lr_decay^⌊r/lr_decay_rounds⌋.
     """
 
-    optimizer: Literal["sgd", "adam", "adamw"] | OptimizerClass = "sgd"
-    """A class is called with the learning rate alone: everything else is its own default."""
-    learning_rate: float = 0.01
-    momentum: float = 0.0
-    nesterov: bool = False
-    weight_decay: float = 0.0
-    clip_norm: float | None = None
-    lr_schedule: Literal["constant", "cosine", "step"] = "constant"
-    lr_decay: float = 0.1
-    lr_decay_rounds: int = 10
-    rounds: int = 1
-    augmentation: tuple[str, ...] = ()
-    precision: Precision = "fp32"
-    """Of forward and backward, by autocast; weights, losses and what is added to them are fp32."""
+    comm_round: int = option(1, "train_args", "number of rounds", required=True, agree=True, ge=1)
+    client_optimizer: Literal["sgd", "adam", "adamw"] = option("sgd", "train_args", "client's optimizer", agree=True)
+    learning_rate: float = option(0.01, "train_args", "client's learning rate", agree=True, gt=0)
+    momentum: float = option(
+        0.0, "train_args", "momentum of sgd", agree=True, idle=(_plain_sgd, _no_momentum), ge=0, lt=1
+    )
+    weight_decay: float = option(
+        0.0, "train_args", "L2 penalty of sgd and adam, decay of adamw", agree=True, idle=_plain_sgd, ge=0
+    )
+    precision: Precision = option(
+        "fp32",
+        "fedsq_args",
+        "what silos train in, by autocast, fp16 with a scaled loss; what travels and what is tested is fp32",
+        differs="what travels and what decides gates is fp32",
+        idle=runs_rounds,
+    )
+    nesterov: bool = option(False, "fedsq_args", "Nesterov momentum (sgd)", agree=True, idle=runs_rounds)
+    clip_norm: float | None = option(
+        None, "fedsq_args", "bound on the norm of a step's gradient", agree=True, idle=runs_rounds, gt=0
+    )
+    lr_schedule: Literal["constant", "cosine", "step"] = option(
+        "constant", "fedsq_args", "learning rate over rounds", agree=True, idle=runs_rounds
+    )
+    lr_decay: float = option(
+        0.1,
+        "fedsq_args",
+        "factor of the step schedule",
+        agree=True,
+        idle=(runs_rounds, _no_steps),
+        gt=0,
+    )
+    lr_decay_rounds: int = option(
+        10,
+        "fedsq_args",
+        "rounds between two steps of the step schedule",
+        agree=True,
+        idle=(runs_rounds, _no_steps),
+        ge=1,
+    )
+    augmentation: tuple[Literal["crop", "flip"], ...] = option(
+        (),
+        "fedsq_args",
+        "augmentation of training images, in order",
+        agree=True,
+        idle=_other_trainer,
+    )
+
+    @field_validator("client_optimizer", mode="before")
+    @classmethod
+    def _any_case(cls, value: Any) -> Any:
+        return value.lower() if isinstance(value, str) else value
 
     def rate(self, round: int) -> float:
         """Learning rate of a round."""
         if self.lr_schedule == "cosine":
-            return self.learning_rate * (1 + math.cos(math.pi * round / self.rounds)) / 2
+            return self.learning_rate * (1 + math.cos(math.pi * round / self.comm_round)) / 2
         if self.lr_schedule == "step":
             return self.learning_rate * self.lr_decay ** (round // self.lr_decay_rounds)
         return self.learning_rate
 
-    def build(
-        self, parameters: Sequence[Tensor], round: int, factors: Sequence[float] = ()
-    ) -> torch.optim.Optimizer:
+    def build(self, parameters: Sequence[Tensor], round: int, factors: Sequence[float] = ()) -> torch.optim.Optimizer:
         """A fresh optimizer for one phase of one round.
 
         Args:
             factors: of the learning rate, for each parameter; none: 1. Where it is not 1, there is no
                 weight decay either.
         """
-        rate, decay = self.rate(round), self.weight_decay
+        rate = self.rate(round)
         groups: Any = parameters
         if any(factor != 1 for factor in factors):
             groups = [
@@ -113,13 +164,13 @@ class LocalTraining:
             ]
         # On a GPU: one kernel for all parameters, and fp16's test for overflow without a wait.
         fused = True if all(p.is_cuda for p in parameters) else None
-        if callable(self.optimizer):
-            return self.optimizer(groups, lr=rate)
-        if self.optimizer == "sgd":
-            return torch.optim.SGD(
-                groups, rate, self.momentum, 0.0, decay, nesterov=self.nesterov, fused=fused
-            )
-        cls = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
+        return self._optimizer(groups, rate, fused)
+
+    def _optimizer(self, groups: Any, rate: float, fused: bool | None) -> torch.optim.Optimizer:
+        decay = self.weight_decay
+        if self.client_optimizer == "sgd":
+            return torch.optim.SGD(groups, rate, self.momentum, 0.0, decay, nesterov=self.nesterov, fused=fused)
+        cls = torch.optim.Adam if self.client_optimizer == "adam" else torch.optim.AdamW
         return cls(groups, rate, weight_decay=decay, fused=fused)
 
     def forward(self, device: torch.device | str) -> AbstractContextManager[Any]:
@@ -134,6 +185,16 @@ class LocalTraining:
         return torch.amp.GradScaler(
             torch.device(device).type, SCALE, growth_interval=2**30, enabled=self.precision == "fp16"
         )
+
+
+class OptimizerTraining(LocalTraining):
+    """Local training by an optimizer of the caller's, which is called with the learning rate alone: everything else
+    is its own default."""
+
+    optimizer: OptimizerClass
+
+    def _optimizer(self, groups: Any, rate: float, fused: bool | None) -> torch.optim.Optimizer:
+        return self.optimizer(groups, lr=rate)
 
 
 SCALE = 2.0**10
@@ -287,10 +348,7 @@ def _optimizer(
 def frozen_keys(keys: Iterable[str], frozen: Sequence[str]) -> set[str]:
     """The keys of the modules that `frozen` names, by path or by glob pattern."""
     return {
-        key
-        for key in keys
-        for pattern in frozen
-        if any(fnmatch.fnmatchcase(part, pattern) for part in _owners(key))
+        key for key in keys for pattern in frozen if any(fnmatch.fnmatchcase(part, pattern) for part in _owners(key))
     }
 
 

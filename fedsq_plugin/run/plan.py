@@ -71,7 +71,7 @@ def plan_of(config: Config, model: nn.Module, task: Task = CLASSIFICATION) -> Pl
         config,
         chosen,
         options,
-        _training(config),
+        config,
         chosen.personal if config.silo_evaluation is None else config.silo_evaluation,
         finetune_epochs,
         task,
@@ -106,23 +106,6 @@ def accepted(config: Config) -> tuple[str, ...]:
     if config.model in flamby.MODELS:
         own = flamby.ungated(config.model, config.dataset)
     return (*config.gate_accept, *own)
-
-
-def _training(config: Config) -> LocalTraining:
-    return LocalTraining(
-        optimizer=config.client_optimizer,
-        learning_rate=config.learning_rate,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        weight_decay=config.weight_decay,
-        clip_norm=config.clip_norm,
-        lr_schedule=config.lr_schedule,
-        lr_decay=config.lr_decay,
-        lr_decay_rounds=config.lr_decay_rounds,
-        rounds=config.comm_round,
-        augmentation=config.augmentation,
-        precision=config.precision,
-    )
 
 
 def build_view(model: nn.Module, plan: Plan) -> nn.Module:

@@ -196,7 +196,7 @@ CLIENTS = [[0, 1], [1, 2], [0, 2], [0, 1, 2], [2, 1]]
 
 def run(variant: str) -> Federation:
     name, options = VARIANTS[variant]
-    training = LocalTraining(learning_rate=0.1, momentum=0.9, lr_schedule="cosine", rounds=5)
+    training = LocalTraining(learning_rate=0.1, momentum=0.9, lr_schedule="cosine", comm_round=5)
     return Federation(name, options=changed(epochs=1, **options), training=training)
 
 

@@ -11,7 +11,7 @@ from fedsq_plugin.algorithms import algorithm
 from fedsq_plugin.dualcopy import DualCopy
 from fedsq_plugin.errors import ConfigError, UpdateError
 from fedsq_plugin.federation.client import Client
-from fedsq_plugin.federation.local import LocalTraining, Phase, local_update
+from fedsq_plugin.federation.local import LocalTraining, OptimizerTraining, Phase, local_update
 from fedsq_plugin.federation.messages import Announcement, Assignment
 from fedsq_plugin.federation.roles import Role
 from fedsq_plugin.federation.seeding import derive
@@ -166,7 +166,7 @@ def test_without_epochs_nothing_is_trained() -> None:
 
 
 def test_kept_optimizers_are_each_silos_own_and_need_a_constant_rate() -> None:
-    training = LocalTraining(torch.optim.Adam, learning_rate=0.01)
+    training = OptimizerTraining(optimizer=torch.optim.Adam, learning_rate=0.01)
     one = Client(mlp(), algorithm("FedAvg"), OPTIONS, training, seed=0, keep_optimizers=True)
     begun, batches = state_of(one.model), silos()[0]
     results = []
@@ -186,7 +186,7 @@ def test_kept_optimizers_are_each_silos_own_and_need_a_constant_rate() -> None:
 
 
 def test_forgotten_optimizers_begin_anew_and_are_one_silos() -> None:
-    training = LocalTraining(torch.optim.Adam, learning_rate=0.01)
+    training = OptimizerTraining(optimizer=torch.optim.Adam, learning_rate=0.01)
 
     def trained(forget: int | None) -> State:
         one = Client(mlp(), algorithm("FedAvg"), OPTIONS, training, seed=0, keep_optimizers=True)

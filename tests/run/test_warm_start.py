@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,7 +85,7 @@ def test_global_generator_is_left_alone(tmp_path: Path) -> None:
         {"epochs": 3},
         {"seed": 1},
         *(
-            {"training": dataclasses.replace(TRAINING, **change)}
+            {"training": TRAINING.model_copy(update=change)}
             for change in (
                 {"learning_rate": 0.2},
                 {"momentum": 0.5},

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...algorithms import Algorithm, algorithm
 from ...errors import ConfigError, nearest
 from ...federation.client import Client
-from ...federation.local import LocalTraining, OptimizerClass
+from ...federation.local import LocalTraining, OptimizerClass, OptimizerTraining
 from ...federation.mean import MeanOfDifferences
 from ...federation.messages import Assignment
 from ...federation.record import RoundRecord
@@ -149,7 +149,9 @@ class Strategy:
                     own, optimizer_class, learning_rate, batches.loader, nrounds, noise_seed, device
                 )
                 optimizer = _always(made)
-            training = LocalTraining(optimizer=optimizer, learning_rate=learning_rate, rounds=max(nrounds, 1))
+            training = OptimizerTraining(
+                optimizer=optimizer, learning_rate=learning_rate, comm_round=max(nrounds, 1)
+            )
             client = self._client(own, chosen, training, copy.deepcopy(loss))
             period = (len(batches.loader), num_updates, log_period)
             on_step = StepLog(own, number, *period, logdir, name) if log else None
