@@ -277,7 +277,10 @@ def _validated(algorithm: Algorithm, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _always(optimizer: torch.optim.Optimizer) -> OptimizerClass:
+    """Gives this optimizer whenever one is built: opacus has tied it to the model. It begins without moments."""
+
     def made(parameters: Any, lr: float) -> torch.optim.Optimizer:
+        optimizer.state.clear()
         return optimizer
 
     return made
