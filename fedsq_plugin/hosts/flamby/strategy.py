@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ...algorithms import Algorithm, algorithm
 from ...errors import ConfigError, nearest
 from ...federation.client import Client
-from ...federation.local import LocalTraining, OptimizerClass, OptimizerTraining
 from ...federation.mean import MeanOfDifferences
 from ...federation.messages import Assignment
 from ...federation.record import RoundRecord
@@ -22,6 +21,7 @@ from ...federation.roles import roles
 from ...federation.round import Round
 from ...federation.server import Server
 from ...federation.state import State, state_of
+from ...federation.training import LocalTraining, OptimizerClass, OptimizerTraining
 from ...settings.config import Config, family_of, validated
 from .batches import EndlessBatches, Updates
 from .privacy import Privacy
@@ -277,7 +277,10 @@ def _validated(algorithm: Algorithm, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _always(optimizer: torch.optim.Optimizer) -> OptimizerClass:
+    """Gives this optimizer whenever one is built: opacus has tied it to the model. It begins without moments."""
+
     def made(parameters: Any, lr: float) -> torch.optim.Optimizer:
+        optimizer.state.clear()
         return optimizer
 
     return made
