@@ -56,8 +56,12 @@ class Outcome:
 class Host(Protocol):
     """A framework that runs the rounds of a recipe. Its module imports the framework only when it runs."""
 
+    name: str
+    """Its name for users, as "FedML"."""
     datasets: Collection[str]
     """The names of its own data sets."""
+    brings_silos: Collection[str]
+    """The names of those that set the number of silos themselves, whatever the recipe says."""
     models: Collection[str]
     """The names of its own models."""
     algorithms: Collection[str]

@@ -15,9 +15,10 @@ from ..algorithms import Algorithm, algorithm, find
 from ..data.flamby import backbones as flamby
 from ..dualcopy import DualCopy
 from ..errors import ConfigError, in_terms
-from ..federation.local import LocalTraining, frozen_keys
+from ..federation.local import frozen_keys
 from ..federation.seeding import derive, isolated
 from ..federation.task import CLASSIFICATION, Task
+from ..federation.training import LocalTraining
 from ..models.backbones import PREFIX
 from ..settings.config import Config
 
@@ -71,7 +72,7 @@ def plan_of(config: Config, model: nn.Module, task: Task = CLASSIFICATION) -> Pl
         config,
         chosen,
         options,
-        _training(config),
+        config,
         chosen.personal if config.silo_evaluation is None else config.silo_evaluation,
         finetune_epochs,
         task,
@@ -108,45 +109,33 @@ def accepted(config: Config) -> tuple[str, ...]:
     return (*config.gate_accept, *own)
 
 
-def _training(config: Config) -> LocalTraining:
-    return LocalTraining(
-        optimizer=config.client_optimizer,
-        learning_rate=config.learning_rate,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        weight_decay=config.weight_decay,
-        clip_norm=config.clip_norm,
-        lr_schedule=config.lr_schedule,
-        lr_decay=config.lr_decay,
-        lr_decay_rounds=config.lr_decay_rounds,
-        rounds=config.comm_round,
-        augmentation=config.augmentation,
-        precision=config.precision,
-    )
-
-
-def viewed(model: nn.Module, plan: Plan) -> nn.Module:
-    """The model as the algorithm trains it. The structural copy is taken here."""
+def build_view(model: nn.Module, plan: Plan) -> nn.Module:
+    """Make the model that the algorithm trains. A structural copy is taken now."""
     with in_recipe_terms():
         view = plan.algorithm.view.make(model, plan.options)
     if plan.config.channels_last:
-        # Convolutions follow their weights: inputs need not be touched.
+        # A convolution follows the format of its weights, whatever its inputs have.
         view.to(memory_format=torch.channels_last)
     return view
 
 
-def created(config: Config, classes: int) -> nn.Module:
-    """One of our backbones, initialised from the model seed; a DualCopy with the recipe's gate options."""
+def create_model(config: Config, outputs: int) -> nn.Module:
+    """Make one of our backbones, initialised from the model seed. A model called `dualcopy_…` is a DualCopy with the
+    recipe's gate options.
+
+    Raises:
+        ConfigError: there is no such model for the data set, or it has no gate and the algorithm needs gates.
+    """
     if config.model in flamby.MODELS:
         chosen = find(getattr(config, "federated_optimizer", ""))
         if chosen is not None and chosen.gated:
             line = flamby.without_gates(config.model, config.dataset)
             if line is not None:
                 raise ConfigError(f"model_args.model {config.model} under {chosen.name}: {line}")
-        return flamby.create(config.model, config.dataset, classes, derive("model", config.seed("model")))
+        return flamby.create(config.model, config.dataset, outputs, derive("model", config.seed("model")))
     name = config.model.removeprefix(PREFIX)
     with isolated(derive("model", config.seed("model"))):
-        model = models.create(name, classes, small_images=config.small_images)
+        model = models.create(name, outputs, small_images=config.small_images)
     if name == config.model:
         return model
     with in_recipe_terms():

@@ -25,13 +25,15 @@ from ...errors import ConfigError, in_one_line, nearest
 from ...federation.checkpoints import ServerCheckpoints
 from ...federation.seeding import derive, isolated
 from ...models.backbones import PREFIX
-from ...run.dry_run import tried
-from ...run.plan import created, plan_of, viewed
-from ...run.unused import compiled_for_cpu, untrained_gates, unused
+from ...run.dry_run import dry_run
+from ...run.facts import facts_of
+from ...run.plan import build_view, create_model, plan_of
+from ...run.reluise import replace_smooth
 from ...run.warm_start import warm_start
 from ...settings.agreement import kept_options
 from ...settings.config import OPTIONS, Config
 from ...settings.config import OURS as OUR_FAMILIES
+from ...settings.idle import compiled_for_cpu, untrained_gates, unused
 from ...settings.recipe import flat, misplaced, read_loosely
 from . import offline
 from .arguments import FINDINGS, HostName, algorithm_of, config_of
@@ -139,7 +141,7 @@ def _create(original: Any) -> Any:
     @functools.wraps(original)
     def create(args: Any, output_dim: int) -> Any:
         if args.model in models.names() or args.model in MODELS:
-            return created(config_of(args), output_dim)
+            return create_model(config_of(args), output_dim)
         seeded = getattr(args, "model_seed", None) is not None
         seed = derive("model", config_of(args).seed("model")) if seeded else 0
         try:
@@ -188,7 +190,8 @@ def _init(original: Any) -> Any:
         config = config_of(args)
         given = config.model_dump()
         findings = map(str, getattr(args, FINDINGS, []))
-        for line in (*unused(given, ours), *untrained_gates(given), *compiled_for_cpu(given), *findings):
+        facts = facts_of(given, ours)
+        for line in (*unused(given, facts), *untrained_gates(given, facts), *compiled_for_cpu(given), *findings):
             log.warning(line)
         check_device(config, device)
         if config.threads:
@@ -201,7 +204,7 @@ def _init(original: Any) -> Any:
             return
         data = from_tuple(dataset, args.dataset)
         plan = plan_of(config, model, data.task)  # refuses what does not fit before anything is trained
-        from .distributed.node import is_client, node, refuse_road, relu_like_the_servers
+        from .distributed.node import is_client, node, refuse_road
         from .security import check_options
         from .simulation import Simulation, refuse_foreign
 
@@ -215,10 +218,10 @@ def _init(original: Any) -> Any:
         if checkpoints is not None and not checkpoints.resumes:
             self.reluised = warm_start(model, config, data, device)
         elif config.relu_ise:
-            relu_like_the_servers(model)
-        view = viewed(model, plan)
+            replace_smooth(model)  # the weights come from the server, or from the checkpoint
+        view = build_view(model, plan)
         if own == (None, None):
-            for line in tried(view, plan, data):
+            for line in dry_run(view, plan, data):
                 log.warning(line)
         parts: Any = (args, device, data, view, plan, *own, checkpoints)
         self.runner = Simulation(*parts) if one_process else node(*parts)

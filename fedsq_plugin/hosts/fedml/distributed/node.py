@@ -7,7 +7,6 @@ from typing import Any
 from torch import nn
 
 from ....data.silos import SilosData
-from ....dualcopy.reluise import replace_by_lambda, replace_by_relu
 from ....errors import ConfigError
 from ....federation.checkpoints import ServerCheckpoints, SiloCheckpoints
 from ....federation.state import nbytes, state_of
@@ -22,7 +21,8 @@ from ..silo import Silos
 from .addresses import addresses
 from .client import Client
 from .protocol import MARGIN_S
-from .server import Server, rank_of
+from .rounds import rank_of
+from .server import Server
 from .transport import SEND_S, MpiTransport
 
 MIB = 2**20
@@ -46,12 +46,6 @@ def silos_of(args: Any) -> list[int]:
     """The silos that this process serves; none, where it is the server."""
     rank, ranks = int(args.rank), _ranks(args)
     return [silo for silo in range(args.client_num_in_total) if rank_of(silo, ranks) == rank]
-
-
-def relu_like_the_servers(model: nn.Module) -> None:
-    """A client's model gets its weights with the first broadcast, and here the ReLUs that they belong to."""
-    replace_by_lambda(model)
-    replace_by_relu(model)
 
 
 def node(
