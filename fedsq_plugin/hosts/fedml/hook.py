@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -150,16 +151,13 @@ def _create(original: Any) -> Any:
         except Exception as error:
             if "no such model definition" not in str(error):
                 raise ConfigError(
-                    f"model_args.model '{args.model}': FedML cannot make it for {args.dataset} "
-                    f"({in_one_line(error)})"
+                    f"model_args.model '{args.model}': FedML cannot make it for {args.dataset} ({in_one_line(error)})"
                 ) from error
             if args.model.startswith(PREFIX):
                 models.head(args.model)  # says what a name like this lacks
             homes = ", ".join(FEDML_MODELS.get(args.model, ()))
             hint = f"; it is FedML's for {homes}" if homes else nearest(args.model, models.names())
-            raise ConfigError(
-                f"model_args.model '{args.model}' is unknown to FedML for {args.dataset}{hint}"
-            ) from None
+            raise ConfigError(f"model_args.model '{args.model}' is unknown to FedML for {args.dataset}{hint}") from None
 
     return create
 
@@ -188,11 +186,7 @@ def _init(original: Any) -> Any:
             original(self, args, device, dataset, model, *rest)
             return
         config = config_of(args)
-        given = config.model_dump()
-        findings = map(str, getattr(args, FINDINGS, []))
-        facts = facts_of(given, ours)
-        for line in (*unused(given, facts), *untrained_gates(given, facts), *compiled_for_cpu(given), *findings):
-            log.warning(line)
+        _warn_of_options(config, ours, getattr(args, FINDINGS, []))
         check_device(config, device)
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -229,6 +223,14 @@ def _init(original: Any) -> Any:
     return init
 
 
+def _warn_of_options(config: Config, ours: bool, findings: Iterable[Any]) -> None:
+    """Log the options that have no effect in this run, or little, and what was found in the recipe before."""
+    given = config.model_dump()
+    facts = facts_of(given, ours)
+    for line in (*unused(given, facts), *untrained_gates(given, facts), *compiled_for_cpu(given), *map(str, findings)):
+        log.warning(line)
+
+
 def is_ours(args: Any, custom: bool) -> bool:
     """Whether our rows run this, rather than FedML itself.
 
@@ -245,9 +247,7 @@ def is_ours(args: Any, custom: bool) -> bool:
             f"use one of {', '.join(algorithms())}"
         )
     if _has_tls(args) and native and not known(name):
-        raise ConfigError(
-            f"FedML's own {name} has no TLS (fedsq_args.tls_cert); use one of {', '.join(algorithms())}"
-        )
+        raise ConfigError(f"FedML's own {name} has no TLS (fedsq_args.tls_cert); use one of {', '.join(algorithms())}")
     if _is_native(args) and not (custom and _is_sp(args)):
         return False
     if "+" in name:
