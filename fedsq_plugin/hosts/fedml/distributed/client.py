@@ -11,7 +11,7 @@ from fedml.core.distributed.communication.constants import CommunicationConstant
 from fedml.core.distributed.communication.message import Message
 from fedml.core.distributed.fedml_comm_manager import FedMLCommManager
 
-from ....errors import RunError, in_one_line
+from ....errors import EndedByServer, RunError, in_one_line
 from ....federation.updates import brief
 from ....run.plan import in_recipe_terms
 from ....settings.agreement import shared_options
@@ -95,9 +95,9 @@ class Client(FedMLCommManager):  # type: ignore[misc]
         while (word := self._transport.arrived()) is not None:
             if word.get_type() == END:
                 reason = word.get("reason")
-                return RunError(
-                    _ended(reason) if reason else f"the run is over; it did without rank {self.rank}"
-                )
+                if reason:
+                    return EndedByServer(brief(reason, 1000))
+                return RunError(f"the run is over; it did without rank {self.rank}")
         return None
 
     def _server_gone(self, seconds: float) -> str:
@@ -146,7 +146,7 @@ class Client(FedMLCommManager):  # type: ignore[misc]
             return
         self._transport.stop_receive_message()
         if end.get("reason"):
-            raise RunError(_ended(end.get("reason")))
+            raise EndedByServer(brief(end.get("reason"), 1000))
         # Over MPI, an error here would end the server before it has written its results.
         if self._failure and self._transport.shows_life:
             raise RunError(f"the run went on without rank {self.rank}: {self._failure}")
@@ -166,7 +166,3 @@ class Client(FedMLCommManager):  # type: ignore[misc]
         elif time.monotonic() - self._reached > SILENCE_S + self._return_s:
             return self._server_gone(SILENCE_S + self._return_s)
         return None
-
-
-def _ended(reason: Any) -> str:
-    return f"the server ended the run: {brief(reason, 1000)}"
