@@ -1,4 +1,4 @@
-"""Partitions of a labelled data set over silos."""
+"""Divide the samples of a labelled data set over silos."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ Labels = npt.NDArray[np.int64]
 _DRAWS = 1000
 
 METHODS = {"homo": "i.i.d.", "hetero": "Dirichlet(alpha) over the silos, class by class"}
-"""FedML's names of the partition methods."""
+"""The partition methods, by FedML's names."""
 
 
 def partition(labels: Labels, silos: int, method: str, alpha: float, seed: int, min_size: int = 1) -> list[Labels]:
-    """Indices of every silo's samples: disjoint, together all samples, each ascending.
+    """The indices of every silo's samples, ascending. Every sample goes to one silo.
 
     `hetero` splits each class by proportions drawn from Dirichlet(alpha) (Hsu et al. 2019,
-    arXiv 1909.06335), drawn again until every silo has `min_size` samples.
+    arXiv 1909.06335), and draws again until every silo has `min_size` samples.
 
     Raises:
         ConfigError: unknown method, or no partition with `min_size` samples per silo was found.
@@ -48,11 +48,12 @@ def partition(labels: Labels, silos: int, method: str, alpha: float, seed: int, 
     )
 
 
-def matching(labels: Labels, like: list[Labels], seed: int) -> list[Labels]:
-    """Partition `labels` so that each silo gets its share of every class in `like`.
+def partition_like(labels: Labels, like: list[Labels], seed: int) -> list[Labels]:
+    """Divide the test samples so that each silo's classes are distributed as in its training data.
 
-    `like` holds every silo's labels (the training split): a silo's test data then follow the
-    distribution of its training data. Classes that no silo has are split evenly.
+    Args:
+        labels: of the test samples.
+        like: labels of every silo's training samples. A class that no silo has is divided evenly.
     """
     generator = np.random.default_rng(seed)
     classes = np.unique(labels)
@@ -63,7 +64,12 @@ def matching(labels: Labels, like: list[Labels], seed: int) -> list[Labels]:
 
 
 def _split(members: list[npt.NDArray[np.int64]], shares: npt.NDArray[np.float64]) -> list[Labels]:
-    """Cut each class's members at the cumulated, rounded shares (one row per class)."""
+    """Give every silo its share of each class.
+
+    Args:
+        members: indices of each class's samples, in the order in which they are given out.
+        shares: (classes, silos), each row with the sum 1.
+    """
     parts: list[list[Labels]] = [[] for _ in range(shares.shape[1])]
     for indices, share in zip(members, shares, strict=True):
         cuts = np.rint(np.cumsum(share)[:-1] * len(indices)).astype(int)
@@ -72,6 +78,6 @@ def _split(members: list[npt.NDArray[np.int64]], shares: npt.NDArray[np.float64]
     return [np.sort(np.concatenate(part)) for part in parts]
 
 
-def label_counts(parts: list[Labels], classes: int) -> list[list[int]]:
-    """Samples of every silo (rows) per class (columns), from the silos' labels."""
+def count_labels(parts: list[Labels], classes: int) -> list[list[int]]:
+    """The number of samples of every silo (rows) per class (columns), from the silos' labels."""
     return [np.bincount(part, minlength=classes).tolist() for part in parts]

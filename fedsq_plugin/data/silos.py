@@ -14,7 +14,7 @@ from ..federation.seeding import derive
 from ..federation.task import CLASSIFICATION, Task
 from ..settings.config import Config
 from .loaders import make_loader
-from .partition import Labels, label_counts, matching, partition
+from .partition import Labels, count_labels, partition, partition_like
 
 VALIDATION = 5
 """One of so many public samples is kept for validation."""
@@ -97,7 +97,7 @@ def divide(splits: Splits, config: Config) -> SilosData:
         )
     ]
     labels = [splits.train_labels[part] for part in parts]
-    tests = matching(splits.test_labels, labels, derive("test", seed))
+    tests = partition_like(splits.test_labels, labels, derive("test", seed))
 
     def batches(dataset: Dataset[Any], indices: Labels, size: int, shuffle: bool = False) -> DataLoader[Any]:
         return make_loader(Subset(dataset, indices.tolist()), size, shuffle)
@@ -110,7 +110,7 @@ def divide(splits: Splits, config: Config) -> SilosData:
         global_train=batches(splits.train, private, size, shuffle=True),
         global_test=make_loader(splits.test, max(size, 256)),
         global_test_size=len(splits.test_labels),
-        counts=label_counts(labels, len(splits.classes)),
+        counts=count_labels(labels, len(splits.classes)),
         classes=splits.classes,
     )
     if public:

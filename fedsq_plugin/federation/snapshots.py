@@ -20,7 +20,8 @@ from . import checkpoint
 from .server_state import ServerState
 from .state import fingerprint
 
-FORMAT = 1
+FORMAT = 2
+"""Version 0.1.0 wrote format 1."""
 _STRUCTURAL, _SILOS = "structural/", "silos/"
 
 
@@ -50,7 +51,10 @@ class Versions:
         path = self._path(round)
         tensors, about = checkpoint.load(path)
         if about.get("format") != FORMAT:
-            raise WeightsError(f"{path}: not a snapshot of format {FORMAT}, which this version reads")
+            raise WeightsError(
+                f"{path}: a checkpoint of format {about.get('format')}, and this version reads format {FORMAT}: end the "
+                "run with the version that wrote it"
+            )
         if about.pop("about_sha256", None) != _digest(about):
             raise WeightsError(f"{path}: {path.stem}.json was changed after it was written")
         if about["run"] != self._run:

@@ -101,11 +101,11 @@ def _trial(valid: dict[str, Any]) -> Iterator[str]:
     """Load the data, build the model, read the weights, and run a batch through what is there."""
     from .. import models
     from ..algorithms import find
-    from ..data.flamby.backbones import MODELS, fetched
+    from ..data.flamby.backbones import MODELS, downloads_weights
     from ..data.flamby.catalogue import CATALOGUE
     from ..data.registry import OURS, load
-    from ..dualcopy.reluise import replace_by_lambda, replace_by_relu
-    from .plan import created
+    from .plan import create_model
+    from .reluise import replace_smooth
     from .warm_start import refuse_warm_start, with_public_split
 
     config = Config.model_construct(**valid)
@@ -131,12 +131,12 @@ def _trial(valid: dict[str, Any]) -> Iterator[str]:
     buildable = valid.get("model") in models.names()
     if valid.get("model") in MODELS:
         row = find(valid.get("federated_optimizer", ""))
-        # What would be fetched is not built, but for the line that says that it has no gate.
+        # A model that would download its weights is built only to say that it has no gate.
         gated = row is not None and row.gated
-        buildable = data is not None and (gated or not fetched(config.model, config.dataset))
+        buildable = data is not None and (gated or not downloads_weights(config.model, config.dataset))
     if buildable and _all_in(valid, *MODEL):
         try:
-            model = created(config, 10 if data is None else data.outputs)
+            model = create_model(config, 10 if data is None else data.outputs)
         except FedSQError as error:
             yield str(error)
     if _all_in(valid, "warm_start", "dataset", "model", "small_images"):
@@ -148,8 +148,7 @@ def _trial(valid: dict[str, Any]) -> Iterator[str]:
         yield from _weights(config, model)
     if model is not None and config.relu_ise:
         try:
-            replace_by_lambda(model)
-            replace_by_relu(model)
+            replace_smooth(model)
         except ConfigError as error:
             yield f"warm_start_args.relu_ise: {error}"
     if model is not None:
@@ -197,7 +196,7 @@ def _forward(config: Config, valid: dict[str, Any], model: nn.Module, data: Silo
     from ..algorithms import find
     from ..federation.roles import roles
     from ..federation.seeding import isolated
-    from .plan import head_of, plan_of, viewed
+    from .plan import build_view, head_of, plan_of
 
     try:
         roles(model, head_of(config, model))
@@ -206,7 +205,7 @@ def _forward(config: Config, valid: dict[str, Any], model: nn.Module, data: Silo
     if find(valid.get("federated_optimizer", "")) is not None and _all_in(valid, "comm_round", "dataset"):
         defaults = {key: option.default for key, option in OPTIONS.items() if not option.is_required()}
         try:
-            model = viewed(model, plan_of(Config.model_construct(**{**defaults, **valid}), model))
+            model = build_view(model, plan_of(Config.model_construct(**{**defaults, **valid}), model))
         except FedSQError as error:
             yield str(error)
             return

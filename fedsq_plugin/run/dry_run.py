@@ -1,4 +1,4 @@
-"""A few samples through the model before the first round: what would fail in a silo later is said at once."""
+"""Run a few samples through the model before the first round, so that an error comes before the training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .plan import Plan, in_recipe_terms
 SAMPLES = 2
 
 
-def tried(model: nn.Module, plan: Plan, data: SilosData) -> list[str]:
+def dry_run(model: nn.Module, plan: Plan, data: SilosData) -> list[str]:
     """Run a copy of the model, in evaluation mode, on two samples of the test data.
 
     Returns:

@@ -135,28 +135,33 @@ def _training(config: Config) -> LocalTraining:
     )
 
 
-def viewed(model: nn.Module, plan: Plan) -> nn.Module:
-    """The model as the algorithm trains it. The structural copy is taken here."""
+def build_view(model: nn.Module, plan: Plan) -> nn.Module:
+    """Make the model that the algorithm trains. A structural copy is taken now."""
     with in_recipe_terms():
         view = plan.algorithm.view.make(model, plan.options)
     if plan.config.channels_last:
-        # Convolutions follow their weights: inputs need not be touched.
+        # A convolution follows the format of its weights, whatever its inputs have.
         view.to(memory_format=torch.channels_last)
     return view
 
 
-def created(config: Config, classes: int) -> nn.Module:
-    """One of our backbones, initialised from the model seed; a DualCopy with the recipe's gate options."""
+def create_model(config: Config, outputs: int) -> nn.Module:
+    """Make one of our backbones, initialised from the model seed. A model called `dualcopy_…` is a DualCopy with the
+    recipe's gate options.
+
+    Raises:
+        ConfigError: there is no such model for the data set, or it has no gate and the algorithm needs gates.
+    """
     if config.model in flamby.MODELS:
         chosen = find(getattr(config, "federated_optimizer", ""))
         if chosen is not None and chosen.gated:
             line = flamby.without_gates(config.model, config.dataset)
             if line is not None:
                 raise ConfigError(f"model_args.model {config.model} under {chosen.name}: {line}")
-        return flamby.create(config.model, config.dataset, classes, derive("model", config.seed("model")))
+        return flamby.create(config.model, config.dataset, outputs, derive("model", config.seed("model")))
     name = config.model.removeprefix(PREFIX)
     with isolated(derive("model", config.seed("model"))):
-        model = models.create(name, classes, small_images=config.small_images)
+        model = models.create(name, outputs, small_images=config.small_images)
     if name == config.model:
         return model
     with in_recipe_terms():

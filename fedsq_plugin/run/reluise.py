@@ -152,10 +152,7 @@ def relu_ise(
     for epoch in range(schedule.learn_epochs):
         train(epoch)
     learned = history[-1]
-    target = {
-        path: max(target_lambda(layer.kind, schedule.tolerance), learned[path])
-        for path, layer in layers.items()
-    }
+    target = {path: max(target_lambda(layer.kind, schedule.tolerance), learned[path]) for path, layer in layers.items()}
     for layer in layers.values():
         layer.s.requires_grad_(False)
     for epoch in range(schedule.harden_epochs):
@@ -169,13 +166,16 @@ def relu_ise(
     return Reluised(original, hardened, relu, history, learned, target)
 
 
+def replace_smooth(model: nn.Module) -> None:
+    """Put nn.ReLU in the place of every smooth activation, in place, for weights that have gone through ReLU-isation
+    already. Raises ConfigError where there is none."""
+    replace_by_lambda(model)
+    replace_by_relu(model)
+
+
 def _check(model: nn.Module, steps: int, epoch: int) -> None:
     if not steps:
-        raise ConfigError(
-            f"ReLU-isation found no batch in epoch {epoch}; batches must be there again in every epoch"
-        )
+        raise ConfigError(f"ReLU-isation found no batch in epoch {epoch}; batches must be there again in every epoch")
     state: Mapping[str, Tensor] = model.state_dict()
     if not all(check_finite(value) for value in state.values() if value.is_floating_point()):
-        raise ConfigError(
-            f"ReLU-isation diverged: weights are not finite after epoch {epoch}; lower the learning rate"
-        )
+        raise ConfigError(f"ReLU-isation diverged: weights are not finite after epoch {epoch}; lower the learning rate")

@@ -16,7 +16,6 @@ from .. import __version__, models
 from ..data.registry import OURS
 from ..data.silos import VALIDATION, SilosData
 from ..dualcopy import DualCopy
-from ..dualcopy.reluise import replace_by_lambda, replace_by_relu
 from ..errors import ConfigError, WeightsError
 from ..federation import checkpoint
 from ..federation.evaluate import evaluate
@@ -27,7 +26,7 @@ from ..federation.state import fingerprint, state_of
 from ..models.backbones import PREFIX
 from ..settings.config import Config
 from .plan import head_of, in_recipe_terms
-from .reluise import Hardening, Reluised, relu_ise
+from .reluise import Hardening, Reluised, relu_ise, replace_smooth
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -182,13 +181,17 @@ def public_warm_start(
     cache: Path,
     device: torch.device | str = "cpu",
 ) -> bool:
-    """Train `model` in place on public data, or load the result of having done so before.
+    """Train `model` on public data, in place, or load the result from the cache.
 
-    The cache is keyed by content: the model as printed, its initial weights, the data (`content` is
-    their fingerprint), the options, the seed, the threads and the versions. A damaged entry is made anew.
+    An entry of the cache is used where everything is the same: the printed model, its initial weights, the data
+    (`content` is their SHA-256), the options, the seed, the number of threads, the device and the versions. A
+    damaged entry is made again.
 
     Returns:
         Whether the result came from the cache.
+
+    Raises:
+        ConfigError: the training diverged, or the cache cannot be written.
     """
 
     def train() -> Mapping[str, Any]:
@@ -215,11 +218,11 @@ def public_relu_ise(
     cache: Path,
     device: torch.device | str = "cpu",
 ) -> tuple[Reluised, bool]:
-    """`relu_ise` in place on public data, measured on public data that nothing trained on; or the result of
-    having done so before, with a cache as `public_warm_start` has it.
+    """Run `relu_ise` on public data, in place, or load the result from the cache of `public_warm_start`. Accuracies are
+    measured on `validation`, on which nothing is trained.
 
     Returns:
-        What it did, and whether that came from the cache.
+        What ReLU-isation did, and whether that came from the cache.
     """
 
     def accuracy(model: nn.Module) -> float:
@@ -229,11 +232,9 @@ def public_relu_ise(
         done = relu_ise(model, batches, training, hardening, seed=seed, device=device, evaluate=accuracy)
         return asdict(done)
 
-    def prepare() -> None:
-        replace_by_lambda(model)
-        replace_by_relu(model)
-
-    about, cached = _cached("relu-ise", model, (content, training, hardening, seed), cache, device, train, prepare)
+    about, cached = _cached(
+        "relu-ise", model, (content, training, hardening, seed), cache, device, train, replace_smooth
+    )
     return Reluised(**{name: about[name] for name in Reluised.__dataclass_fields__}), cached
 
 
@@ -244,11 +245,16 @@ def _cached(
     cache: Path,
     device: torch.device | str,
     make: Callable[[], Mapping[str, Any]],
-    prepare: Callable[[], None] = lambda: None,
+    prepare: Callable[[nn.Module], None] = lambda model: None,
 ) -> tuple[Mapping[str, Any], bool]:
-    """What `make` says of what it made of the model, and whether it had been made before.
+    """Let `make` change the model in place, or load the result from the cache.
 
-    `prepare` gives the model the modules that `make` gives it.
+    Args:
+        make: changes the model, and returns metadata.
+        prepare: gives the model the modules that `make` would give it, so that the cached weights fit.
+
+    Returns:
+        The metadata, and whether they came from the cache.
     """
     parts: tuple[object, ...] = (
         model,
@@ -265,12 +271,12 @@ def _cached(
         try:
             state, about = checkpoint.load(path)
             if state.keys() == model.state_dict().keys():
-                prepare()
+                prepare(model)
                 model.load_state_dict(state)
                 model.to(device)
                 return about, True
         except (WeightsError, RuntimeError):
-            pass  # written by another version, or damaged: train again and replace it
+            pass  # damaged, or from another version: it is made again
     _refuse_unwritable(cache)
     about = dict(make())
     model.to(device)
@@ -279,7 +285,7 @@ def _cached(
 
 
 def _refuse_unwritable(cache: Path) -> None:
-    """Before the training rather than after it."""
+    """Raise ConfigError where the cache cannot be written, before a training that takes long."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache):

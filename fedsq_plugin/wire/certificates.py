@@ -88,8 +88,6 @@ def _files(clients: int, days: int) -> dict[str, bytes]:
         key, name = ec.generate_private_key(ec.SECP256R1()), name_of(rank)
         names = x509.SubjectAlternativeName([x509.DNSName(name)])
         private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-        files[OPTIONS["tls_cert"].format(rank=rank)] = issued(
-            named(name), key, leaf, shows, also=(both, names)
-        )
+        files[OPTIONS["tls_cert"].format(rank=rank)] = issued(named(name), key, leaf, shows, also=(both, names))
         files[OPTIONS["tls_key"].format(rank=rank)] = private
     return files

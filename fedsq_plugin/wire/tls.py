@@ -36,9 +36,7 @@ def credentials(config: Config, rank: int) -> Credentials | None:
     """
     if not (config.tls_cert and config.tls_key and config.tls_ca):
         return None
-    paths = {
-        key: getattr(config, key).replace("{rank}", str(rank)) for key in ("tls_cert", "tls_key", "tls_ca")
-    }
+    paths = {key: getattr(config, key).replace("{rank}", str(rank)) for key in ("tls_cert", "tls_key", "tls_ca")}
     read = {key: _read(key, path) for key, path in paths.items()}
     cert, key, ca = (f"fedsq_args.{key} {path}" for key, path in paths.items())
     for what, pem in ((cert, read["tls_cert"]), (ca, read["tls_ca"])):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsq_plugin.data.partition import Labels, label_counts, matching, partition
+from fedsq_plugin.data.partition import Labels, count_labels, partition, partition_like
 from fedsq_plugin.errors import ConfigError
 
 LABELS = np.repeat(np.arange(5), [40, 30, 20, 7, 3]).astype(np.int64)
@@ -83,12 +83,12 @@ def test_small_alpha_is_more_skewed_than_large(seed: int) -> None:
 
 def test_huge_alpha_gives_every_silo_its_share_of_every_class() -> None:
     # Shares of 1/4 to within 1e-3: 40/4 = 10, 20/4 = 5.
-    counts = label_counts([LABELS[p] for p in partition(LABELS, 4, "hetero", 1e8, 0)], 5)
+    counts = count_labels([LABELS[p] for p in partition(LABELS, 4, "hetero", 1e8, 0)], 5)
     assert [(row[0], row[2]) for row in counts] == [(10, 5)] * 4
 
 
 def test_tiny_alpha_gives_every_class_to_one_silo() -> None:
-    counts = np.array(label_counts([LABELS[p] for p in partition(LABELS, 3, "hetero", 1e-6, 0, 0)], 5))
+    counts = np.array(count_labels([LABELS[p] for p in partition(LABELS, 3, "hetero", 1e-6, 0, 0)], 5))
     assert (counts > 0).sum(0).tolist() == [1] * 5
 
 
@@ -117,40 +117,40 @@ def test_bound_that_no_draw_meets_is_an_error() -> None:
 
 def matched(test: list[int], *like: list[int]) -> list[list[int]]:
     labels = np.array(test)
-    parts = matching(labels, [np.array(part, dtype=np.int64) for part in like], seed=0)
+    parts = partition_like(labels, [np.array(part, dtype=np.int64) for part in like], seed=0)
     assert sorted(np.concatenate(parts).tolist()) == list(range(len(test)))
-    return label_counts([labels[part] for part in parts], 3)
+    return count_labels([labels[part] for part in parts], 3)
 
 
-def test_matching_follows_the_silos_shares_of_each_class() -> None:
+def test_partition_like_follows_the_silos_shares_of_each_class() -> None:
     # Class 0: three of four in silo 0, so 6 of 8; class 1: one of four in silo 0, so 1 of 4.
     found = matched([0] * 8 + [1] * 4, [0, 0, 0, 1], [0, 1, 1, 1])
     assert found == [[6, 1, 0], [2, 3, 0]]
 
 
-def test_matching_splits_a_class_that_no_silo_has_evenly() -> None:
+def test_partition_like_splits_a_class_that_no_silo_has_evenly() -> None:
     assert matched([2] * 6, [0], [0, 0], [1]) == [[0, 0, 2]] * 3
 
 
-def test_matching_gives_a_silo_without_a_class_none_of_it() -> None:
+def test_partition_like_gives_a_silo_without_a_class_none_of_it() -> None:
     assert matched([0] * 5 + [1] * 5, [0], [1]) == [[5, 0, 0], [0, 5, 0]]
 
 
-def test_matching_leaves_an_empty_silo_empty() -> None:
+def test_partition_like_leaves_an_empty_silo_empty() -> None:
     assert matched([0] * 3, [0, 0], []) == [[3, 0, 0], [0, 0, 0]]
 
 
-def test_matching_rounds_at_the_cumulated_shares() -> None:
+def test_partition_like_rounds_at_the_cumulated_shares() -> None:
     # Shares 1/3 each of 4 samples: cuts at 4/3 → 1 and 8/3 → 3, so 1, 2, 1.
     assert matched([0] * 4, [0], [0], [0]) == [[1, 0, 0], [2, 0, 0], [1, 0, 0]]
 
 
-def test_matching_is_deterministic_by_seed() -> None:
+def test_partition_like_is_deterministic_by_seed() -> None:
     like = [LABELS[::2], LABELS[1::2]]
-    one, same, other = (matching(LABELS, like, seed)[0].tolist() for seed in (0, 0, 1))
+    one, same, other = (partition_like(LABELS, like, seed)[0].tolist() for seed in (0, 0, 1))
     assert one == same != other
 
 
-def test_label_counts_has_silos_as_rows_and_classes_as_columns() -> None:
+def test_count_labels_has_silos_as_rows_and_classes_as_columns() -> None:
     parts = [np.array([0, 2, 2]), np.array([], dtype=np.int64), np.array([1])]
-    assert label_counts(parts, 4) == [[1, 0, 2, 0], [0, 0, 0, 0], [0, 1, 0, 0]]
+    assert count_labels(parts, 4) == [[1, 0, 2, 0], [0, 0, 0, 0], [0, 1, 0, 0]]

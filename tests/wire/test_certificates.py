@@ -13,9 +13,7 @@ import pytest
 from fedsq_plugin.errors import ConfigError
 from fedsq_plugin.wire import certificates
 
-needed = pytest.mark.skipif(
-    find_spec("cryptography") is None, reason="needs cryptography: pip install -e '.[grpc]'"
-)
+needed = pytest.mark.skipif(find_spec("cryptography") is None, reason="needs cryptography: pip install -e '.[grpc]'")
 
 
 @needed
@@ -45,13 +43,9 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-def test_without_the_package_one_line_and_nothing_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_package_one_line_and_nothing_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cryptography", None)
-    with pytest.raises(
-        ConfigError, match=r"needs the package cryptography: pip install 'fedsq-plugin\[grpc\]'"
-    ):
+    with pytest.raises(ConfigError, match=r"needs the package cryptography: pip install 'fedsq-plugin\[grpc\]'"):
         certificates.write(tmp_path / "tls", clients=1, days=1)
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""What is trained on FLamby's data sets beside the backbones for images."""
+"""Models for FLamby's data sets: FLamby's own baselines, and MLPs for data sets of vectors."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ from .package import FlambyPackage
 
 
 def create(model: str, dataset: str, outputs: int, seed: int) -> nn.Module:
-    """One of MODELS for a data set, both as a recipe names them, initialised from a seed.
+    """Make one of MODELS for a data set, both by their names in a recipe, initialised from a seed.
 
     Raises:
         ConfigError: the data set is not FLamby's, or has no vectors for an MLP.
     """
-    about = _row(model, dataset)
+    about = _find(model, dataset)
     if model != BASELINE and about.features is None:
         flat = ", ".join(other.key for other in CATALOGUE.values() if other.features is not None)
         other = about.instead if about.colour_images else f"the model {BASELINE}"
         raise ConfigError(f"model_args.model {model} takes vectors, as {flat} have them; use {other}")
     with isolated(seed):
-        return _built(model, about, outputs, lambda: FlambyPackage(dataset).baseline())
+        return _build(model, about, outputs, lambda: FlambyPackage(dataset).baseline())
 
 
 def head(model: str, dataset: str) -> str:
-    """Module path of the last layer."""
-    return _row(model, dataset).head if model == BASELINE else "fc"
+    """The module path of the last layer."""
+    return _find(model, dataset).head if model == BASELINE else "fc"
 
 
 def ungated(model: str, dataset: str) -> tuple[str, ...]:
-    """Patterns of what has no gate and is accepted as it is."""
-    return _row(model, dataset).ungated if model == BASELINE else ()
+    """Patterns of the modules that have no gate and stay as they are."""
+    return _find(model, dataset).ungated if model == BASELINE else ()
 
 
-def fetched(model: str, dataset: str) -> bool:
-    """Whether making the model fetches its weights from the internet."""
+def downloads_weights(model: str, dataset: str) -> bool:
+    """Whether the model downloads its weights when it is made."""
     return model == BASELINE and dataset in CATALOGUE and CATALOGUE[dataset].downloads
 
 
 def without_gates(model: str, dataset: str) -> str | None:
-    """What to use in place of a baseline that has no gate, in a line; None: it has."""
-    if model != BASELINE or (about := _row(model, dataset)).instead is None:
+    """One line that says what to use in place of a baseline that has no gate; None: it has gates."""
+    if model != BASELINE or (about := _find(model, dataset)).instead is None:
         return None
     return f"FLamby's own for {about.name} is {about.baseline}, without a gate; use {about.instead}"
 
@@ -56,12 +56,12 @@ def without_gates(model: str, dataset: str) -> str | None:
 def factory(
     about: FlambyData, backbone: str, weights: str | None, baseline: Callable[..., nn.Module]
 ) -> Callable[..., nn.Module]:
-    """What makes the model of a data set, as FLamby's benchmark calls its `Baseline`.
+    """A function that makes the model of a data set. FLamby's benchmark calls it in place of `Baseline`.
 
     Args:
         backbone: `baseline`, `mlp`, `mlp_bn`, or one of ours by name.
         weights: a file, or "imagenet" for a backbone of ours; None: newly initialised.
-        baseline: the data set's own.
+        baseline: the data set's own `Baseline`.
 
     Raises:
         ConfigError: no such backbone for this data set.
@@ -77,7 +77,7 @@ def factory(
         if backbone in ours:
             return models.create(backbone, about.outputs, weights)
         name = BASELINE if backbone == "baseline" else backbone
-        model = _built(name, about, about.outputs, lambda: baseline(*arguments))
+        model = _build(name, about, about.outputs, lambda: baseline(*arguments))
         if weights is not None:
             models.load_weights(model, models.read_state(weights), head=None)
         return model
@@ -85,14 +85,14 @@ def factory(
     return make
 
 
-def _built(model: str, about: FlambyData, outputs: int, baseline: Callable[[], nn.Module]) -> nn.Module:
+def _build(model: str, about: FlambyData, outputs: int, baseline: Callable[[], nn.Module]) -> nn.Module:
     if model == BASELINE:
         return baseline()
     assert about.features is not None
     return Perceptron(about.features, outputs, sigmoid=about.probability, norm=model == NORMED)
 
 
-def _row(model: str, dataset: str) -> FlambyData:
+def _find(model: str, dataset: str) -> FlambyData:
     if dataset not in CATALOGUE:
         raise ConfigError(
             f"model_args.model {model} is made for one of FLamby's data sets ({', '.join(CATALOGUE)}), "
@@ -101,4 +101,4 @@ def _row(model: str, dataset: str) -> FlambyData:
     return CATALOGUE[dataset]
 
 
-__all__ = ["BASELINE", "MODELS", "create", "factory", "fetched", "head", "ungated", "without_gates"]
+__all__ = ["BASELINE", "MODELS", "create", "downloads_weights", "factory", "head", "ungated", "without_gates"]

@@ -1,4 +1,4 @@
-"""What must be known of FLamby's data sets beside what their packages export (owkin/FLamby, edacf54)."""
+"""Facts about FLamby's data sets that their packages do not export (owkin/FLamby, edacf54)."""
 
 from __future__ import annotations
 
@@ -7,64 +7,66 @@ from dataclasses import dataclass
 from typing import Literal
 
 PREFIX = "flamby/"
-"""What the names of FLamby's data sets, and of their baselines, begin with in a recipe."""
+"""The names of FLamby's data sets and of their baselines begin with this in a recipe."""
 BASELINE = f"{PREFIX}baseline"
-"""`model` of a recipe: what FLamby's own `Baseline()` of the data set makes."""
+"""`model` in a recipe: the data set's own `Baseline()`."""
 MLP = "mlp"
-"""`model` of a recipe: our MLP, with the inputs and outputs of the data set."""
+"""`model` in a recipe: our MLP, with the inputs and outputs that the data set needs."""
 NORMED = "mlp_bn"
-"""The same with BatchNorm."""
+"""`model` in a recipe: the MLP with BatchNorm."""
 MODELS = (MLP, NORMED, BASELINE)
-"""Models that only a data set of FLamby's makes complete."""
+"""Models whose size comes from a data set of FLamby's."""
 
 
 @dataclass(frozen=True)
 class FlambyData:
-    """One data set. Module paths are of its Baseline."""
+    """One data set. Module paths are those of its `Baseline`."""
 
     name: str
-    """Of the package in `flamby.datasets`."""
+    """The name of its package in `flamby.datasets`."""
     outputs: int
-    """Of a model: classes, or 1."""
+    """Outputs of a model: the number of classes, or 1."""
     metric: str
-    """What FLamby's `metric` measures."""
+    """The name of what FLamby's `metric` measures."""
     files: str
-    """Glob of files that its folder must hold, one at least."""
+    """Glob; at least one such file must be in its folder."""
     get: Sequence[str]
-    """Commands, in the data set's dataset_creation_scripts, that get the data; they ask for the licence
-    where `before` does not."""
+    """Commands that get the data, run in the data set's dataset_creation_scripts. They ask for the licence, unless
+    `before` does."""
     baseline: str
-    """What `Baseline()` is."""
+    """What `Baseline()` makes, in words."""
     head: str
-    """The last layer."""
+    """Module path of the last layer."""
     over: Literal["all", "labels", "scan"] = "all"
-    """What FLamby's metric is applied to: all predictions; a batch's labels; a batch taken for one scan."""
+    """What FLamby's metric is applied to: all predictions together; the labels that are predicted for a batch; a
+    batch that is taken for one scan."""
     features: int | None = None
-    """Of a sample, where samples are vectors."""
+    """Length of a sample, where samples are vectors."""
     colour_images: bool = False
-    """Whether samples are images with three channels, as our own backbones take them."""
+    """Whether samples are images of three channels, which our own backbones take."""
     probability: bool = False
-    """Whether its loss takes probabilities."""
+    """Whether its loss takes probabilities, so that a model ends in a sigmoid."""
     ungated: tuple[str, ...] = ()
-    """Patterns of what has no gate and stays as it is."""
+    """Patterns of the modules that have no gate and stay as they are."""
     instead: str | None = None
-    """What to train under gates where the baseline has none, in words; None: it has."""
+    """What to train under gates where the baseline has no gate, in words; None: it has gates."""
     before: str = ""
-    """What comes before those commands, in words."""
+    """What to do before those commands, in words."""
     downloads: bool = False
-    """Whether the baseline fetches its weights."""
+    """Whether the baseline downloads its weights."""
     test_batch: int | None = None
-    """Samples of a test batch in FLamby's own benchmark; None: as in training."""
+    """Samples of a test batch in FLamby's own benchmark; None: as many as in training."""
     takes_path: bool = True
     """Whether its constructor takes `data_path`."""
     alternating: str | None = None
-    """Attribute of its samples that every sample flips, so that one pass depends on the one before."""
+    """Attribute of the data set that every sample flips; it is set back before each pass, so that a pass does not
+    depend on the pass before."""
     not_in_path: str | None = None
-    """What FLamby takes, anywhere in the path of its files, for the name of a split."""
+    """Text that must not be in the path of its files: FLamby takes it for the name of a split."""
     generated: bool = False
-    """Whether the number of centres is chosen when the data are made."""
+    """Whether the data are generated, with any number of centres."""
     needs_gpu: bool = False
-    """Whether its loss moves labels to a GPU, whatever the device."""
+    """Whether its loss works on a GPU only."""
 
     @property
     def key(self) -> str:
@@ -88,7 +90,7 @@ CATALOGUE: dict[str, FlambyData] = {
             ),
             baseline="DeepMIL",
             head="classifier.4",
-            ungated=("attention_V.1", "attention_U.1"),  # the attention over a bag's tiles
+            ungated=("attention_V.1", "attention_U.1"),  # attention over the tiles of a bag
             not_in_path="test",
         ),
         FlambyData(

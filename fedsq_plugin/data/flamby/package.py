@@ -1,4 +1,4 @@
-"""FLamby's own packages of data sets, imported and asked, with one line for each way in which that fails."""
+"""FLamby's own packages of data sets. Whatever is missing or fails there is said in one line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NO_FLAMBY = (
 PINS = "pip install 'fedsq-plugin[flamby]' gives the versions with which FLamby works"
 
 
-def known(name: str) -> FlambyData:
+def find_dataset(name: str) -> FlambyData:
     """The data set that a recipe calls `name`. Raises ConfigError for an unknown one."""
     if name not in CATALOGUE:
         raise ConfigError(f"data_args.dataset '{name}' is unknown{nearest(name, CATALOGUE)}")
@@ -38,31 +38,31 @@ class FlambyPackage:
     """`flamby.datasets.<name>` and its data.
 
     Args:
-        name: in a recipe, as flamby/fed_ixi.
-        folder: of the data; "": where FLamby's own configuration says.
+        name: as in a recipe, `flamby/fed_ixi`.
+        folder: where the data are; "": where FLamby's own configuration says.
 
     Raises:
         ConfigError: FLamby, what it needs, the data or the licence is missing.
     """
 
     def __init__(self, name: str, folder: str = "") -> None:
-        self.about = known(name)
+        self.about = find_dataset(name)
         self._folder = folder
-        self.module = imported(f"flamby.datasets.{self.about.name}", self.about.key)
+        self.module = import_flamby(f"flamby.datasets.{self.about.name}", self.about.key)
         self._own: Any = getattr(self.module, "Baseline", None)
 
     @property
     def batch_size(self) -> int:
-        """FLamby's own, for training."""
+        """FLamby's own batch size, for training."""
         return int(self.module.BATCH_SIZE)
 
     @property
     def collate(self) -> Any:
-        """What makes a batch of samples; None: torch's own way."""
+        """The function that makes a batch of samples; None: torch's own way."""
         return getattr(self.module, "collate_fn", None)
 
     def task(self) -> Task:
-        """FLamby's loss, and its metric as its own benchmark applies it."""
+        """FLamby's loss, and its metric, applied as FLamby's own benchmark applies it."""
         with self._named("its loss"):
             return Task(self.module.BaselineLoss(), self._metric())
 
@@ -82,7 +82,7 @@ class FlambyPackage:
         return int(self.module.NUM_CLIENTS)
 
     def require_all(self) -> None:
-        """Raise ConfigError where the data, those of a centre, or their licence are missing."""
+        """Raise ConfigError where the data, a centre's part of them, or their licence is missing."""
         self.samples(train=True, pooled=True)
         there, trained = self.centres(), self.module.NUM_CLIENTS
         if there != trained:
@@ -113,7 +113,7 @@ class FlambyPackage:
         return found
 
     def inputs(self) -> Tensor:
-        """Of one training sample, as a batch of one."""
+        """The inputs of one training sample, as a batch of one."""
         samples = self.samples(train=True)
         with isolated(0), self._named("the data"):
             inputs: Tensor = next(iter(DataLoader(samples, batch_size=1, collate_fn=self.collate)))[0]
@@ -137,7 +137,7 @@ class FlambyPackage:
             )
 
     def _path(self) -> Path | None:
-        """The folder to hand to FLamby; None where it knows by itself, and none is to be handed over."""
+        """The folder to hand to FLamby; None where FLamby finds it by itself."""
         about = self.about
         if not about.takes_path and self._folder:
             raise ConfigError(f"data_args.data_cache_dir: {about.key} is read from FLamby's own place; leave it out")
@@ -157,7 +157,8 @@ class FlambyPackage:
         return folder if about.takes_path else None
 
     def _configured(self) -> Path:
-        """FLamby's own configuration, which it would take in its debug form without being asked to."""
+        """The folder that FLamby's own configuration names. FLamby itself would also take the configuration of its
+        debug data."""
         import yaml
 
         file = self._scripts() / "dataset_location.yaml"
@@ -174,7 +175,7 @@ class FlambyPackage:
         return Path(options["dataset_path"])
 
     def _refuse_without_licence(self) -> None:
-        """FLamby asks for it on standard input as soon as the data are read; that is the user's to answer."""
+        """FLamby asks for the licence on standard input when the data are first read; the user must answer that."""
         name = self.about.name
         if not (self._scripts() / f"license_agreement_{name}").is_file():
             raise ConfigError(
@@ -186,7 +187,7 @@ class FlambyPackage:
         return Path(str(self.module.__file__)).parent / "dataset_creation_scripts"
 
     def _how(self) -> str:
-        """The commands that get the data, which ask for the licence."""
+        """The commands that get the data and ask for the licence, in words."""
         if not self.about.get:
             return f"see {self._scripts().parent / 'README.md'}"
         before = f"{self.about.before}, then " if self.about.before else ""
@@ -206,8 +207,8 @@ class FlambyPackage:
             ) from None
 
 
-def imported(module: str, why: str) -> Any:
-    """A module of FLamby's. Raises ConfigError, which begins with `why`, where it cannot be had."""
+def import_flamby(module: str, why: str) -> Any:
+    """Import a module of FLamby's. Raises ConfigError, which begins with `why`, where that fails."""
     if find_spec("flamby") is None:
         raise ConfigError(f"{why}: {NO_FLAMBY}")
     # FLamby seeds torch when it is imported, and nnU-Net prints.
@@ -227,7 +228,7 @@ def imported(module: str, why: str) -> Any:
 
 
 def _unfit(who: str, what: str, error: Exception) -> ConfigError:
-    """Names that FLamby uses and later versions of its dependencies lack."""
+    """An error for names that FLamby uses and that later versions of its dependencies do not have."""
     return ConfigError(f"{who}: {what} ({in_one_line(error)}); {PINS}")
 
 
@@ -238,12 +239,12 @@ _PACKAGES = {
     "openslide": "openslide-python",
     "xlrd": "xlrd",
 }
-"""What is to be installed for a module, where the names differ."""
+"""What pip installs for a module, where the names differ."""
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without what FLamby prints; warnings and logs stay."""
+    """Hide what FLamby prints; warnings and logs stay."""
     with open(os.devnull, "w") as nowhere:
         out, sys.stdout = sys.stdout, nowhere
         try:

@@ -25,8 +25,9 @@ from ...errors import ConfigError, in_one_line, nearest
 from ...federation.checkpoints import ServerCheckpoints
 from ...federation.seeding import derive, isolated
 from ...models.backbones import PREFIX
-from ...run.dry_run import tried
-from ...run.plan import created, plan_of, viewed
+from ...run.dry_run import dry_run
+from ...run.plan import build_view, create_model, plan_of
+from ...run.reluise import replace_smooth
 from ...run.unused import compiled_for_cpu, untrained_gates, unused
 from ...run.warm_start import warm_start
 from ...settings.agreement import kept_options
@@ -139,7 +140,7 @@ def _create(original: Any) -> Any:
     @functools.wraps(original)
     def create(args: Any, output_dim: int) -> Any:
         if args.model in models.names() or args.model in MODELS:
-            return created(config_of(args), output_dim)
+            return create_model(config_of(args), output_dim)
         seeded = getattr(args, "model_seed", None) is not None
         seed = derive("model", config_of(args).seed("model")) if seeded else 0
         try:
@@ -202,7 +203,7 @@ def _init(original: Any) -> Any:
             return
         data = from_tuple(dataset, args.dataset)
         plan = plan_of(config, model, data.task)  # refuses what does not fit before anything is trained
-        from .distributed.node import is_client, node, refuse_road, relu_like_the_servers
+        from .distributed.node import is_client, node, refuse_road
         from .security import check_options
         from .simulation import Simulation, refuse_foreign
 
@@ -218,10 +219,10 @@ def _init(original: Any) -> Any:
             self.reluised = done.reluised
             say(self, *done.notes)
         elif config.relu_ise:
-            relu_like_the_servers(model)
-        view = viewed(model, plan)
+            replace_smooth(model)  # the weights come from the server, or from the checkpoint
+        view = build_view(model, plan)
         if own == (None, None):
-            say(self, *tried(view, plan, data))
+            say(self, *dry_run(view, plan, data))
         parts: Any = (args, device, data, view, plan, *own, checkpoints)
         self.runner = Simulation(*parts) if one_process else node(*parts)
         self.notes += [*(checkpoints.notes if checkpoints is not None else ()), *plan.notes]

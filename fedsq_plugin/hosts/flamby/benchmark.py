@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ...data.flamby.backbones import factory
-from ...data.flamby.package import FlambyPackage, imported
+from ...data.flamby.package import FlambyPackage, import_flamby
 from ...errors import ConfigError
 from ...federation.files import atomic_write
 from ...federation.seeding import isolated
@@ -53,8 +53,8 @@ def fed_benchmark(
     """
     configuration = Configuration.read(config).only(only)
     register()
-    strategies = imported("flamby.strategies", WHO)
-    main = imported(SCRIPT, WHO).main
+    strategies = import_flamby("flamby.strategies", WHO)
+    main = import_flamby(SCRIPT, WHO).main
     _refuse_pandas()
     asked = _parsed(arguments)
     package = FlambyPackage(configuration.about.key)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...data.flamby.backbones import without_gates
 from ...data.flamby.catalogue import BASELINE, CATALOGUE, FlambyData
-from ...data.flamby.package import imported
+from ...data.flamby.package import import_flamby
 from ...dualcopy import DualCopy
 from ...errors import ConfigError, FedSQError, first_line, in_one_line, in_terms, nearest
 from .strategy import Strategy, known_options
@@ -97,7 +97,7 @@ class Configuration:
             trained = {asked.strategy: {}}
         for name, given in trained.items():
             self._check_model(name, self._class(strategies, name), given, model, inputs, backbone)
-        get_strategies = imported("flamby.benchmarks.conf", "FLamby's benchmark").get_strategies
+        get_strategies = import_flamby("flamby.benchmarks.conf", "FLamby's benchmark").get_strategies
         try:
             found = get_strategies(json.loads(self.text()), learning_rate=1.0, args=dict(vars(asked)))
         except Exception as error:

@@ -18,7 +18,7 @@ from fedsq_plugin.data.flamby.package import NO_FLAMBY, FlambyPackage
 from fedsq_plugin.errors import ConfigError
 from fedsq_plugin.hosts.fedml.devices import NO_GPU
 from fedsq_plugin.run.check import check
-from fedsq_plugin.run.plan import created
+from fedsq_plugin.run.plan import create_model
 from fedsq_plugin.settings.config import Config
 
 RECIPES = Path(__file__).parents[3] / "recipes" / "flamby"
@@ -144,7 +144,7 @@ def test_a_baseline_without_gates_is_refused_before_it_is_made(name: str) -> Non
         rounds = {"comm_round": 1, "client_num_in_total": 4, "client_num_per_round": 4}
         options = {"dataset": name, "model": "flamby/baseline", "federated_optimizer": "FedSQ"}
         with pytest.raises(ConfigError, match=f"under FedSQ: FLamby's own for {name[7:]} is "):
-            created(Config(**options, **rounds), 1)
+            create_model(Config(**options, **rounds), 1)
 
 
 def test_the_number_of_silos_is_the_number_of_centres(fake: Path, tmp_path: Path) -> None:

@@ -69,8 +69,8 @@ def _do(what: str, mark: Path, go: Path) -> None:
 
 def _at(when: str, number: int, act: Callable[[], None]) -> None:
     """Let `act` happen once, in round `number` (1-based) where there are rounds."""
+    from fedsq_plugin.federation import round as rounds
     from fedsq_plugin.hosts.fedml import execute as run
-    from fedsq_plugin.hosts.fedml import round as rounds
     from fedsq_plugin.hosts.fedml.adapters import FedSQTrainer
     from fedsq_plugin.hosts.fedml.distributed.client import Client
     from fedsq_plugin.hosts.fedml.distributed.server import Server
@@ -97,8 +97,7 @@ def _at(when: str, number: int, act: Callable[[], None]) -> None:
         setattr(owner, name, wrapped)
 
     def message(kind: str) -> Callable[..., bool]:
-        wanted = (f"fedsq.{kind}", number - 1)
-        return lambda _, m, **__: (m.get_type(), m.get("round")) == wanted
+        return lambda _, m, **__: (m.type, getattr(m, "round", None)) == (kind, number - 1)
 
     points: dict[str, tuple[Any, str, Callable[..., bool]]] = {
         "start": (run, "_fedml_arguments", lambda *_, **__: True),

@@ -19,6 +19,7 @@ from fedsq_plugin import launch
 from fedsq_plugin.errors import ConfigError, RunError
 from fedsq_plugin.hosts.fedml.local import free_addresses
 from fedsq_plugin.wire import certificates
+from fedsq_plugin.wire.message import Failed
 from fedsq_plugin.wire.tls import Credentials, credentials
 
 from .credentials import config
@@ -52,8 +53,7 @@ class Network:
         return transport
 
     def receive_message(self, kind: str, message: Any) -> None:
-        if kind == "fedsq.test":
-            self.heard[message.get_receiver_id()].append((kind, message.get_sender_id(), message.get("x")))
+        self.heard[message.receiver].append((kind, message.sender, message.reason))
 
 
 @pytest.fixture
@@ -70,10 +70,8 @@ def identity(folder: Path, rank: int) -> Credentials:
     return found
 
 
-def say(transport: Any, sender: int, receiver: int, x: int = 0, within: float = 10.0) -> None:
-    from fedsq_plugin.hosts.fedml.distributed.protocol import message
-
-    transport.send_message(message("fedsq.test", sender, receiver, x=x), within=within)
+def say(transport: Any, sender: int, receiver: int, x: str = "", within: float = 10.0) -> None:
+    transport.send_message(Failed(sender=sender, receiver=receiver, reason=x), within=within)
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -85,18 +83,16 @@ def until(condition: Callable[[], bool]) -> None:
 
 def test_both_ways_under_mutual_tls(network: Network, ours: Path) -> None:
     server, client = (network.join(rank, identity(ours, rank)) for rank in (0, 1))
-    say(client, 1, 0, x=5)
-    say(server, 0, 1, x=6)
+    say(client, 1, 0, x="5")
+    say(server, 0, 1, x="6")
     until(lambda: len(network.heard[0]) == len(network.heard[1]) == 1)
-    assert network.heard == {0: [("fedsq.test", 1, 5)], 1: [("fedsq.test", 0, 6)]}
+    assert network.heard == {0: [("failed", 1, "5")], 1: [("failed", 0, "6")]}
     assert client.show_life(0, within=5.0) and 1 in server.seen
     assert server.refused == client.refused == 0
 
 
 @pytest.mark.parametrize("who", ["another authority", "no certificate", "plain text"])
-def test_who_has_no_certificate_of_ours_cannot_get_in(
-    who: str, network: Network, ours: Path, others: Path
-) -> None:
+def test_who_has_no_certificate_of_ours_cannot_get_in(who: str, network: Network, ours: Path, others: Path) -> None:
     """Though it believes the server; and the server goes on."""
     import grpc
 
@@ -112,17 +108,15 @@ def test_who_has_no_certificate_of_ours_cannot_get_in(
     with pytest.raises(RunError, match=f"rank 2 cannot reach rank 0 at {address}: "):
         say(stranger, 2, 0, within=1.0)
     assert not stranger.show_life(0, within=1.0)
-    say(network.join(1, identity(ours, 1)), 1, 0, x=7)
+    say(network.join(1, identity(ours, 1)), 1, 0, x="7")
     until(lambda: bool(network.heard[0]))
-    assert network.heard[0] == [("fedsq.test", 1, 7)] and set(server.seen) <= {1}
+    assert network.heard[0] == [("failed", 1, "7")] and set(server.seen) <= {1}
 
 
 def test_a_tls_client_of_a_plain_server_ends_with_one_line(network: Network, ours: Path) -> None:
     server = network.join(0, None)
     began = time.monotonic()
-    with pytest.raises(
-        RunError, match=r"rank 1 cannot reach rank 0 at 127.0.0.1:\d+: .*WRONG_VERSION"
-    ) as caught:
+    with pytest.raises(RunError, match=r"rank 1 cannot reach rank 0 at 127.0.0.1:\d+: .*WRONG_VERSION") as caught:
         say(network.join(1, identity(ours, 1)), 1, 0, within=1.5)
     assert "\n" not in str(caught.value) and time.monotonic() - began < 10
     assert not network.heard[0] and not server.seen
@@ -143,9 +137,7 @@ def test_a_client_that_listens_at_the_servers_address_is_not_believed(network: N
     assert not network.heard[0]
 
 
-def test_a_rank_cannot_speak_for_another(
-    network: Network, ours: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_rank_cannot_speak_for_another(network: Network, ours: Path, caplog: pytest.LogCaptureFixture) -> None:
     server, client = network.join(0, identity(ours, 0)), network.join(2, identity(ours, 2))
     with caplog.at_level(logging.WARNING):
         say(client, 1, 0)  # in the message alone

@@ -7,16 +7,15 @@ import secrets
 import time
 from typing import Any
 
-from fedml.core.distributed.communication.constants import CommunicationConstants
-from fedml.core.distributed.communication.message import Message
 from fedml.core.distributed.fedml_comm_manager import FedMLCommManager
 
 from ....errors import EndedByServer, RunError, in_one_line
 from ....federation.updates import brief
 from ....run.plan import in_recipe_terms
 from ....settings.agreement import shared_options
+from ....wire.message import End, Failed, Message, Online, Result, Task
 from ..silo import Silos
-from .protocol import ALIVE, END, FAILED, MARGIN_S, ONLINE, RESULT, SILENCE_S, TASK, message
+from .protocol import MARGIN_S, SILENCE_S
 from .transport import SEND_S
 from .watch import Watch
 
@@ -45,7 +44,7 @@ class Client(FedMLCommManager):  # type: ignore[misc]
         self._server: bytes | None = None
         self._server_is_new = False
         self._process = secrets.token_hex(8)
-        transport.on_tick = self._look
+        transport.on_tick, transport.on_ready = self._look, self._announce
 
     def _init_manager(self) -> None:
         self.com_manager = self._transport
@@ -62,18 +61,13 @@ class Client(FedMLCommManager):  # type: ignore[misc]
             self._transport.stop_receive_message()
 
     def register_message_receive_handlers(self) -> None:
-        ready = CommunicationConstants.MSG_TYPE_CONNECTION_IS_READY
-        self.register_message_receive_handler(ready, lambda _: self._announce())
-        self.register_message_receive_handler(TASK, self._work)
-        self.register_message_receive_handler(END, self._end)
-        self.register_message_receive_handler(ALIVE, lambda _: None)
+        self.register_message_receive_handler("task", self._work)
+        self.register_message_receive_handler("end", self._end)
 
     def receive_message(self, msg_type: str, msg_params: Message) -> None:
         """FedML's own reports any KeyError of a handler as a wrong rank."""
-        if msg_params.get_sender_id() not in (0, self.rank):
-            log.warning(
-                "a message of rank %s, which is not the server, was passed over", msg_params.get_sender_id()
-            )
+        if msg_params.sender != 0:
+            log.warning("a message of rank %d, which is not the server, was passed over", msg_params.sender)
             return
         if msg_type in self.message_handler_dict:
             self.message_handler_dict[msg_type](msg_params)
@@ -93,11 +87,9 @@ class Client(FedMLCommManager):  # type: ignore[misc]
     def _last_word(self) -> RunError | None:
         """What the server said at its end, while this process was busy with something else."""
         while (word := self._transport.arrived()) is not None:
-            if word.get_type() == END:
-                reason = word.get("reason")
-                if reason:
-                    return EndedByServer(brief(reason, 1000))
-                return RunError(f"the run is over; it did without rank {self.rank}")
+            if isinstance(word, End):
+                over = f"the run is over; it did without rank {self.rank}"
+                return EndedByServer(brief(word.reason, 1000)) if word.reason else RunError(over)
         return None
 
     def _server_gone(self, seconds: float) -> str:
@@ -113,48 +105,50 @@ class Client(FedMLCommManager):  # type: ignore[misc]
     def _say_hello(self) -> None:
         config = self._silos.plan.config
         counts = {silo: self._silos.samples(silo) for silo in self._mine}
-        hello = message(
-            ONLINE, self.rank, 0, samples=counts, options=shared_options(config), process=self._process
-        )
+        options = shared_options(config)
+        hello = Online(sender=self.rank, receiver=0, samples=counts, options=options, process=self._process)
         # The server may come later, and is busy with the warm start before it listens.
         self._transport.send_message(hello, within=config.round_timeout_s)
 
-    def _work(self, task: Message) -> None:
-        kind, silo, round_idx = (task.get(key) for key in ("task", "silo", "round"))
+    def _work(self, task: Task) -> None:
+        kind, silo, round_idx = task.kind, task.silo, task.round
         if (kind, silo, round_idx) == self._last:  # sent again, because its arrival was not confirmed in time
             return
         self._last = (kind, silo, round_idx)
         try:
             self._silos.resume(round_idx)
             if kind == "train":
-                answer: Any = self._silos.train_message(
-                    silo, round_idx, task.get("payload"), task.get("checkpoint")
-                )
+                state = self._silos.train_message(silo, round_idx, task.state, task.checkpoint)
+                answer: dict[str, Any] = {"state": state}
             else:
-                answer = list(self._silos.test_message(silo, task.get("payload"), task.get("epochs")))
+                answer = {"metrics": self._silos.test_message(silo, task.state, task.epochs)}
+            # Here, because a user's own trainer may return what is no state.
+            result = Result(
+                sender=self.rank, receiver=0, kind=kind, silo=silo, round=round_idx,
+                samples=self._silos.samples(silo), structural=self._silos.side.structural_fingerprint, **answer,
+            )  # fmt: skip
         except (Exception, SystemExit) as error:  # sys.exit() of a user's code, too
             # The server decides whether the run goes on; a process that ended by itself would end all of MPI.
             log.exception("silo %s failed", silo)
-            self._failure = f"silo {silo} failed in {kind}: {in_one_line(error)}"[:500]
-            self._say(FAILED, reason=self._failure)
+            self._failure = brief(f"silo {silo} failed in {kind}: {in_one_line(error)}", 500)
+            self._say(Failed(sender=self.rank, receiver=0, reason=self._failure))
             return
-        about = {"samples": self._silos.samples(silo), "structural": self._silos.side.structural_fingerprint}
-        self._say(RESULT, task=kind, silo=silo, round=round_idx, payload=answer, **about)
+        self._say(result)
 
-    def _end(self, end: Message) -> None:
-        if end.get("process") not in (None, self._process):
+    def _end(self, end: End) -> None:
+        if end.process not in (None, self._process):
             return
         self._transport.stop_receive_message()
-        if end.get("reason"):
-            raise EndedByServer(brief(end.get("reason"), 1000))
+        if end.reason:
+            raise EndedByServer(brief(end.reason, 1000))
         # Over MPI, an error here would end the server before it has written its results.
         if self._failure and self._transport.shows_life:
             raise RunError(f"the run went on without rank {self.rank}: {self._failure}")
 
-    def _say(self, kind: str, **params: Any) -> None:
+    def _say(self, message: Message) -> None:
         # Over MPI, the server takes messages when it is done with what it is at.
         within = SEND_S + self._return_s if self._transport.shows_life else self._patience
-        self._transport.send_message(message(kind, self.rank, 0, **params), within=within)
+        self._transport.send_message(message, within=within)
 
     def _show_life(self) -> str | None:
         """In a thread, because training takes the other one for as long as it likes."""

@@ -148,11 +148,7 @@ class GrpcTransport(Transport):
         # Not gRPC's own waiting: it says nothing of a connection that TLS refuses.
         while (error := self._reached(receiver, data, until - time.monotonic())) is not None:
             reason = " ".join(str(error.details()).split())[:300]
-            if (
-                not wait
-                or time.monotonic() + RETRY_S > until
-                or error.code() is grpc.StatusCode.PERMISSION_DENIED
-            ):
+            if not wait or time.monotonic() + RETRY_S > until or error.code() is grpc.StatusCode.PERMISSION_DENIED:
                 raise RunError(
                     f"rank {self.rank} cannot reach rank {receiver} at {self._addresses[receiver]}: {reason}"
                 )

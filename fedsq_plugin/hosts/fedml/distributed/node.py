@@ -7,7 +7,6 @@ from typing import Any
 from torch import nn
 
 from ....data.silos import SilosData
-from ....dualcopy.reluise import replace_by_lambda, replace_by_relu
 from ....errors import ConfigError
 from ....federation.checkpoints import ServerCheckpoints, SiloCheckpoints
 from ....federation.state import nbytes, state_of
@@ -46,12 +45,6 @@ def silos_of(args: Any) -> list[int]:
     """The silos that this process serves; none, where it is the server."""
     rank, ranks = int(args.rank), _ranks(args)
     return [silo for silo in range(args.client_num_in_total) if rank_of(silo, ranks) == rank]
-
-
-def relu_like_the_servers(model: nn.Module) -> None:
-    """A client's model gets its weights with the first broadcast, and here the ReLUs that they belong to."""
-    replace_by_lambda(model)
-    replace_by_relu(model)
 
 
 def node(
@@ -99,9 +92,7 @@ def _ranks(args: Any) -> int:
     """The number of client processes. FedML counts the server among the workers of an MPI simulation."""
     ranks = int(args.worker_num) - int(args.training_type == "simulation")
     if ranks < 1:
-        raise ConfigError(
-            "this run has no client process: start it with mpirun -np 2 or more, or fedsq launch"
-        )
+        raise ConfigError("this run has no client process: start it with mpirun -np 2 or more, or fedsq launch")
     if int(args.rank) > ranks:
         raise ConfigError(f"rank {args.rank} is none of this run's: worker_num is {ranks}")
     return ranks

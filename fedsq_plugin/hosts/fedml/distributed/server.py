@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
-from fedml.core.distributed.communication.message import Message
 from fedml.core.distributed.fedml_comm_manager import FedMLCommManager
 from torch import Tensor
 
@@ -22,11 +20,12 @@ from ....federation.state import State
 from ....federation.updates import brief, changed_count, counts_problem, metrics_of, metrics_problem
 from ....run.plan import Plan, in_recipe_terms
 from ....settings.agreement import disagreement, shared_options
+from ....wire.message import Alive, End, Failed, Kind, Message, Online, Result, Task
 from ..scoring import Scoring
 from ..sides import ServerSide
 from ..silo import draw_silos
 from .attendance import Attendance, Lost
-from .protocol import ALIVE, END, FAILED, MARGIN_S, ONLINE, RESULT, SILENCE_S, TASK, message
+from .protocol import MARGIN_S, SILENCE_S
 from .transport import TICK_S
 from .watch import Watch
 
@@ -36,6 +35,8 @@ FAREWELL_S = 5.0
 """Seconds that a client may take to be told of the end."""
 
 Stage = Literal["start", "train", "silos", "tune", "end"]
+Tasks = dict[int, tuple[Kind, State]]
+"""What each silo is asked for, and the state that it is sent."""
 
 
 def rank_of(silo: int, ranks: int) -> int:
@@ -70,8 +71,8 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         self._samples: dict[int, int] = {}
         self._turned = self._greeted = time.monotonic()
         self._watch = Watch()
-        self._queue: dict[int, list[tuple[str, int, Any]]] = {}
-        self._busy: dict[int, tuple[str, int]] = {}
+        self._queue: dict[int, list[tuple[Kind, int, State]]] = {}
+        self._busy: dict[int, tuple[Kind, int]] = {}
         self._stage: Stage = "start"
         self._round: Round | None = None
         self.checkpoints = checkpoints
@@ -107,9 +108,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         except BaseException as error:
             failure = self._watch.failure(error)
             if isinstance(error, SystemExit):  # it would end the run as if all were well
-                failure = RunError(
-                    f"round {self._round_idx + 1}: the aggregator called sys.exit({error.code!r})"
-                )
+                failure = RunError(f"round {self._round_idx + 1}: the aggregator called sys.exit({error.code!r})")
             self._end_all(str(failure) or type(failure).__name__)
             if failure is error:
                 raise
@@ -129,25 +128,26 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         )
 
     def register_message_receive_handlers(self) -> None:
-        for kind, handler in ((ONLINE, self._came), (RESULT, self._answered), (FAILED, self._failed)):
-            self.register_message_receive_handler(kind, handler)
+        self.register_message_receive_handler("online", self._came)
+        self.register_message_receive_handler("result", self._answered)
+        self.register_message_receive_handler("failed", self._failed)
 
     def receive_message(self, msg_type: str, msg_params: Message) -> None:
         """FedML's own reports any KeyError of a handler as a wrong rank."""
-        handler, sender = self.message_handler_dict.get(msg_type), msg_params.get_sender_id()
+        handler, sender = self.message_handler_dict.get(msg_type), msg_params.sender
         if handler is None:
             return
         if not 1 <= sender <= self._ranks:
-            log.warning("a message of rank %s, which this run has not, was passed over", sender)
+            log.warning("a message of rank %d, which this run has not, was passed over", sender)
             return
         self._attendance.hear(sender)
         handler(msg_params)
 
-    def _came(self, hello: Message) -> None:
-        rank, counts = hello.get_sender_id(), hello.get("samples")
+    def _came(self, hello: Online) -> None:
+        rank, counts = hello.sender, hello.samples
         mine = [silo for silo in range(self.args.client_num_in_total) if rank_of(silo, self._ranks) == rank]
-        process = brief(hello.get("process"))
-        reason = disagreement(shared_options(self.plan.config), hello.get("options"))
+        process = brief(hello.process)
+        reason = disagreement(shared_options(self.plan.config), hello.options)
         reason = reason or counts_problem(counts, mine, self._samples)
         if reason is not None:
             self._refuse(rank, f"rank {rank} cannot take part: {reason}", process)
@@ -210,7 +210,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
     def _there(self, silos: Iterable[int]) -> list[int]:
         return [silo for silo in silos if rank_of(silo, self._ranks) in self._attendance.online]
 
-    def _give(self, tasks: dict[int, tuple[str, Any]]) -> None:
+    def _give(self, tasks: Tasks) -> None:
         self._queue = {}
         for silo, (kind, payload) in tasks.items():
             self._queue.setdefault(rank_of(silo, self._ranks), []).append((kind, silo, payload))
@@ -225,39 +225,40 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         kind, silo, payload = self._queue[rank].pop(0)
         self._busy[rank] = (kind, silo)
         epochs = self.plan.finetune_epochs if kind == "tune" else 0
-        about = {"round": self._round_idx, "epochs": epochs, "checkpoint": self.checkpoints.oldest}
-        task = message(TASK, 0, rank, task=kind, silo=silo, payload=payload, **about)
+        task = Task(
+            sender=0, receiver=rank, kind=kind, silo=silo, round=self._round_idx, epochs=epochs,
+            checkpoint=self.checkpoints.oldest, state=payload,
+        )  # fmt: skip
         self._turned = time.monotonic()
         try:
             self.send_message(task)
         except RunError as error:
             self._lose(rank, str(error), Lost.SILENT)
 
-    def _answered(self, result: Message) -> None:
-        rank, silo, kind = result.get_sender_id(), result.get("silo"), result.get("task")
-        asked, told = self._busy.get(rank), (kind, silo, result.get("round"))
-        known = tuple(map(type, told)) == (str, int, int)  # of a tensor, a comparison is another tensor
-        if self._round is None or asked is None or not known or told != (*asked, self._round_idx):
-            which = f"an answer of rank {rank} for silo {brief(silo)}"
+    def _answered(self, result: Result) -> None:
+        rank, silo, kind = result.sender, result.silo, result.kind
+        asked, told = self._busy.get(rank), (kind, silo, result.round)
+        if self._round is None or asked is None or told != (*asked, self._round_idx):
+            which = f"an answer of rank {rank} for silo {silo}"
             self._note(f"{which} is refused: it was not asked for, or is late")
             if self._attendance.may_answer(rank):  # and is free now
                 self._welcome(rank)
             return
         del self._busy[rank]
         if kind == "train":
-            self._round.take(silo, _state(result.get("payload")), self._objection(result))
-        elif reason := self._objection(result) or metrics_problem(result.get("payload")):
+            self._round.take(silo, result.state or State(), self._objection(result))
+        elif reason := self._objection(result) or metrics_problem(result.metrics):
             self._note(f"the test of silo {silo} is refused: {reason}")
         else:
-            self._tested[silo] = metrics_of(result.get("payload"))
+            self._tested[silo] = metrics_of(result.metrics)
         self._next_task(rank)
         self._advance()
 
-    def _objection(self, result: Message) -> str | None:
+    def _objection(self, result: Result) -> str | None:
         """Why an answer must be refused, whatever its values are."""
-        if reason := changed_count(result.get("samples"), self._samples[result.get("silo")]):
+        if reason := changed_count(result.samples, self._samples[result.silo]):
             return reason
-        ours, theirs = self.side.server.structural_fingerprint, brief(result.get("structural"))
+        ours, theirs = self.side.server.structural_fingerprint, brief(result.structural)
         if theirs == brief(ours):
             return None
         return f"it was made under the structural copy {theirs[:14]}…, the server has {brief(ours)[:14]}…"
@@ -291,7 +292,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         record.seconds_evaluation = time.monotonic() - self._started
         self._finish_round(record)
 
-    def _test(self, stage: Stage) -> None:
+    def _test(self, stage: Literal["silos", "tune"]) -> None:
         """Let every silo test its own model."""
         self._stage, self._tested, self._since = stage, {}, time.monotonic()
         silos = self._there(sorted(self._samples))
@@ -318,9 +319,9 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         self._end_all(None)
         self._transport.stop_receive_message()
 
-    def _failed(self, failure: Message) -> None:
-        if failure.get_sender_id() in self._attendance.online:
-            self._lose(failure.get_sender_id(), brief(failure.get("reason"), 500))
+    def _failed(self, failure: Failed) -> None:
+        if failure.sender in self._attendance.online:
+            self._lose(failure.sender, brief(failure.reason, 500))
             self._advance()
 
     def _lose(self, rank: int, reason: str, how: Lost = Lost.FOR_GOOD) -> None:
@@ -354,7 +355,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         """Where nothing shows that this process is there, those that wait are told."""
         for rank in sorted(self._attendance.online - self._busy.keys()):
             try:
-                self._transport.send_message(message(ALIVE, 0, rank), within=FAREWELL_S)
+                self._transport.send_message(Alive(sender=0, receiver=rank), within=FAREWELL_S)
             except RunError as error:
                 self._lose(rank, str(error))
 
@@ -392,17 +393,9 @@ class Server(FedMLCommManager):  # type: ignore[misc]
 
     def _farewell(self, rank: int, reason: str | None, process: str | None = None) -> None:
         """The end, for any process of a rank, or for one alone."""
-        end = message(END, 0, rank, reason=reason, process=process)
+        reason = None if reason is None else brief(reason, 1000)
+        end = End(sender=0, receiver=rank, reason=reason, process=process)
         try:
             self._transport.send_message(end, within=FAREWELL_S, wait=False)
         except RunError:
             log.warning("rank %d could not be told of the end", rank)
-
-
-def _state(value: Any) -> State:
-    """What is no state is an empty one, which the round refuses by name."""
-    if isinstance(value, dict) and all(
-        isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in value.items()
-    ):
-        return OrderedDict(value)
-    return OrderedDict()

@@ -1,8 +1,8 @@
 """FedML's communication managers with a safe form on the wire and a clock; and MPI's.
 
 FedML unpickles whatever reaches its port, and its receive loop spins. Here every message is decoded by
-`federation.wire`, one that is malformed is counted and logged, and the loop sleeps until a message comes or
-a tick is due.
+`wire.message`, one that is malformed is counted and logged, and the loop sleeps until a message comes or a
+tick is due.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 from fedml.core.distributed.communication.base_com_manager import BaseCommunicationManager
-from fedml.core.distributed.communication.constants import CommunicationConstants
-from fedml.core.distributed.communication.message import Message
 
 from ....errors import RunError, UpdateError
-from ....wire import message as wire
+from ....wire.message import Message, decode, encode
 from .mpi import leave_within
 
 log = logging.getLogger(__name__)
@@ -38,6 +36,8 @@ class Transport(BaseCommunicationManager):  # type: ignore[misc]
     def __init__(self, rank: int, limit_bytes: int) -> None:
         self.rank, self.limit_bytes, self.refused = rank, limit_bytes, 0
         self.seen: dict[int, float] = {}
+        self.on_ready: Callable[[], None] = lambda: None
+        """Called once, when this process listens."""
         self.on_tick: Callable[[], None] = lambda: None
         self._observers: list[Any] = []
         self._running = True
@@ -52,14 +52,15 @@ class Transport(BaseCommunicationManager):  # type: ignore[misc]
     def send_message(self, message: Message, within: float = SEND_S, wait: bool = True) -> None:
         """Raises RunError when the peer cannot be reached within so many seconds; `wait` for one that does
         not listen yet."""
-        self._send(int(message.get_receiver_id()), wire.encode(message.get_params()), within, wait)
+        self._send(message.receiver, encode(message), within, wait)
 
     def handle_receive_message(self) -> None:
         """FedML's receive loop, until `stop_receive_message`."""
-        self._deliver(Message(CommunicationConstants.MSG_TYPE_CONNECTION_IS_READY, self.rank, self.rank))
+        self.on_ready()
         while self._running:
             if (message := self.arrived(TICK_S)) is not None:
-                self._deliver(message)
+                for observer in self._observers:
+                    observer.receive_message(message.type, message)
             self.on_tick()
 
     def stop_receive_message(self) -> None:
@@ -72,31 +73,20 @@ class Transport(BaseCommunicationManager):  # type: ignore[misc]
 
     def _decoded(self, source: int, data: bytes | bytearray) -> Message | None:
         try:
-            params = wire.decode(data, self.limit_bytes)
-            if not isinstance(params, dict):
-                raise UpdateError("it is no mapping")
-            kind, sender, receiver = (params.get(key) for key in ("msg_type", "sender", "receiver"))
-            if type(kind) is not str or type(sender) is not int or type(receiver) is not int:
-                raise UpdateError("it has no type, sender or receiver")
-            if receiver != self.rank:
-                raise UpdateError(f"it is for rank {receiver}")
-            if sender != source:
-                raise UpdateError(f"rank {source} sent it in the name of rank {sender}")
+            message = decode(data, self.limit_bytes)
+            if message.receiver != self.rank:
+                raise UpdateError(f"it is for rank {message.receiver}")
+            if message.sender != source:
+                raise UpdateError(f"rank {source} sent it in the name of rank {message.sender}")
         except UpdateError as error:
             self._refuse(str(error))
             return None
-        message = Message(kind, sender, receiver)
-        message.init(params)
         return message
 
     def _refuse(self, reason: str) -> None:
         with self._refusing:
             self.refused += 1
             log.warning("a message was refused (%d so far): %s", self.refused, reason)
-
-    def _deliver(self, message: Message) -> None:
-        for observer in self._observers:
-            observer.receive_message(message.get_type(), message)
 
     def _send(self, receiver: int, data: bytes, within: float, wait: bool) -> None:
         raise NotImplementedError
