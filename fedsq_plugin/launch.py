@@ -42,7 +42,7 @@ def launch(families: Families, clients: int | None, out: Path, tls: bool = False
     """
     if found := check(families):
         raise ConfigError(" | ".join(found))
-    config = resolve(families)
+    config = resolve(families, host().brings_silos)
     if config.backend == "sp":
         raise ConfigError("comm_args.backend sp is one process: use `fedsq run`, or --set backend=MPI")
     if tls and config.backend != "GRPC":
@@ -61,7 +61,7 @@ def launch(families: Families, clients: int | None, out: Path, tls: bool = False
         families = host().local_recipe(overridden(families, settings), count, Path(folder))
         if config.backend == "GRPC":
             for rank in range(count + 1):
-                credentials(resolve(families), rank)
+                credentials(resolve(families, host().brings_silos), rank)
         recipe.write_text(yaml.safe_dump(families, sort_keys=False))
         command = [sys.executable, "-m", "fedsq_plugin.cli", "node", str(recipe), "--out", str(out)]
         command += ["--endings", folder, *(["--resume"] if resume else [])]

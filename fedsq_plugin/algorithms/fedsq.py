@@ -15,8 +15,24 @@ from torch import Tensor, nn
 from ..dualcopy import DualCopy
 from ..dualcopy.precision import Precision
 from ..federation.algorithm import Algorithm, View
-from ..federation.options import Options, option
+from ..federation.options import Options, option, runs_rounds
 from ..federation.state import State
+
+
+def _no_gates(ungated: str | None) -> str | None:
+    return f"{ungated} trains the plain model, without gates" if ungated else None
+
+
+def _never_reached(structural_rounds: int, comm_round: int) -> str | None:
+    return f"the run ends after {comm_round} rounds" if structural_rounds >= comm_round else None
+
+
+def _never_changes(structural_copy: str) -> str | None:
+    return "structural_copy is 'fixed'" if structural_copy == "fixed" else None
+
+
+def _no_average(structural_copy: str) -> str | None:
+    return f"structural_copy is '{structural_copy}'" if structural_copy != "ema" else None
 
 
 class FedSQOptions(Options):
@@ -25,28 +41,44 @@ class FedSQOptions(Options):
         "fedsq_args",
         "structural copy over the rounds: fixed; refreshed from the global model every structural_rounds; "
         "an average with it every structural_rounds; given up after structural_rounds",
+        idle=(runs_rounds, _no_gates, _never_reached),
     )
-    structural_rounds: int = option(1, "fedsq_args", "rounds that structural_copy counts", ge=1)
+    structural_rounds: int = option(1, "fedsq_args", "rounds that structural_copy counts", idle=_never_changes, ge=1)
     structural_decay: float = option(
-        0.9, "fedsq_args", "share of itself that the structural copy keeps (ema)", ge=0, le=1
+        0.9,
+        "fedsq_args",
+        "share of itself that the structural copy keeps (ema)",
+        idle=_no_average,
+        ge=0,
+        le=1,
     )
     keep_gates: bool = option(
-        False, "fedsq_args", "keep the gates of training images, which then pass the structural copy once"
+        False,
+        "fedsq_args",
+        "keep the gates of training images, which then pass the structural copy once",
+        differs="the figures are the same",
+        idle=(runs_rounds, _no_gates),
     )
     gate_pooling: Literal["structural", "own"] = option(
         "structural",
         "fedsq_args",
         "who chooses in max-pooling: the structural copy, or each copy itself",
         agree=True,
+        idle=_no_gates,
     )
     gate_accept: tuple[str, ...] = option(
-        (), "fedsq_args", "paths of activations that cannot be gated and may stay ungated", agree=True
+        (),
+        "fedsq_args",
+        "paths of activations that cannot be gated and may stay ungated",
+        agree=True,
+        idle=_no_gates,
     )
     structural_precision: Precision = option(
         "fp32",
         "fedsq_args",
         "what gates are computed in, whatever precision is, in training and tests; fp32 without TF32",
         agree=True,
+        idle=_no_gates,
     )
 
 
@@ -62,9 +94,7 @@ def dualcopy(model: nn.Module, options: FedSQOptions) -> nn.Module:
     )
 
 
-def next_structural(
-    structural: State, model: Mapping[str, Tensor], round: int, options: FedSQOptions
-) -> State | None:
+def next_structural(structural: State, model: Mapping[str, Tensor], round: int, options: FedSQOptions) -> State | None:
     """The structural copy of a round, from the one of the round before and the global model.
 
     Args:

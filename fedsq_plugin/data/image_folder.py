@@ -11,8 +11,8 @@ import torch
 from torch.utils.data import Dataset
 
 from ..errors import ConfigError, first_line
-from ..settings.config import Config
 from .loaders import InMemory
+from .options import DataOptions
 from .partition import Labels
 from .silos import Splits
 
@@ -22,7 +22,7 @@ _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation of ImageNet's channels."""
 
 
-def read_image_folder(config: Config) -> Splits:
+def read_image_folder(options: DataOptions) -> Splits:
     """The images in `data_cache_dir`, normalised with ImageNet's mean and deviation, and resized where
     `image_size` is given.
 
@@ -32,26 +32,26 @@ def read_image_folder(config: Config) -> Splits:
     """
     from torchvision import transforms
 
-    root = Path(config.data_cache_dir).expanduser()
+    root = Path(options.data_cache_dir).expanduser()
     resize: Sequence[Any] = ()
-    if config.image_size:
-        resize = (transforms.Resize((config.image_size, config.image_size)),)
+    if options.image_size:
+        resize = (transforms.Resize((options.image_size, options.image_size)),)
     transform = transforms.Compose([*resize, transforms.ToTensor(), transforms.Normalize(*_IMAGENET)])
-    train, test = folders = [_open_split(config, root / split, transform) for split in ("train", "test")]
+    train, test = folders = [_open_split(options, root / split, transform) for split in ("train", "test")]
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))[0]
         raise ConfigError(f"image_folder: the class {odd} is in only one of {root}/train and {root}/test")
-    if not config.image_size:
+    if not options.image_size:
         _refuse_differing_sizes([path for folder in folders for path, _ in folder.samples])
     labels = [np.asarray(folder.targets) for folder in folders]
     kept = [_keep_in_memory(folder, targets) for folder, targets in zip(folders, labels, strict=True)]
     return Splits(kept[0], labels[0], kept[1], labels[1], [str(name) for name in train.classes])
 
 
-def _open_split(config: Config, folder: Path, transform: Any) -> Any:
+def _open_split(options: DataOptions, folder: Path, transform: Any) -> Any:
     from torchvision.datasets import ImageFolder
 
-    if not config.data_cache_dir or not folder.is_dir():
+    if not options.data_cache_dir or not folder.is_dir():
         raise ConfigError(
             f"image_folder: no folder {folder}; data_cache_dir must hold train/<class>/ and test/<class>/"
         )

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ..errors import ConfigError, nearest
-from ..settings.config import Config
 from .digits import read_digits
 from .flamby.catalogue import CATALOGUE
 from .flamby.catalogue import PREFIX as FLAMBY
 from .image_folder import read_image_folder
+from .options import DataOptions
 from .silos import SilosData, Splits, divide
 
-OURS: dict[str, Callable[[Config], Splits]] = {"digits": read_digits, "image_folder": read_image_folder}
+OURS: dict[str, Callable[[DataOptions], Splits]] = {"digits": read_digits, "image_folder": read_image_folder}
 """Labelled data sets, which we divide over the silos ourselves."""
 
 NAMES = (*OURS, *CATALOGUE)
@@ -29,7 +29,7 @@ def has(name: str) -> bool:
     return name in OURS or is_flamby(name)
 
 
-def load(config: Config, silos: Sequence[int] | None = None, pooled: bool = True) -> SilosData:
+def load(options: DataOptions, silos: Sequence[int] | None = None, pooled: bool = True) -> SilosData:
     """The data of the recipe's `dataset`.
 
     Args:
@@ -40,10 +40,10 @@ def load(config: Config, silos: Sequence[int] | None = None, pooled: bool = True
     Raises:
         ConfigError: the name is unknown, the data cannot be had, or they do not give so many silos.
     """
-    if is_flamby(config.dataset):
+    if is_flamby(options.dataset):
         from .flamby.centres import load_centres
 
-        return load_centres(config, silos, pooled)
-    if config.dataset not in OURS:
-        raise ConfigError(f"data_args.dataset '{config.dataset}' is unknown{nearest(config.dataset, NAMES)}")
-    return divide(OURS[config.dataset](config), config)
+        return load_centres(options, silos, pooled)
+    if options.dataset not in OURS:
+        raise ConfigError(f"data_args.dataset '{options.dataset}' is unknown{nearest(options.dataset, NAMES)}")
+    return divide(OURS[options.dataset](options), options)

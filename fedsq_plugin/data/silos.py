@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..federation.seeding import derive
 from ..federation.task import CLASSIFICATION, Task
-from ..settings.config import Config
 from .loaders import make_loader
+from .options import DataOptions
 from .partition import Labels, count_labels, partition, partition_like
 
 VALIDATION = 5
@@ -69,7 +69,7 @@ class Splits:
     """Names of the classes, in the order of their labels."""
 
 
-def divide(splits: Splits, config: Config) -> SilosData:
+def divide(splits: Splits, options: DataOptions) -> SilosData:
     """Divide a labelled data set over the silos, as `partition_method` says.
 
     A silo's share of a class is the same in the test split as in the training split. With
@@ -79,21 +79,21 @@ def divide(splits: Splits, config: Config) -> SilosData:
     Raises:
         ConfigError: there is no such partition.
     """
-    seed = config.seed("data")
-    size = BATCH_SIZE if config.batch_size is None else config.batch_size
+    seed = options.seed("data")
+    size = BATCH_SIZE if options.batch_size is None else options.batch_size
     order = np.random.default_rng(derive("public", seed)).permutation(len(splits.train_labels))
-    public = round(config.warm_start_public * len(order)) if config.has_public_split else 0
-    kept = public // VALIDATION if config.relu_ise else 0
+    public = round(options.warm_start_public * len(order)) if options.has_public_split else 0
+    kept = public // VALIDATION if options.relu_ise else 0
     private = np.sort(order[public:])
     parts = [
         private[part]
         for part in partition(
             splits.train_labels[private],
-            config.client_num_in_total,
-            config.partition_method,
-            config.partition_alpha,
+            options.client_num_in_total,
+            options.partition_method,
+            options.partition_alpha,
             derive("partition", seed),
-            config.min_client_samples,
+            options.min_client_samples,
         )
     ]
     labels = [splits.train_labels[part] for part in parts]
@@ -115,7 +115,7 @@ def divide(splits: Splits, config: Config) -> SilosData:
     )
     if public:
         held = np.sort(order[kept:public])
-        data.public = batches(splits.train, held, config.warm_start_batch_size, shuffle=True)
+        data.public = batches(splits.train, held, options.warm_start_batch_size, shuffle=True)
         data.public_content = _hash_content(batches(splits.train, held, 256))
     if kept:
         data.validation = batches(splits.train, np.sort(order[:kept]), 256)

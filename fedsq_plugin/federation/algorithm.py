@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..dualcopy import DualCopy
 from ..errors import ConfigError
 from .local import Part, Phase, Term
-from .options import Options, option
+from .options import Options, option, runs_rounds
 from .roles import Role
 from .roles import roles as find_roles
 from .server_state import ServerState
@@ -30,18 +30,23 @@ HEAD = frozenset({Role.HEAD, Role.HEAD_NORM_PARAMETER})
 BODY = EVERYTHING - HEAD
 
 
+def _unknown_head(native: str | None, warm_start: str) -> str | None:
+    return f"{native} knows no head" if native and warm_start not in ("file", "imagenet") else None
+
+
 class FederationOptions(Options):
     """The options that the choices of several algorithms read."""
 
     epochs: int = option(1, "train_args", "local epochs per round", agree=True, ge=0)
     head: str | None = option(
-        None, "fedsq_args", "module path of the head; known for our own backbones", agree=True
+        None, "fedsq_args", "module path of the head; known for our own backbones", agree=True, idle=_unknown_head
     )
     buffers: Literal["average", "keep"] = option(
         "average",
         "fedsq_args",
         "BatchNorm's statistics: average the silos', or keep the server's",
         agree=True,
+        idle=runs_rounds,
     )
 
 
@@ -159,7 +164,7 @@ class Algorithm:
     """Five choices; their defaults are FedAvg's.
 
     Raises:
-        ConfigError: the name cannot name a file.
+        ConfigError: the name cannot name a file, or a choice is no value of its class.
     """
 
     name: str
@@ -175,6 +180,14 @@ class Algorithm:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.+-]+", self.name):
             raise ConfigError(f"algorithm '{self.name}': a name has letters, digits, '-', '_' and '.'")
+        for choice, value in self.choices.items():
+            kind = type(_DEFAULTS[choice])
+            if not isinstance(value, kind):
+                raise ConfigError(
+                    f"algorithm '{self.name}': {choice} is {type(value).__name__}, not a value of {kind.__name__}"
+                )
+        if not (isinstance(self.options, type) and issubclass(self.options, Options)):
+            raise ConfigError(f"algorithm '{self.name}': options is no subclass of Options, as ExtraOptions is")
 
     @property
     def gated(self) -> bool:
@@ -267,7 +280,8 @@ def options_together(*groups: type[Options]) -> type[Options]:
     unique = [one for one in dict.fromkeys(groups) if not any(_extends(other, one) for other in groups)]
     if len(unique) < 2:
         return unique[0] if unique else Options
-    return create_model("Together", __base__=tuple(unique))
+    # Pydantic takes the fields of the last base first.
+    return create_model("Together", __base__=tuple(reversed(unique)))
 
 
 def _extends(group: type[Options], other: type[Options]) -> bool:

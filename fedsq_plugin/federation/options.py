@@ -1,14 +1,21 @@
-"""How an option is declared: once, in a group of options beside the code that reads it.
+"""How an option of a recipe is declared: once, in a group of options beside the code that reads it.
 
 `settings.config.Config` is made of all groups, so a config can be handed to whatever reads one of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
+
+Rule = Callable[..., str | None]
+"""Reads what its parameters name, options above all, and returns a sentence, or None."""
 
 
 class Options(BaseModel):
@@ -16,28 +23,98 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False, arbitrary_types_allowed=True)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _switch_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # Otherwise pydantic takes `clip_norm: true` for a bound of 1.0.
+        wanted = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and {wanted, *get_args(wanted)} & {int, float}:
+            raise PydanticCustomError("number", "Input should be a number, not a switch")
+        return value
+
 
 def option(
     default: Any,
     family: str,
     meaning: str,
     *,
+    required: bool = False,
     agree: bool = False,
+    differs: str = "",
     may_change: bool = False,
-    idle: Callable[..., str | None] | None = None,
+    idle: Rule | tuple[Rule, ...] = (),
     **constraints: Any,
 ) -> Any:
     """A field of `Options`.
 
     Args:
-        default: `...` where the recipe must give it.
-        family: of the recipe, in which it is documented.
+        default: `...` where there is none: then the recipe must give it.
+        family: the family of the recipe in which it is documented.
         meaning: for the reference.
+        required: the recipe must give it; the default is for code that makes the group by itself.
         agree: server and silos must have the same value, because a silo's training reads it.
+        differs: why silos may have different values of it although a silo's training reads it.
         may_change: a resumed run may have another value than the run had before.
-        idle: why it has no effect beside other options, in words; None where it has. Its parameters name the
-            options that it reads; it is not asked where one of them is not valid.
+        idle: rules that say why it has no effect, asked in order. Parameters of a rule name other options, or
+            facts about the run (`settings.idle.Facts`). A rule is passed over where an option that it reads is
+            not valid.
         constraints: pydantic's, as ge=0.
     """
-    about: Any = {"family": family, "agree": agree, "may_change": may_change, "idle": idle}
-    return Field(default, description=meaning, json_schema_extra=about, **constraints)
+    rules = idle if isinstance(idle, tuple) else (idle,)
+    about = _About(family, meaning, required or default is ..., agree, differs, may_change, rules)
+    return Field(default, description=meaning, json_schema_extra={_KEY: about}, **constraints)  # type: ignore[dict-item]
+
+
+@dataclass(frozen=True)
+class _About:
+    family: str
+    meaning: str
+    required: bool
+    agree: bool
+    differs: str
+    may_change: bool
+    idle: tuple[Rule, ...]
+
+
+_KEY = "option"
+
+
+@dataclass(frozen=True)
+class Option(_About):
+    """What was declared of an option; see `option`."""
+
+    key: str
+    default: Any
+    """None where the recipe must give it."""
+    annotation: Any
+
+
+def options_of(group: type[Options]) -> dict[str, Option]:
+    """The options of a group by their keys; fields that are no options are left out."""
+    return {key: found for key, field in group.model_fields.items() if (found := _option(key, field))}
+
+
+def _option(key: str, field: FieldInfo) -> Option | None:
+    extra = field.json_schema_extra
+    about: Any = extra.get(_KEY) if isinstance(extra, dict) else None
+    if about is None:
+        return None
+    default = None if about.required else field.default
+    return Option(**vars(about), key=key, default=default, annotation=field.annotation)
+
+
+def said(rules: Iterable[Rule], values: Mapping[str, Any]) -> list[tuple[Rule, str]]:
+    """The rules that say something about these values, each with what it says. A rule is passed over where a
+    value that it reads is missing and its parameter has no default."""
+    found = []
+    for rule in rules:
+        wanted = inspect.signature(rule).parameters
+        if all(key in values or p.default is not p.empty for key, p in wanted.items()):
+            line = rule(**{key: values[key] for key in wanted if key in values})
+            found += [(rule, line)] if line else []
+    return found
+
+
+def runs_rounds(native: str | None) -> str | None:
+    """An idle rule for what the plugin's own rounds alone read."""
+    return f"{native} runs the rounds" if native else None

@@ -116,7 +116,8 @@ class Round:
         for position in sorted(self._early):
             self._gather(position)
         if not self._accepted:
-            raise UpdateError(f"no update is left to aggregate: {'; '.join(self.record.notes)}")
+            why = "; ".join(self.record.notes) or "no silo answered"
+            raise UpdateError(f"no update is left to aggregate: {why}")
         self._gathering.finish()
 
     def pass_over(self) -> None:

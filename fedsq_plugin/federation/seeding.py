@@ -6,9 +6,35 @@ import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import numpy as np
 import torch
+
+from .options import Options, option, runs_rounds
+
+
+def hosts_own_data(dataset: str, data_of: str) -> str | None:
+    """An idle rule for what the plugin's own data sets alone read."""
+    return f"{dataset} is {data_of} own data set" if data_of else None
+
+
+class Seeds(Options):
+    """The seeds of a run."""
+
+    random_seed: int = option(0, "common_args", "seed of everything that has no seed of its own", agree=True, ge=0)
+    data_seed: int | None = option(
+        None, "fedsq_args", "seed of splits and partition", agree=True, idle=hosts_own_data, ge=0
+    )
+    model_seed: int | None = option(None, "fedsq_args", "seed of initial weights and warm start", ge=0)
+    sampling_seed: int | None = option(
+        None, "fedsq_args", "seed of the choice of silos per round", agree=True, idle=runs_rounds, ge=0
+    )
+
+    def seed(self, purpose: Literal["data", "model", "sampling"]) -> int:
+        """The seed for a purpose: its own, or `random_seed`."""
+        own: int | None = getattr(self, f"{purpose}_seed")
+        return self.random_seed if own is None else own
 
 
 def derive(*keys: int | str) -> int:

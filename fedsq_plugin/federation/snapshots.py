@@ -52,8 +52,8 @@ class Versions:
         tensors, about = checkpoint.load(path)
         if about.get("format") != FORMAT:
             raise WeightsError(
-                f"{path}: a checkpoint of format {about.get('format')}, and this version reads format {FORMAT}: end the "
-                "run with the version that wrote it"
+                f"{path}: a checkpoint of format {about.get('format')}, and this version reads format {FORMAT}: end "
+                "the run with the version that wrote it"
             )
         if about.pop("about_sha256", None) != _digest(about):
             raise WeightsError(f"{path}: {path.stem}.json was changed after it was written")

@@ -40,7 +40,7 @@ LARGEST_BATCH = 32
 
 def check(families: Families) -> list[str]:
     """One line per problem; empty when `fedsq run` may start."""
-    found = [str(finding) for finding in problems(families)[1]]
+    found = [str(finding) for finding in problems(families, host().brings_silos)[1]]
     values = flat(families)
     valid = validated(values)[0]
     found += _names(valid)
@@ -203,7 +203,7 @@ def _forward(config: Config, valid: dict[str, Any], model: nn.Module, data: Silo
     except ConfigError as error:
         yield f"fedsq_args.{error}"
     if find(valid.get("federated_optimizer", "")) is not None and _all_in(valid, "comm_round", "dataset"):
-        defaults = {key: option.default for key, option in OPTIONS.items() if not option.is_required()}
+        defaults = {key: option.default for key, option in OPTIONS.items() if not option.required}
         try:
             model = build_view(model, plan_of(Config.model_construct(**{**defaults, **valid}), model))
         except FedSQError as error:

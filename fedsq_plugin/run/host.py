@@ -58,6 +58,8 @@ class Host(Protocol):
 
     datasets: Collection[str]
     """The names of its own data sets."""
+    brings_silos: Collection[str]
+    """The names of those that set the number of silos themselves, whatever the recipe says."""
     models: Collection[str]
     """The names of its own models."""
     algorithms: Collection[str]

@@ -16,9 +16,10 @@ from ..algorithms import Algorithm, algorithm, find
 from ..data.flamby import backbones as flamby
 from ..dualcopy import DualCopy
 from ..errors import ConfigError, in_terms
-from ..federation.local import LocalTraining, frozen_keys
+from ..federation.local import frozen_keys
 from ..federation.seeding import derive, isolated
 from ..federation.task import CLASSIFICATION, Task
+from ..federation.training import LocalTraining
 from ..models.backbones import PREFIX
 from ..settings.config import Config
 
@@ -81,7 +82,7 @@ def plan_of(config: Config, model: nn.Module, task: Task = CLASSIFICATION) -> Pl
         config,
         chosen,
         options,
-        _training(config),
+        config,
         chosen.personal if config.silo_evaluation is None else config.silo_evaluation,
         finetune_epochs,
         task,
@@ -116,23 +117,6 @@ def accepted(config: Config) -> tuple[str, ...]:
     if config.model in flamby.MODELS:
         own = flamby.ungated(config.model, config.dataset)
     return (*config.gate_accept, *own)
-
-
-def _training(config: Config) -> LocalTraining:
-    return LocalTraining(
-        optimizer=config.client_optimizer,
-        learning_rate=config.learning_rate,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        weight_decay=config.weight_decay,
-        clip_norm=config.clip_norm,
-        lr_schedule=config.lr_schedule,
-        lr_decay=config.lr_decay,
-        lr_decay_rounds=config.lr_decay_rounds,
-        rounds=config.comm_round,
-        augmentation=config.augmentation,
-        precision=config.precision,
-    )
 
 
 def build_view(model: nn.Module, plan: Plan) -> nn.Module:

@@ -93,8 +93,8 @@ def run_all(
     found = [line for variant in variants[:checked] for line in check(variant.families)]
     if found:
         raise ConfigError(" | ".join(dict.fromkeys(found)))
-    configs = [resolve(variant.families) for variant in variants]
-    with session(base, resolve(base), out, console, len(variants), resume) as current:
+    configs = [resolve(variant.families, host().brings_silos) for variant in variants]
+    with session(base, resolve(base, host().brings_silos), out, console, len(variants), resume) as current:
         current.summary.update(about or {})
         current.directory.write_summary(current.summary)
         for variant, config in zip(variants, configs, strict=True):

@@ -8,27 +8,11 @@ from typing import Any
 
 from .config import OPTIONS, Config
 
-MUST_AGREE = (
-    *("model", "small_images", "image_size", "head", "federated_optimizer", "dataset", "partition_method"),
-    *("partition_alpha", "client_num_in_total", "min_client_samples", "data_seed", "random_seed"),
-    *("warm_start", "warm_start_public", "relu_ise", "epochs", "batch_size", "client_optimizer"),
-    *("learning_rate", "momentum", "nesterov", "weight_decay", "clip_norm", "lr_schedule", "lr_decay"),
-    *("lr_decay_rounds", "augmentation", "fedprox_mu", "gate_accept", "gate_pooling", "buffers"),
-    *("head_epochs", "probe_rounds", "frozen_modules", "comm_round", "finetune_epochs", "finetune_part"),
-    *("structural_precision", "channels_last", "compile", "extra"),
-)
+MUST_AGREE = tuple(key for key, option in OPTIONS.items() if option.agree)
 """Options that server and silos must share."""
 
-MAY_CHANGE = frozenset(
-    (
-        *("checkpoint_dir", "checkpoint_every", "resume", "threads", "using_gpu"),
-        *("data_cache_dir", "warm_start_file", "warm_start_cache_dir"),
-        *("min_clients", "round_timeout_s", "server_return_s", "nonfinite"),
-        *("tls_cert", "tls_key", "tls_ca"),
-        *(key for key in OPTIONS if key.startswith("gpu_")),
-    )
-)
-"""Options that a resumed run may have otherwise."""
+MAY_CHANGE = frozenset(key for key, option in OPTIONS.items() if option.may_change)
+"""Options of which a resumed run may have other values."""
 
 
 def kept_options(config: Config) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +81,9 @@ def overridden(families: Families, settings: Iterable[str]) -> Families:
     return result
 
 
-def problems(families: Families) -> tuple[Config | None, list[Finding]]:
-    """The config, and everything wrong with the recipe's keys and values."""
-    config, wrong = parse(flat(families))
+def problems(families: Families, brings_silos: Collection[str] = ()) -> tuple[Config | None, list[Finding]]:
+    """The config, and everything wrong with the recipe's keys and values. `brings_silos` is that of `parse`."""
+    config, wrong = parse(flat(families), brings_silos)
     found = misplaced(families)
     mistyped = {finding.key for finding in found if finding.kind == "misspelt"}
     return config, found + [f for f in wrong if f.kind != "missing" or f.key not in mistyped]
@@ -124,9 +124,13 @@ def misplaced(families: Families) -> list[Finding]:
     return found
 
 
-def resolve(families: Families) -> Config:
-    """The checked config of a recipe. Raises ConfigError with everything that is wrong."""
-    config, found = problems(families)
+def resolve(families: Families, brings_silos: Collection[str] = ()) -> Config:
+    """The checked config of a recipe; `brings_silos` is that of `parse`.
+
+    Raises:
+        ConfigError: with everything that is wrong.
+    """
+    config, found = problems(families, brings_silos)
     if config is None or found:
         raise ConfigError(" | ".join(map(str, found)))
     return config

@@ -11,7 +11,37 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..settings.config import Config
+from ..federation.options import Options, option
+
+
+def _one_process(backend: str) -> str | None:
+    return "backend sp is one process" if backend == "sp" else None
+
+
+class TlsOptions(Options):
+    """The files of a process, for mutual TLS."""
+
+    tls_cert: str | None = option(
+        None,
+        "fedsq_args",
+        "certificate of this process, PEM, for mutual TLS over GRPC; in its path, {rank} is the rank",
+        may_change=True,
+        idle=_one_process,
+    )
+    tls_key: str | None = option(
+        None,
+        "fedsq_args",
+        "its private key, PEM without a password; {rank} likewise",
+        may_change=True,
+        idle=_one_process,
+    )
+    tls_ca: str | None = option(
+        None,
+        "fedsq_args",
+        "certificate of the authority that issued all ranks' certificates, PEM",
+        may_change=True,
+        idle=_one_process,
+    )
 
 
 @dataclass(frozen=True)
@@ -28,15 +58,15 @@ def name_of(rank: int) -> str:
     return f"rank-{rank}"
 
 
-def credentials(config: Config, rank: int) -> Credentials | None:
+def credentials(options: TlsOptions, rank: int) -> Credentials | None:
     """The files of a process, read and tried out; None where the recipe has no TLS.
 
     Raises:
         ConfigError: a file is missing, broken or expired, or is not this rank's; names the option.
     """
-    if not (config.tls_cert and config.tls_key and config.tls_ca):
+    if not (options.tls_cert and options.tls_key and options.tls_ca):
         return None
-    paths = {key: getattr(config, key).replace("{rank}", str(rank)) for key in ("tls_cert", "tls_key", "tls_ca")}
+    paths = {key: getattr(options, key).replace("{rank}", str(rank)) for key in ("tls_cert", "tls_key", "tls_ca")}
     read = {key: _read(key, path) for key, path in paths.items()}
     cert, key, ca = (f"fedsq_args.{key} {path}" for key, path in paths.items())
     for what, pem in ((cert, read["tls_cert"]), (ca, read["tls_ca"])):

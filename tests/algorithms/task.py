@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fedsq_plugin.algorithms import Algorithm, FederationOptions, algorithm
-from fedsq_plugin.algorithms.registry import builtin_options
+from fedsq_plugin.algorithms.registry import builtin, builtin_options
 from fedsq_plugin.data.partition import partition
 from fedsq_plugin.federation.algorithm import options_together
 from fedsq_plugin.federation.client import Client
 from fedsq_plugin.federation.evaluate import Metrics, evaluate
-from fedsq_plugin.federation.local import LocalTraining
 from fedsq_plugin.federation.messages import Assignment, Update, packed, unpacked, update_of
 from fedsq_plugin.federation.record import RoundRecord
 from fedsq_plugin.federation.roles import roles
@@ -26,11 +25,17 @@ from fedsq_plugin.federation.server import Server
 from fedsq_plugin.federation.server_state import load_state
 from fedsq_plugin.federation.simulation import LocalSilos, Simulation
 from fedsq_plugin.federation.state import State, state_of
+from fedsq_plugin.federation.training import LocalTraining
 
 SILOS = 3
 Batches = list[tuple[Tensor, Tensor]]
 AllOptions: Any = options_together(FederationOptions, builtin_options())
 """The options of all algorithms together."""
+
+
+def values(choice: str) -> dict[str, Any]:
+    """All values of a choice that the algorithms of this package make, by name."""
+    return {(value := getattr(one, choice)).name: value for one in builtin().values()}
 
 
 def corners(samples: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -47,6 +52,11 @@ def mlp() -> nn.Module:
 
 OPTIONS: Any = AllOptions(epochs=2, head="3", frozen_modules=("0", "1"), server_lr=0.1)
 """For `mlp`, whatever the algorithm; 0.1 for the algorithms with a server optimizer of few rounds."""
+
+
+def changed(**options: Any) -> Any:
+    """`OPTIONS` with these."""
+    return OPTIONS.model_copy(update=options)
 
 
 @functools.cache

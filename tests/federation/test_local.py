@@ -11,30 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fedsq_plugin.algorithms.objective import proximal
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from fedsq_plugin.algorithms.fedprox import proximal
 from fedsq_plugin.errors import ConfigError
 from fedsq_plugin.federation.augment import augment
-from fedsq_plugin.federation.local import (
-    LocalResult,
-    LocalTraining,
-    Phase,
-    Statistics,
-    frozen_keys,
-    local_update,
-    trains,
-)
+from fedsq_plugin.federation.local import LocalResult, Phase, Statistics, frozen_keys, local_update, trains
 from fedsq_plugin.federation.roles import Role, roles
 from fedsq_plugin.federation.seeding import isolated
 from fedsq_plugin.federation.state import State, fingerprint, state_of
 from fedsq_plugin.federation.task import cross_entropy
+from fedsq_plugin.federation.training import LocalTraining, OptimizerTraining
+from tests.algorithms.task import AllOptions
 
 ALL = frozenset(Role)
 Batches = Sequence[tuple[Tensor, Tensor]]
-
-from tests.algorithms.task import AllOptions
 
 
 class Weight(nn.Module):
@@ -61,9 +53,7 @@ def weight_after(training: LocalTraining, *epochs: int, round: int = 0, mu: floa
     model = Weight()
     phases = [Phase(count, ALL) for count in epochs]
     objective = None if mu is None else proximal(AllOptions(fedprox_mu=mu))
-    local_update(
-        model, ONE, training, phases, roles(model), round=round, seed=0, objective=objective, loss=half_square
-    )
+    local_update(model, ONE, training, phases, roles(model), round=round, seed=0, objective=objective, loss=half_square)
     return model.w.item()
 
 
@@ -110,7 +100,7 @@ def test_adam_and_adamw_follow_a_plain_torch_loop(name: str) -> None:
     model = nn.Linear(3, 2)
     expected = copy.deepcopy(model)
     batches = [(torch.randn(4, 3), torch.tensor([0, 1, 1, 0])) for _ in range(3)]
-    training = LocalTraining(optimizer=name, learning_rate=0.05, weight_decay=0.1)  # type: ignore[arg-type]
+    training = LocalTraining(client_optimizer=name, learning_rate=0.05, weight_decay=0.1)  # type: ignore[arg-type]
     local_update(model, batches, training, [Phase(2, ALL)], roles(model), round=0, seed=0)
     cls = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
     optimizer = cls(expected.parameters(), lr=0.05, weight_decay=0.1)
@@ -125,7 +115,7 @@ def test_adam_and_adamw_decay_differently() -> None:
     # Adam's first step is lr·sign(g): 1 + 0.1 with or without decay. AdamW shrinks w by lr·decay first:
     # 1·(1 - 0.1·0.5) + 0.1.
     kwargs = {"learning_rate": 0.1, "weight_decay": 0.5}
-    found = [weight_after(LocalTraining(optimizer=name, **kwargs), 1) for name in ("adam", "adamw")]  # type: ignore[arg-type]
+    found = [weight_after(LocalTraining(client_optimizer=name, **kwargs), 1) for name in ("adam", "adamw")]  # type: ignore[arg-type]
     assert found == pytest.approx([1.1, 1.05], rel=1e-6)
 
 
@@ -135,7 +125,7 @@ def test_adam_and_adamw_decay_differently() -> None:
         (LocalTraining(learning_rate=0.2), [0.2, 0.2, 0.2, 0.2]),
         # 0.2·(1 + cos(πr/4))/2 for r = 0 … 3; cos(π/4) = 0.70710678
         (
-            LocalTraining(learning_rate=0.2, lr_schedule="cosine", rounds=4),
+            LocalTraining(learning_rate=0.2, lr_schedule="cosine", comm_round=4),
             [0.2, 0.170710678, 0.1, 0.029289322],
         ),
         (
@@ -151,7 +141,7 @@ def test_schedule_over_rounds(training: LocalTraining, expected: list[float]) ->
 
 def test_step_is_taken_at_the_rounds_rate() -> None:
     # Round 2 of 4: rate 0.5·(1 + cos(π/2))/2 = 0.25, so 1 + 0.25·2.
-    training = LocalTraining(learning_rate=0.5, lr_schedule="cosine", rounds=4)
+    training = LocalTraining(learning_rate=0.5, lr_schedule="cosine", comm_round=4)
     assert weight_after(training, 1, round=2) == pytest.approx(1.5, rel=1e-12)
 
 
@@ -198,9 +188,7 @@ class Two(nn.Module):
 def two_after(*phases: Phase) -> list[float]:
     model, batches = Two(), [(torch.zeros(1), torch.zeros(1))]
     training, known = LocalTraining(learning_rate=1.0, clip_norm=1.0), {"a": Role.BODY, "b": Role.HEAD}
-    local_update(
-        model, batches, training, phases, known, round=0, seed=0, loss=lambda output, _: output.sum()
-    )
+    local_update(model, batches, training, phases, known, round=0, seed=0, loss=lambda output, _: output.sum())
     return [model.a.item(), model.b.item()]
 
 
@@ -457,9 +445,7 @@ def test_statistics_move_with_their_layers_parameters(roles_trained: set[Role], 
 
 
 @pytest.mark.parametrize(("trained", "moves"), [(ALL, True), (ALL - {Role.NORM_BUFFER}, False)])
-def test_statistics_of_a_layer_without_parameters_move_with_the_buffers(
-    trained: frozenset[Role], moves: bool
-) -> None:
+def test_statistics_of_a_layer_without_parameters_move_with_the_buffers(trained: frozenset[Role], moves: bool) -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, affine=False), nn.Linear(3, 2))
     local_update(model, shuffled(0), LocalTraining(), [Phase(1, trained)], roles(model), round=0, seed=0)
     assert (int(model[1].num_batches_tracked) > 0) is moves
@@ -506,9 +492,7 @@ def test_keys_of_frozen_modules(patterns: tuple[str, ...], expected: set[str]) -
 def test_phase_without_parameters_names_what_it_wanted() -> None:
     model = Weight()
     with pytest.raises(ConfigError) as caught:
-        local_update(
-            model, ONE, LocalTraining(), [Phase(1, frozenset({Role.HEAD}))], roles(model), round=0, seed=0
-        )
+        local_update(model, ONE, LocalTraining(), [Phase(1, frozenset({Role.HEAD}))], roles(model), round=0, seed=0)
     assert str(caught.value) == "a phase that trains head finds no such parameter"
 
 
@@ -583,7 +567,7 @@ def factored(factor: float, optimizer: str = "sgd", decay: float = 0.0, **kwargs
     """Two weights at 1 whose gradient is 1, the second with a factor, after a step of rate 0.1."""
     model = nn.ParameterDict({"a": nn.Parameter(torch.ones(())), "b": nn.Parameter(torch.ones(()))})
     net = Both(model)
-    training = LocalTraining(optimizer=optimizer, learning_rate=0.1, weight_decay=decay, **kwargs)  # type: ignore[arg-type]
+    training = LocalTraining(client_optimizer=optimizer, learning_rate=0.1, weight_decay=decay, **kwargs)  # type: ignore[arg-type]
     local_update(
         net, [(torch.zeros(1), torch.zeros(1))], training, [Phase(1, ALL)], roles(net),
         round=0, seed=0, loss=lambda output, _: output.sum(), factors={"weights.b": factor},
@@ -643,8 +627,7 @@ def _network() -> nn.Module:
 def _points(batches: int = 3) -> Batches:
     generator = torch.Generator().manual_seed(1)
     return [
-        (torch.randn(5, 6, generator=generator), torch.randint(3, (5,), generator=generator))
-        for _ in range(batches)
+        (torch.randn(5, 6, generator=generator), torch.randint(3, (5,), generator=generator)) for _ in range(batches)
     ]
 
 
@@ -655,9 +638,7 @@ def _trained(model: nn.Module, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.05])
-@pytest.mark.parametrize(
-    ("precision", "dtype", "scale"), [("bf16", torch.bfloat16, 1), ("fp16", torch.float16, 1024)]
-)
+@pytest.mark.parametrize(("precision", "dtype", "scale"), [("bf16", torch.bfloat16, 1), ("fp16", torch.float16, 1024)])
 def test_half_precision_follows_a_plain_torch_loop(
     precision: Any, dtype: torch.dtype, scale: int, clip_norm: float | None
 ) -> None:
@@ -745,8 +726,8 @@ def test_optimizers_are_kept_apart_by_what_they_train() -> None:
 
 def test_an_optimizer_class_is_called_with_the_rate_and_its_own_defaults() -> None:
     # Adagrad's first step is the rate times the sign of the gradient, whatever its size.
-    assert weight_after(LocalTraining(torch.optim.Adagrad, learning_rate=0.25), 1) == pytest.approx(1.25)
-    decayed = weight_after(LocalTraining(torch.optim.AdamW, learning_rate=0.1, weight_decay=0.5), 1)
+    assert weight_after(OptimizerTraining(optimizer=torch.optim.Adagrad, learning_rate=0.25), 1) == pytest.approx(1.25)
+    decayed = weight_after(OptimizerTraining(optimizer=torch.optim.AdamW, learning_rate=0.1, weight_decay=0.5), 1)
     assert decayed == pytest.approx(1 - 0.1 * 0.01 + 0.1)  # AdamW's own decay, 0.01
 
 
@@ -758,9 +739,7 @@ def test_without_a_seed_the_draws_are_the_process_s() -> None:
     def after(seed: int) -> float:
         model = Noisy()
         torch.manual_seed(seed)
-        local_update(
-            model, ONE, LocalTraining(), [Phase(1, ALL)], roles(model), round=0, seed=None, loss=half_square
-        )
+        local_update(model, ONE, LocalTraining(), [Phase(1, ALL)], roles(model), round=0, seed=None, loss=half_square)
         return model.w.item()
 
     assert after(1) == after(1) != after(2)

@@ -59,9 +59,9 @@ def test_assignment_comes_back(state: State, told: Announcement | None) -> None:
 
 
 @given(states, st.dictionaries(keys, tensors, max_size=4), st.integers(0, 99), st.floats(0.5, 1e6))
-def test_update_comes_back(state: State, sums: dict[str, Tensor], client: int, samples: float) -> None:
-    back = update_of(client, samples, with_sums(state, sums))
-    assert (back.client, back.samples) == (client, samples)
+def test_update_comes_back(state: State, sums: dict[str, Tensor], silo: int, samples: float) -> None:
+    back = update_of(silo, samples, with_sums(state, sums))
+    assert (back.silo, back.samples) == (silo, samples)
     assert same(OrderedDict(back.state), state)
     assert same(OrderedDict(back.sums), OrderedDict(sums))
 

@@ -72,13 +72,13 @@ def test_a_worker_trains_on_the_tasks_loss() -> None:
     
     from fedsq_plugin.algorithms import algorithm
     from fedsq_plugin.federation.client import Client
-    from fedsq_plugin.federation.local import LocalTraining
+    from fedsq_plugin.federation.training import LocalTraining
 
     model = nn.Linear(1, 1, bias=False)
     nn.init.ones_(model.weight)
-    worker = Client(
+    client = Client(
         model, algorithm("FedAvg"), AllOptions(), LocalTraining(learning_rate=0.1), seed=0, loss=squares
     )
-    worker.train(0, [(torch.tensor([[2.0]]), torch.tensor([[1.0]]))], 0)
+    client.train(0, [(torch.tensor([[2.0]]), torch.tensor([[1.0]]))], 0)
     # d/dw (2w - 1)² = 4 (2w - 1) = 4 at w = 1
     assert model.weight.item() == pytest.approx(1 - 0.1 * 4)

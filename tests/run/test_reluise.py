@@ -17,9 +17,10 @@ from fedsq_plugin.dualcopy import DualCopy
 from fedsq_plugin.dualcopy.smooth import LambdaActivation, target_lambda
 from fedsq_plugin.errors import ConfigError
 from fedsq_plugin.federation.evaluate import evaluate
-from fedsq_plugin.federation.local import LocalTraining, Phase, local_update
+from fedsq_plugin.federation.local import Phase, local_update
 from fedsq_plugin.federation.roles import Role, roles
 from fedsq_plugin.federation.state import fingerprint
+from fedsq_plugin.federation.training import LocalTraining
 from fedsq_plugin.run.reluise import Hardening, Reluised, relu_ise
 
 # Schedule
@@ -210,8 +211,8 @@ def test_weights_go_on_learning_while_lambda_is_fixed() -> None:
 
 
 def test_learning_rate_schedule_runs_over_the_epochs() -> None:
-    # step: lr·0^⌊epoch/1⌋, so only the first epoch moves anything.
-    training = LocalTraining(learning_rate=0.05, lr_schedule="step", lr_decay=0.0, lr_decay_rounds=1)
+    # step: lr·1e-300^⌊epoch/1⌋, so only the first epoch moves anything.
+    training = LocalTraining(learning_rate=0.05, lr_schedule="step", lr_decay=1e-300, lr_decay_rounds=1)
     done = run(small(nn.GELU()), Hardening(learn_epochs=2), training=training)
     assert done.history[0] != done.history[1] == done.history[2]
 
@@ -220,7 +221,7 @@ def test_hardening_epochs_count_on_from_the_learning_ones() -> None:
     # Rate 0 from the second epoch on: the weights stay where the first one left them.
     model = small(nn.GELU())
     batches = Watched(model[0])
-    training = LocalTraining(learning_rate=0.05, lr_schedule="step", lr_decay=0.0, lr_decay_rounds=1)
+    training = LocalTraining(learning_rate=0.05, lr_schedule="step", lr_decay=1e-300, lr_decay_rounds=1)
     run(model, Hardening(learn_epochs=1, harden_epochs=2), batches, training)
     assert torch.equal(batches.seen[1], model[0].weight)
 
@@ -289,7 +290,7 @@ def trained(digits: tuple[TensorDataset, Any]) -> nn.Module:
         nn.Flatten(),
         nn.Linear(256, 10),
     )
-    training = LocalTraining("adam", 0.003)
+    training = LocalTraining(client_optimizer="adam", learning_rate=0.003)
     everything = [Phase(6, frozenset(Role))]
     loader = DataLoader(digits[0], 64, shuffle=True)
     local_update(model, loader, training, everything, roles(model), round=0, seed=0)
@@ -301,7 +302,7 @@ def reluised(trained: nn.Module, digits: tuple[TensorDataset, Any]) -> Callable[
     def do(seed: int) -> tuple[nn.Module, Any]:
         model = copy.deepcopy(trained)
         loader = DataLoader(digits[0], 64, shuffle=True)
-        training = LocalTraining("adam", 0.001)
+        training = LocalTraining(client_optimizer="adam", learning_rate=0.001)
         done = relu_ise(
             model,
             loader,

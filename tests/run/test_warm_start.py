@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fedsq_plugin.errors import ConfigError
-from fedsq_plugin.federation.local import LocalTraining
 from fedsq_plugin.federation.seeding import isolated
 from fedsq_plugin.federation.state import fingerprint
+from fedsq_plugin.federation.training import LocalTraining
 from fedsq_plugin.run.warm_start import public_warm_start
 
 TRAINING = LocalTraining(learning_rate=0.1, momentum=0.9)
@@ -86,7 +85,7 @@ def test_global_generator_is_left_alone(tmp_path: Path) -> None:
         {"epochs": 3},
         {"seed": 1},
         *(
-            {"training": dataclasses.replace(TRAINING, **change)}
+            {"training": TRAINING.model_copy(update=change)}
             for change in (
                 {"learning_rate": 0.2},
                 {"momentum": 0.5},

@@ -9,13 +9,13 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 
 from ...errors import ConfigError
-from ...settings.config import Config
 from ..loaders import count_samples, make_loader
+from ..options import DataOptions
 from ..silos import SilosData
 from .package import FlambyPackage
 
 
-def load_centres(config: Config, silos: Sequence[int] | None = None, pooled: bool = True) -> SilosData:
+def load_centres(options: DataOptions, silos: Sequence[int] | None = None, pooled: bool = True) -> SilosData:
     """The data of one of FLamby's data sets, with its loss and metric.
 
     Args:
@@ -26,17 +26,17 @@ def load_centres(config: Config, silos: Sequence[int] | None = None, pooled: boo
     Raises:
         ConfigError: the data cannot be had, or `client_num_in_total` is not the number of centres.
     """
-    package = FlambyPackage(config.dataset, config.data_cache_dir)
-    about, seed = package.about, config.seed("data")
-    package.require_device(config.using_gpu)
+    package = FlambyPackage(options.dataset, options.data_cache_dir)
+    about, seed = package.about, options.seed("data")
+    package.require_device(options.using_gpu)
     centres = package.centres()
-    if config.client_num_in_total != centres:
+    if options.client_num_in_total != centres:
         raise ConfigError(
-            f"train_args.client_num_in_total is {config.client_num_in_total}, and {config.dataset} has "
+            f"train_args.client_num_in_total is {options.client_num_in_total}, and {options.dataset} has "
             f"{centres} centres; set it to {centres}"
         )
     mine = range(centres) if silos is None else silos
-    size = package.batch_size if config.batch_size is None else config.batch_size
+    size = package.batch_size if options.batch_size is None else options.batch_size
 
     def batches(samples: Dataset[Any], train: bool) -> DataLoader[Any]:
         # Test batches have FLamby's size, whatever the recipe says: its Dice is a mean over batches.
@@ -51,7 +51,7 @@ def load_centres(config: Config, silos: Sequence[int] | None = None, pooled: boo
     tests = {silo: centre(silo, train=False) for silo in mine}
     sizes = {silo: count_samples(part.dataset) for silo, part in train.items()}
     if sizes and not any(sizes.values()):
-        raise ConfigError(f"data_args.dataset {config.dataset}: no training sample of centre {min(sizes)} is there")
+        raise ConfigError(f"data_args.dataset {options.dataset}: no training sample of centre {min(sizes)} is there")
     whole = batches(package.samples(True, pooled=True, seed=seed), True) if silos is None else None
     test = batches(package.samples(False, pooled=True, seed=seed), False) if pooled else None
     return SilosData(

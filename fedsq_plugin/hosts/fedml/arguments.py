@@ -6,6 +6,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ...settings.config import OPTIONS, Config, Finding, Kind, parse
+from .names import SETS_CLIENT_NUMBER
 
 FINDINGS = "fedsq_findings"
 """Attribute of FedML's args: what is wrong with the keys of its YAML files."""
@@ -33,7 +34,7 @@ def config_of(args: Any) -> Config:
         ConfigError: with everything that is wrong, unknown keys in our families included.
     """
     findings: list[Finding] = getattr(args, FINDINGS, [])
-    config, wrong = parse({**vars(args), "federated_optimizer": algorithm_of(args)})
+    config, wrong = parse({**vars(args), "federated_optimizer": algorithm_of(args)}, SETS_CLIENT_NUMBER)
     found = [finding for finding in findings if finding.kind in FATAL]
     if config is None or found:
         raise ConfigError(" | ".join(dict.fromkeys(map(str, found + wrong))))

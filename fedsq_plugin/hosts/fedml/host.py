@@ -19,6 +19,7 @@ class FedML:
     """See `run.host.Host`."""
 
     datasets: Collection[str] = names.FEDML_DATASETS
+    brings_silos: Collection[str] = names.SETS_CLIENT_NUMBER
     models: Collection[str] = names.FEDML_MODELS
     algorithms: Collection[str] = names.NATIVE_SP
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ...algorithms import Algorithm, algorithm
 from ...errors import ConfigError, nearest
 from ...federation.client import Client
-from ...federation.local import LocalTraining, OptimizerClass
 from ...federation.mean import MeanOfDifferences
 from ...federation.messages import Assignment
 from ...federation.record import RoundRecord
@@ -22,6 +21,7 @@ from ...federation.roles import roles
 from ...federation.round import Round
 from ...federation.server import Server
 from ...federation.state import State, state_of
+from ...federation.training import LocalTraining, OptimizerClass, OptimizerTraining
 from ...settings.config import Config, family_of, validated
 from .batches import EndlessBatches, Updates
 from .privacy import Privacy
@@ -149,7 +149,9 @@ class Strategy:
                     own, optimizer_class, learning_rate, batches.loader, nrounds, noise_seed, device
                 )
                 optimizer = _always(made)
-            training = LocalTraining(optimizer=optimizer, learning_rate=learning_rate, rounds=max(nrounds, 1))
+            training = OptimizerTraining(
+                optimizer=optimizer, learning_rate=learning_rate, comm_round=max(nrounds, 1)
+            )
             client = self._client(own, chosen, training, copy.deepcopy(loss))
             period = (len(batches.loader), num_updates, log_period)
             on_step = StepLog(own, number, *period, logdir, name) if log else None
@@ -275,7 +277,10 @@ def _validated(algorithm: Algorithm, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _always(optimizer: torch.optim.Optimizer) -> OptimizerClass:
+    """Gives this optimizer whenever one is built: opacus has tied it to the model. It begins without moments."""
+
     def made(parameters: Any, lr: float) -> torch.optim.Optimizer:
+        optimizer.state.clear()
         return optimizer
 
     return made

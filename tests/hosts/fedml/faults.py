@@ -106,7 +106,7 @@ def _at(when: str, number: int, act: Callable[[], None]) -> None:
         "sending": (Transport, "send_message", message("result")),
         "sent": (Transport, "send_message", message("result")),
         "giving": (Transport, "send_message", message("task")),
-        "waiting": (Server, "_look", lambda s: s._stage == "train" and s._round_idx == number - 1),
+        "waiting": (Server, "_look", lambda s: s.rounds.stage == "train" and s.rounds.number == number - 1),
         "aggregating": (rounds.Round, "close", lambda r: r.record.round == number),
         "evaluating": (Scoring, "score", lambda _, record: record.round == number),
         "end": (Client, "_end", lambda *_: True),

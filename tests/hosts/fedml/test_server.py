@@ -442,7 +442,7 @@ def test_a_test_that_cannot_be_is_refused_by_name(make_args: MakeArgs, name: str
 def test_an_answer_about_something_else_is_refused(make_args: MakeArgs, wrong: dict[str, Any]) -> None:
     bench = started(make_args)
     bench.deliver(bench.answer(bench.tasks()[1], **wrong))
-    assert "is refused: it was not asked for, or is late" in bench.server._round.record.notes[0]
+    assert "is refused: it was not asked for, or is late" in bench.server.rounds.current.record.notes[0]
 
 
 def test_one_that_says_twice_that_it_is_there_is_not_lost(make_args: MakeArgs) -> None:
@@ -458,7 +458,7 @@ def test_one_that_is_started_anew_before_the_first_round_needs_no_quorum(make_ar
     bench.come(1, process="second")
     bench.come(2)
     assert bench.there == {1, 2} and len(bench.tasks()) == 2
-    assert bench.server._round.record.notes == ["rank 1 was started anew before the first round"]
+    assert bench.server.rounds.current.record.notes == ["rank 1 was started anew before the first round"]
 
 
 def test_one_that_was_silent_without_a_task_is_taken_back(make_args: MakeArgs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -497,7 +497,7 @@ def test_a_start_goes_on_when_one_that_came_is_gone_and_a_quorum_may_come(make_a
     bench.come(1)
     bench.say(Failed, 1, reason="broken")
     bench.come(2)
-    bench.server._late()
+    bench.server._give_up_waiting()
     assert [task.silo for task in bench.tasks()] == [1]
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fedsq_plugin.algorithms import algorithm
 from fedsq_plugin.federation.seeding import isolated
 from fedsq_plugin.hosts.flamby.strategy import Strategy, strategy_class
 from fedsq_plugin.models.mlp import MLP
@@ -58,7 +57,7 @@ def made(
     **options: Any,
 ) -> Strategy:
     """A strategy, made as FLamby's benchmark makes it."""
-    cls = cls or strategy_class(algorithm(name))
+    cls = cls or strategy_class(name)
     torch.manual_seed(2)
     return cls(
         loaders(classes)[:centres],

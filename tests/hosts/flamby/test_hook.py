@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fedsq_plugin.algorithms import rows
+from fedsq_plugin.algorithms import algorithm, algorithms
 from fedsq_plugin.hosts.flamby import hook
 from fedsq_plugin.hosts.flamby.strategy import Strategy
 
@@ -54,18 +54,18 @@ def test_strategies_are_there_however_flamby_is_imported(before: bool) -> None:
     assert before or "flamby.strategies" not in sys.modules
     strategies = imported("flamby.strategies")
     assert issubclass(strategies.FedSQ, Strategy)
-    assert strategies.FedSQ.row is rows()["FedSQ"]
+    assert strategies.FedSQ.algorithm is algorithm("FedSQ")
     assert not issubclass(strategies.FedAvg, Strategy)
-    assert strategies.PluginFedAvg.row is rows()["FedAvg"]
-    assert {name if name != "FedAvg" else "PluginFedAvg" for name in rows()} <= vars(strategies).keys()
+    assert strategies.PluginFedAvg.algorithm is algorithm("FedAvg")
+    assert {name if name != "FedAvg" else "PluginFedAvg" for name in algorithms()} <= vars(strategies).keys()
 
 
 @pytest.mark.usefixtures("flamby")
-def test_rows_joined_by_plus_are_strategies_too() -> None:
+def test_algorithms_joined_by_plus_are_strategies_too() -> None:
     hook.register()
     strategies = imported("flamby.strategies")
     both = getattr(strategies, "FedSQ+FedMR")
-    assert (both.row.view, both.row.server) == ("dualcopy", "recombine")
+    assert both.algorithm == algorithm("FedSQ+FedMR")
     assert getattr(strategies, "FedSQ+FedMR") is both
     for name in ("FedSQ+Fed", "Nothing"):
         with pytest.raises(AttributeError, match=r"unknown|has no attribute"):

@@ -1,20 +1,28 @@
-"""Our rows as FLamby's strategies, without FLamby."""
+"""Our algorithms as FLamby's strategies, without FLamby."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from fedsq_plugin import DualCopy
-from fedsq_plugin.algorithms import algorithm, rows
-from fedsq_plugin.errors import ConfigError, GateError
+from fedsq_plugin.algorithms import algorithm, algorithms
+from fedsq_plugin.errors import ConfigError, GateError, UpdateError
+from fedsq_plugin.federation.messages import update_of
+from fedsq_plugin.federation.server import Server
+from fedsq_plugin.federation.state import State, fingerprint
+from fedsq_plugin.hosts import flamby
 from fedsq_plugin.hosts.flamby.batches import EndlessBatches, Updates
-from fedsq_plugin.hosts.flamby.strategy import strategy_class
+from fedsq_plugin.hosts.flamby.privacy import Privacy
+from fedsq_plugin.hosts.flamby.strategy import Strategy, strategy_class
 from fedsq_plugin.models.mlp import MLP
 
 from .task import (
@@ -31,7 +39,7 @@ from .task import (
     run,
 )
 
-OPTIONS = {"FrozenEarly": {"frozen_modules": ["conv"]}}
+OPTIONS: dict[str, Any] = {"FrozenEarly": {"frozen_modules": ["conv"]}}
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
@@ -41,8 +49,8 @@ def test_fedavg_is_flambys_bit_for_bit(optimizer: type) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("name", list(rows()))
-def test_every_row_trains_and_gives_one_model_per_client(name: str) -> None:
+@pytest.mark.parametrize("name", list(algorithms()))
+def test_every_algorithm_trains_and_gives_one_model_per_client(name: str) -> None:
     head = {"head": "fc"} if algorithm(name).needs_head else {}
     strategy = on_classes(name, **head, **OPTIONS.get(name, {}))
     found = strategy.run()
@@ -53,7 +61,7 @@ def test_every_row_trains_and_gives_one_model_per_client(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["FedAvg", "FedSQ", "FedMR", "FedAdam", "FedSQ+FedMR"])
-def test_clients_of_a_global_row_end_with_the_servers_model_buffers_included(name: str) -> None:
+def test_clients_of_a_global_algorithm_end_with_the_servers_model_buffers_included(name: str) -> None:
     strategy = on_classes(name)
     found = strategy.run()
     assert all(equal(found[0], other) for other in found[1:])
@@ -69,9 +77,9 @@ def test_running_statistics_are_the_sample_weighted_mean() -> None:
         train = client.train
 
         def kept(*arguments: object, train: object = train) -> object:
-            update = train(*arguments)  # type: ignore[operator]
-            sent.append(update.state["bn.running_var"].clone())
-            return update
+            answer = train(*arguments)  # type: ignore[operator]
+            sent.append(answer["bn.running_var"].clone())
+            return answer
 
         client.train = kept  # type: ignore[assignment]
     found = strategy.run()[0].state_dict()
@@ -182,11 +190,11 @@ def test_fedncm_takes_its_head_from_all_data_once() -> None:
 
 
 def test_options_are_named_parameters_with_the_recipes_defaults() -> None:
-    prox = inspect.signature(strategy_class(algorithm("FedProx"))).parameters
+    prox = inspect.signature(strategy_class("FedProx")).parameters
     assert prox["fedprox_mu"].default == 0.01
     assert (
         "options" not in prox
-        and "fedprox_mu" not in inspect.signature(strategy_class(algorithm("FedAvg"))).parameters
+        and "fedprox_mu" not in inspect.signature(strategy_class("FedAvg")).parameters
     )
     assert list(prox)[:7] == [
         *("training_dataloaders", "model", "loss", "optimizer_class", "learning_rate"),
@@ -206,7 +214,7 @@ def test_options_are_named_parameters_with_the_recipes_defaults() -> None:
             "set head to the module path of the model's last layer (linear layers: features.0",
         ),
         ("FedRep", {"head": "fx"}, "head 'fx' is no module of the model"),
-        ("FedBN", {}, "the model has none: use another row"),
+        ("FedBN", {}, "the model has none: use another algorithm"),
         ("FrozenEarly", {}, "set frozen_modules"),
         ("FrozenEarly", {"frozen_modules": ["conv9"]}, "the model has no 'conv9'"),
         (
@@ -241,7 +249,7 @@ def test_a_model_without_gates_is_an_error_and_no_silent_fedavg() -> None:
         made("FedSQ", linear).run()
 
 
-def test_a_dualcopy_is_refused_by_a_plain_row() -> None:
+def test_a_dualcopy_is_refused_by_a_plain_algorithm() -> None:
     net = MLP(6, 1)
     with pytest.raises(ConfigError, match="the model is a DualCopy"):
         made("FedAvg", DualCopy(net))
@@ -250,7 +258,7 @@ def test_a_dualcopy_is_refused_by_a_plain_row() -> None:
 def test_a_centre_without_data_is_named() -> None:
     data = [*loaders(), None]
     with pytest.raises(ConfigError, match=re.escape("training_dataloaders[3] has no samples")):
-        strategy_class(algorithm("FedAvg"))(data, model(), nn.BCELoss(), torch.optim.SGD, 0.1, 1, 1)
+        strategy_class("FedAvg")(data, model(), nn.BCELoss(), torch.optim.SGD, 0.1, 1, 1)
 
 
 def test_batches_go_on_where_they_stopped_and_begin_anew_at_the_end() -> None:
@@ -268,3 +276,160 @@ def test_two_strategies_of_one_model_do_not_share_it() -> None:
     before = copy.deepcopy(net)
     made("FedAvg", net).run()
     assert equal(net, before)
+
+
+def test_a_class_by_name() -> None:
+    cls = flamby.strategy_class("FedSQ+FedMR")
+    assert (cls.algorithm, cls.__name__) == (algorithm("FedSQ+FedMR"), "FedSQ+FedMR")
+    assert issubclass(cls, Strategy)
+    with pytest.raises(ConfigError, match=r"unknown algorithm 'FedSq'; did you mean 'FedSQ'\?"):
+        flamby.strategy_class("FedSq")
+
+
+# Updates that are refused
+
+ALL = [*algorithms(), "FedSQ+FedMR", "FedSQ+FedRep", "FedSQ+FrozenBN"]
+
+
+def prepared(name: str, **options: Any) -> Strategy:
+    """An algorithm on a model that suits all of them."""
+    head = {"head": "fc"} if algorithm(name).needs_head else {}
+    return on_classes(name, **head, **OPTIONS.get(name, {}), **options)
+
+
+class Broken:
+    """Lets a client's data, and so its update, be NaN until it is mended; notes what every client answers."""
+
+    def __init__(self, strategy: Strategy, number: int = 1) -> None:
+        self._inputs = strategy.training_dataloaders_with_memory[number].loader.dataset.tensors[0]
+        self._good = self._inputs.clone()
+        self._inputs.fill_(float("nan"))
+        self.answers: list[State] = []
+        for client in strategy.models_list:
+            client.train = functools.partial(self._noted, client.train)  # type: ignore[method-assign]
+
+    def _noted(self, train: Callable[..., State], *given: Any) -> State:
+        self.answers.append(train(*given))
+        return self.answers[-1]
+
+    def mend(self) -> None:
+        self._inputs.copy_(self._good)
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+def first_key(answer: State) -> str:
+    """The first entry with a NaN, as the server's template orders them."""
+    return next(key for key, value in answer.items() if value.isnan().any()).removeprefix("fedsq:sums:")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_nan_is_refused_by_name_and_the_round_is_that_of_the_others(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    strategy = prepared(name)
+    before = strategy.server
+    others = Server(before.algorithm, before.options, before.state.model, before.roles, before.seed, before.mean)
+    broken = Broken(strategy)
+    strategy.perform_round()
+    (line,) = lines(caplog)
+    key = first_key(broken.answers[1])
+    assert line == f"round 1: the update of silo 1 is refused: {key} has NaN or infinite values"
+    gathering = others.begin([0, 1, 2])
+    for silo in (0, 2):
+        gathering.add(update_of(silo, SIZES[silo], broken.answers[silo]))
+    gathering.finish()
+    assert fingerprint(strategy.server.state.tensors()) == fingerprint(others.state.tensors())
+    for client in strategy.models_list:
+        assert all(value.isfinite().all() for value in client.model.state_dict().values())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_nan_ends_the_run_where_it_is_said_so(name: str) -> None:
+    strategy = prepared(name, nonfinite="fail")
+    broken = Broken(strategy)
+    with pytest.raises(UpdateError) as error:
+        strategy.run()
+    reason = f"{first_key(broken.answers[1])} has NaN or infinite values"
+    assert str(error.value) == f"round 1: the update of silo 1 is refused: {reason} (nonfinite: fail)"
+
+
+@pytest.mark.parametrize("name", ["FedAvg", "FedSQ", "FedMR", "FedAdam", "FedRep"])
+def test_an_update_that_does_not_fit_is_refused_by_name(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    strategy = prepared(name)
+    for number, change in ((0, lambda answer: answer.pop("conv.bias")), (2, widened)):
+        client = strategy.models_list[number]
+        client.train = functools.partial(changed, client.train, change)  # type: ignore[method-assign]
+    strategy.perform_round()
+    assert lines(caplog) == [
+        "round 1: the update of silo 0 is refused: it lacks conv.bias",
+        "round 1: the update of silo 2 is refused: conv.bias has shape (1, 8) instead of (8,)",
+    ]
+
+
+def changed(train: Callable[..., State], change: Callable[[State], object], *given: Any) -> State:
+    answer = train(*given)
+    change(answer)
+    return answer
+
+
+def widened(answer: State) -> None:
+    answer["conv.bias"] = answer["conv.bias"][None]
+
+
+def test_the_mean_of_the_others_is_weighted_by_their_samples() -> None:
+    strategy = prepared("FedAvg")
+    broken = Broken(strategy)
+    strategy.perform_round()
+    one, _, other = broken.answers
+    for key, value in strategy.server.state.model.items():
+        expected = (SIZES[0] * one[key] + SIZES[2] * other[key]) / (SIZES[0] + SIZES[2])
+        torch.testing.assert_close(value, expected.to(value.dtype))
+
+
+def test_without_an_update_that_is_left_the_run_ends() -> None:
+    strategy = prepared("FedSQ")
+    for number in range(len(SIZES)):
+        Broken(strategy, number)
+    with pytest.raises(UpdateError, match=r"no update is left to aggregate: round 1: the update of silo 0 .*silo 2"):
+        strategy.run()
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, functools.partial(torch.optim.SGD, momentum=0.9)])
+@pytest.mark.parametrize("name", ["FedAvg", "FedSQ", "FedMR", "FedBN", "FedRep"])
+def test_a_refused_client_trains_on_with_a_fresh_optimizer(
+    name: str, optimizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Moments with a NaN in them would give NaN for ever."""
+    strategy = prepared(name, optimizer=optimizer)
+    broken = Broken(strategy)
+    strategy.perform_round()
+    assert len(lines(caplog)) == 1
+    broken.mend()
+    for _ in range(2):
+        strategy.perform_round()
+    assert len(lines(caplog)) == 1
+    for answer in broken.answers[3:]:
+        assert all(value.isfinite().all() for value in answer.values())
+
+
+def test_the_optimizer_of_differential_privacy_forgets_its_moments_too(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Opacus ties one optimizer to the model; here Adam stands in for it."""
+
+    def optimizer(self: Privacy, model: nn.Module, cls: Any, rate: float, *_: Any) -> torch.optim.Optimizer:
+        return torch.optim.Adam(model.parameters(), rate)
+
+    monkeypatch.setattr(Privacy, "optimizer", optimizer)
+    private = {"dp_target_epsilon": 5.0, "dp_target_delta": 1e-2, "dp_max_grad_norm": 1.0}
+    strategy = prepared("FedAvg", **private)
+    broken = Broken(strategy)
+    strategy.perform_round()
+    broken.mend()
+    strategy.perform_round()
+    assert [line for line in lines(caplog) if "refused" in line] == [
+        "round 1: the update of silo 1 is refused: conv.weight has NaN or infinite values"
+    ]

@@ -1,4 +1,4 @@
-"""Which client processes are there, which are lost and may come back, and whether there are enough."""
+"""Which client processes are there, which are lost and may come back, and whether they are enough."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .protocol import SILENCE_S
 
 
 class Lost(Enum):
-    """What may come of a rank that is lost."""
+    """How a rank that is lost may come back."""
 
     FOR_GOOD = "only a new process brings it back"
     LATE = "it has a task, and may answer yet"
@@ -19,7 +19,7 @@ class Lost(Enum):
 
 
 class Attendance:
-    """Of the ranks 1 to `ranks`.
+    """The attendance of the client processes, ranks 1 to `ranks`.
 
     Args:
         ranks: the number of client processes of the run.
@@ -33,12 +33,12 @@ class Attendance:
         """When a rank last sent something."""
         self._processes: dict[int, str] = {}
         self._refused: set[int] = set()
-        """Those that came and cannot take part."""
+        """Ranks that came and cannot take part."""
         self._lost: dict[int, tuple[Lost, float]] = {}
 
     @property
     def complete(self) -> bool:
-        """Whether nobody is waited for any more at the start."""
+        """Whether the start need not wait for anybody else."""
         return len(self.online | self._refused) == self.ranks
 
     @property
@@ -48,11 +48,14 @@ class Attendance:
     def hear(self, rank: int) -> None:
         self.heard[rank] = time.monotonic()
 
+    def is_online(self, rank: int) -> bool:
+        return rank in self.online
+
     def is_there(self, rank: int, process: str) -> bool:
         return rank in self.online and self._processes[rank] == process
 
     def come(self, rank: int, process: str | None = None) -> None:
-        """A process, or one that was lost and is there again."""
+        """A process is there, or is there again after it was lost."""
         if process is not None:
             self._processes[rank] = process
         self._refused.discard(rank)
@@ -70,17 +73,17 @@ class Attendance:
         return rank in self._lost and self._lost[rank][0] is Lost.LATE
 
     def silent(self, seen: Mapping[int, float]) -> list[int]:
-        """Those that are there and gave no sign of life for too long; `seen`: when signs of life came."""
+        """The ranks that are there and gave no sign of life for too long. `seen`: when each gave one last."""
         limit = time.monotonic() - SILENCE_S
         return [rank for rank in sorted(self.online) if max(self.heard[rank], seen.get(rank, 0.0)) < limit]
 
     def returned(self, seen: Mapping[int, float]) -> list[int]:
-        """Those that were lost for their silence and gave a sign of life since."""
+        """The ranks that were lost because they were silent, and gave a sign of life since."""
         lost = [(rank, when) for rank, (how, when) in self._lost.items() if how is Lost.SILENT]
         return [rank for rank, when in lost if seen.get(rank, 0.0) > when]
 
     def require_quorum(self, line: str, more_may_come: bool) -> None:
-        """Raise RunError where too few are there, and, if more may come, are still to come."""
+        """Raise RunError where too few are there, those that may still come counted in."""
         there = len(self.online)
         if more_may_come:
             there += self.ranks - len(self.heard.keys() | self.online)

@@ -21,7 +21,8 @@ from ..silo import Silos
 from .addresses import addresses
 from .client import Client
 from .protocol import MARGIN_S
-from .server import Server, rank_of
+from .rounds import rank_of
+from .server import Server
 from .transport import SEND_S, MpiTransport
 
 MIB = 2**20

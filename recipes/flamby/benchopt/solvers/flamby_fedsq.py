@@ -33,7 +33,7 @@ with safe_import_context() as import_ctx:
 class Solver(FLambySolver):
     """FedSQ, on data sets whose model has gates; others are skipped, with the reason.
 
-    For another row, import it in FedSQ's place; the names are in `fedsq algorithms`.
+    For another algorithm, import it in FedSQ's place; the names are in `fedsq algorithms`.
     """
 
     name = "FedSQ"

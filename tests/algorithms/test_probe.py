@@ -1,26 +1,31 @@
-"""FedNCM's head: the same for any partition, for any head that is a Linear."""
+"""FedNCM's head: the same for any partition, for any head that is a Linear. LP-FT's rounds on the head."""
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from fedsq_plugin.algorithms.class_means import apply, collect, expected
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedsq_plugin.algorithms import algorithm
+from fedsq_plugin.algorithms.probe import apply, class_means_first, collect, expected, probe_first
 from fedsq_plugin.dualcopy import DualCopy
 from fedsq_plugin.errors import ConfigError, UpdateError
+from fedsq_plugin.federation.algorithm import EVERYTHING, HEAD
 from fedsq_plugin.federation.client import Client
 from fedsq_plugin.federation.evaluate import evaluate
+from fedsq_plugin.federation.local import Phase, Statistics
 from fedsq_plugin.federation.messages import Update
 from fedsq_plugin.federation.roles import roles
 from fedsq_plugin.federation.seeding import isolated
-from fedsq_plugin.federation.server import Server, added
+from fedsq_plugin.federation.server import Server, add_sums
 from fedsq_plugin.federation.state import fingerprint, state_of
 
-from .task import OPTIONS, Batches, Federation, corners, mlp, silos
+from . import phased
+from .task import OPTIONS, Batches, Federation, changed, corners, mlp, silos
 
 CLASSES, FEATURES = 3, 2
 Sample = tuple[tuple[int, int], int]
@@ -47,7 +52,7 @@ def test_any_partition_gives_the_same_head(data: list[Sample], draw: st.DataObje
     parts = [[sample for sample, own in zip(data, silo, strict=True) if own == n] for n in range(3)]
     net = model()
     whole = collect("1")(net, [batch(data)], "cpu")
-    split = added(collect("1")(net, [batch(part)] if part else [], "cpu") for part in parts)
+    split = add_sums(collect("1")(net, [batch(part)] if part else [], "cpu") for part in parts)
     start = state_of(net)
     assert fingerprint(apply("1")(start, split)) == fingerprint(apply("1")(start, whole))
 
@@ -158,7 +163,7 @@ def test_first_round_sets_the_head_and_nothing_else() -> None:
         assert key.startswith("3.") or torch.equal(value, start[key])
 
 
-def test_clients_send_their_sums_alone_in_the_first_round() -> None:
+def test_silos_send_their_sums_alone_in_the_first_round() -> None:
     found = Federation("FedNCM").repeat(2)
     assert [list(answer) for answer in found.answers[0].values()] == [["fedsq:sums:class sums"]] * 3
     assert [list(answer) for answer in found.answers[1].values()] == [list(state_of(mlp()))] * 3
@@ -176,12 +181,12 @@ def test_slots_get_the_head_too() -> None:
 
 
 def test_round_without_any_sums_is_an_error() -> None:
-    coordinator = Server(algorithm("FedNCM"), OPTIONS, state_of(mlp()), roles(mlp(), "3"), 0, False)
+    server = Server(algorithm("FedNCM"), OPTIONS, state_of(mlp()), roles(mlp(), "3"), 0)
     with pytest.raises(UpdateError, match="there are no sums to add up"):
-        coordinator.begin([0]).finish()
+        server.begin([0]).finish()
 
 
-def test_sums_of_a_client_that_is_lost_are_not_counted() -> None:
+def test_sums_of_a_silo_that_is_lost_are_not_counted() -> None:
     found = Federation("FedNCM")
     found.round([0, 1, 2], lost=[1])
     others = [batch for n, silo in enumerate(silos()) if n != 1 for batch in silo]
@@ -189,7 +194,7 @@ def test_sums_of_a_client_that_is_lost_are_not_counted() -> None:
     assert torch.allclose(found.state["3.weight"], wanted["3.weight"], atol=1e-7)
 
 
-def test_worker_gives_sums_without_a_step() -> None:
+def test_client_gives_sums_without_a_step() -> None:
     data: Batches = silos()[0]
     found = Client(mlp(), algorithm("FedNCM"), OPTIONS, Federation("FedNCM").client.training, 0)
     result = found.train(0, data, 0)
@@ -201,22 +206,16 @@ def test_model_is_evaluated_with_the_new_head() -> None:
     assert evaluate(found.model(), silos()[0]) != evaluate(mlp(), silos()[0])
 
 
-def test_totals_by_hand() -> None:
-    one, other = torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0])
-    found = added([{"a": one}, {}, {"a": other, "b": one}])
-    assert {name: value.tolist() for name, value in found.items()} == {"a": [11.0, 22.0], "b": [1.0, 2.0]}
-    assert one.tolist() == [1.0, 2.0]
-
-
 def test_update_with_sums_alone_counts() -> None:
-    coordinator = Server(algorithm("FedNCM"), OPTIONS, state_of(mlp()), roles(mlp(), "3"), 0, False)
-    gathering = coordinator.begin([0])
+    server = Server(algorithm("FedNCM"), OPTIONS, state_of(mlp()), roles(mlp(), "3"), 0)
+    gathering = server.begin([0])
     gathering.add(Update(0, 5, {}, collect("3")(mlp(), silos()[0], "cpu")))
-    assert gathering.finish().round == 1
+    gathering.finish()
+    assert server.state.round == 1
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_expected_sums_are_like_those_that_clients_send(bias: bool) -> None:
+def test_expected_sums_are_like_those_that_silos_send(bias: bool) -> None:
     net = model(bias)
     sent, wanted = collect("1")(net, [batch([((1, 2), 0)])], "cpu"), expected("1")(state_of(net))
     assert [(k, v.shape, v.dtype) for k, v in sent.items()] == [
@@ -244,3 +243,76 @@ def test_sums_are_expected_in_the_first_round_alone() -> None:
 def test_targets_that_are_no_labels_are_refused(targets: Tensor, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         collect("1")(model(), [(torch.ones(4, FEATURES), targets)], "cpu")
+
+
+def naive_head(features: list[list[float]], labels: list[int], classes: int) -> list[list[float]]:
+    """Means of the features by class, scaled to length one; a class without samples gets zeros."""
+    rows = []
+    for c in range(classes):
+        own = [feature for feature, label in zip(features, labels, strict=True) if label == c]
+        mean = (
+            [sum(column) / len(own) for column in zip(*own, strict=True)] if own else [0.0] * len(features[0])
+        )
+        length = sum(value**2 for value in mean) ** 0.5
+        rows.append([value / length if length else 0.0 for value in mean])
+    return rows
+
+
+def test_class_means_by_hand() -> None:
+    # The features are the inputs. Class 0: (3, 0), (3, 8): mean (3, 4), length 5. Class 1: (0, -2).
+    # Class 2: none.
+    model = nn.Sequential(nn.Identity(), nn.Linear(2, 3))
+    data = [
+        (torch.tensor([[3.0, 0], [0, -2]]), torch.tensor([0, 1])),
+        (torch.tensor([[3.0, 8]]), torch.tensor([0])),
+    ]
+    sums = collect("1")(model, data, "cpu")
+    found = apply("1")(state_of(model), sums)
+    assert torch.allclose(found["1.weight"], torch.tensor([[0.6, 0.8], [0, -1], [0, 0]]))
+    assert found["1.bias"].tolist() == [0.0, 0.0, 0.0]
+    assert {name: value.tolist() for name, value in sums.items()} == {
+        "class sums": [[6, 8], [0, -2], [0, 0]],
+    }
+
+
+def test_class_means_follow_the_naive_ones_over_the_pooled_data() -> None:
+    net = phased.net()
+    x, labels = (torch.cat(parts) for parts in zip(*phased.batches(), strict=True))
+    taken: list[Tensor] = []
+    handle = net.head.register_forward_pre_hook(lambda _, args: taken.append(args[0]))
+    with torch.no_grad():
+        copy.deepcopy(net).eval()(x)
+    handle.remove()
+    sums = phased.client("class means first").train(0, phased.batches(), 0).sums
+    found = apply("head")(state_of(net), sums)["head.weight"].tolist()
+    expected = naive_head(taken[0].tolist(), labels.tolist(), 3)
+    assert found == [pytest.approx(row, rel=1e-5, abs=1e-7) for row in expected]
+
+
+def test_class_means_are_all_that_happens_in_the_first_round() -> None:
+    (part,) = class_means_first(OPTIONS, 0)
+    assert isinstance(part, Statistics)
+    assert phased.moved("class means first") == set()
+
+
+def test_everything_is_trained_after_the_first_round() -> None:
+    assert [list(class_means_first(OPTIONS, round)) for round in (1, 7)] == [[Phase(2, EVERYTHING)]] * 2
+
+
+# LP-FT
+
+
+@pytest.mark.parametrize(
+    ("probe_rounds", "heads"),
+    [(0, [False, False, False]), (1, [True, False, False]), (2, [True, True, False])],
+)
+def test_head_alone_for_the_probe_rounds(probe_rounds: int, heads: list[bool]) -> None:
+    options = changed(probe_rounds=probe_rounds)
+    found = [list(probe_first(options, round)) for round in range(3)]
+    assert found == [[Phase(2, HEAD if head else EVERYTHING)] for head in heads]
+
+
+def test_without_a_head_there_is_nothing_to_probe() -> None:
+    said = "a phase that trains head and norm parameter of the head finds no such parameter"
+    with pytest.raises(ConfigError, match=said):
+        phased.client("head first", head=None).train(0, phased.batches(), 0)

@@ -11,12 +11,13 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from fedsq_plugin.algorithms.recombination import recombine, recombined
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedsq_plugin.algorithms import algorithm
+from fedsq_plugin.algorithms.fedmr import recombine, recombined
+from fedsq_plugin.algorithms.personal import BODY_TRAVELS
 from fedsq_plugin.federation.messages import Update
 from fedsq_plugin.federation.roles import roles
 from fedsq_plugin.federation.seeding import derive, isolated
@@ -75,6 +76,20 @@ def stepped(
     return recombine(server, given, ROLES, AllOptions(**options), seed)
 
 
+def fedmr(**options: Any) -> Server:
+    return Server(algorithm("FedMR"), AllOptions(**options), random_state(9), ROLES, 0)
+
+
+def gathered(server: Server, silos: Sequence[int], arrival: Mapping[int, float]) -> ServerState:
+    """The state after a round of these silos, whose updates arrive in this order, with these samples."""
+    gathering = server.begin(silos)
+    for silo, samples in arrival.items():
+        update = server.travelling(random_state(10 * server.state.round + silo))
+        gathering.add(Update(silo, samples, update))
+    gathering.finish()
+    return server.state
+
+
 def test_published_rule() -> None:
     found = stepped(trained(4), ServerState(random_state(99), round=3), seed=5)
     mean, following = published(
@@ -94,14 +109,8 @@ def test_global_model_is_the_mean_of_the_trained_models_by_hand() -> None:
 
 
 def test_samples_do_not_weigh_in_the_global_model() -> None:
-    row = algorithm("FedMR")
-
     def after(*samples: float) -> State:
-        coordinator = Server(row, AllOptions(), random_state(9), ROLES, 0, False)
-        gathering = coordinator.begin(range(len(samples)))
-        for client, weight in enumerate(samples):
-            gathering.add(Update(client, weight, random_state(client)))
-        return gathering.finish().model
+        return gathered(fedmr(), range(len(samples)), dict(enumerate(samples))).model
 
     assert fingerprint(after(1, 1, 1)) == fingerprint(after(1, 500, 20))
 
@@ -278,44 +287,29 @@ def test_number_of_slots_is_constant(arrived: list[set[int]]) -> None:
         assert len(server.slots) == 4
 
 
-def fedmr(clients: int, **options: Any) -> Server:
-    return Server(algorithm("FedMR"), AllOptions(**options), random_state(9), ROLES, 0, False)
-
-
-def test_clients_that_differ_train_the_slots_that_persist() -> None:
-    coordinator = fedmr(5)
+def test_silos_that_differ_train_the_slots_that_persist() -> None:
+    server = fedmr()
     begun: list[list[str]] = []
-    for clients in ([0, 3], [1, 2], [3, 4]):
-        slots = [fingerprint(own_server.state.begins(n)) for n in range(2)]
-        begun.append([fingerprint(assignment.state) for assignment in coordinator.assign(clients)])
+    for silos in ([0, 3], [1, 2], [3, 4]):
+        slots = [fingerprint(server.state.begins(n)) for n in range(2)]
+        begun.append([fingerprint(assignment.state) for assignment in server.assign(silos)])
         assert begun[-1] == slots
-        gathering = coordinator.begin(clients)
-        for client in reversed(clients):
-            gathering.add(Update(client, 1, random_state(10 * own_server.state.round + client)))
-        own_server.state = gathering.finish()
-        assert len(own_server.state.slots) == 2
+        assert len(gathered(server, silos, dict.fromkeys(reversed(silos), 1)).slots) == 2
     assert len(set(begun[0])) == 1  # the warm start
     assert len(set(begun[1])) == len(set(begun[2])) == 2
 
 
-def test_update_goes_into_the_slot_that_its_client_was_sent() -> None:
-    # In the first stage nothing is permuted, so an order of arrival cannot matter; after it, the multiset
-    # and the permutation tell the same slots from others.
-    found = []
-    for arrival in ([7, 2, 5], [5, 7, 2]):
-        gathering = fedmr(3).begin([2, 5, 7])
-        for client in arrival:
-            gathering.add(Update(client, 1, random_state(client)))
-        found.append([fingerprint(slot) for slot in gathering.finish().slots])
-    assert found[0] == found[1]
+def test_update_goes_into_the_slot_that_its_silo_was_sent() -> None:
+    # Were a slot given to whoever arrives first, the same permutation would give other slots.
+    one, other = (
+        [fingerprint(slot) for slot in gathered(fedmr(), [2, 5, 7], dict.fromkeys(arrival, 1)).slots]
+        for arrival in ([7, 2, 5], [5, 7, 2])
+    )
+    assert one == other
 
 
-def test_client_lost_in_the_first_round_leaves_its_slot() -> None:
-    coordinator = fedmr(3)
-    gathering = coordinator.begin([0, 1, 2])
-    for client in (0, 1):
-        gathering.add(Update(client, 1, random_state(client)))
-    assert len(gathering.finish().slots) == 3
+def test_silo_lost_in_the_first_round_leaves_its_slot() -> None:
+    assert len(gathered(fedmr(), [0, 1, 2], {0: 1, 1: 1}).slots) == 3
 
 
 @pytest.mark.parametrize("unit", ["key", "module"])
@@ -335,11 +329,8 @@ def test_fedsq_under_fedmr_sends_the_slots_and_nothing_else() -> None:
 
 
 def test_body_alone_is_recombined_where_the_head_stays() -> None:
-    row = replace(algorithm("FedMR"), exchange="body only")
-    known = roles(model(), "3")
-    coordinator = Server(row, AllOptions(head="3"), random_state(9), known, 0, False)
-    gathering = coordinator.begin([0, 1])
-    for client in (0, 1):
-        gathering.add(Update(client, 1, coordinator.travelling(random_state(client))))
-    for slot in gathering.finish().slots:
+    body = replace(algorithm("FedMR"), exchange=BODY_TRAVELS)
+    server = Server(body, AllOptions(head="3"), random_state(9), roles(model(), "3"), 0)
+    for slot in gathered(server, [0, 1], {0: 1, 1: 1}).slots:
         assert torch.equal(slot["3.weight"], random_state(9)["3.weight"])
+        assert not torch.equal(slot["0.weight"], random_state(9)["0.weight"])
