@@ -1,4 +1,4 @@
-"""An authority and one certificate per rank, for mutual TLS over GRPC.
+"""Makes an authority and one certificate per rank, for mutual TLS over GRPC.
 
 Needs the package `cryptography`, of the extra `grpc`.
 """
@@ -16,21 +16,24 @@ from ..errors import ConfigError
 from .tls import name_of
 
 OPTIONS = {"tls_cert": "rank-{rank}.pem", "tls_key": "rank-{rank}-key.pem", "tls_ca": "ca.pem"}
-"""What a recipe says of the files, relative to their folder."""
+"""Names of the files in their folder, by the option that has their path."""
 EARLIER = timedelta(hours=1)
-"""Valid since, because the clocks of several machines differ."""
+"""The certificates are valid from so long ago, because the clocks of machines differ."""
 
 
 def write(folder: Path, clients: int, days: int) -> None:
-    """Make the files of `OPTIONS` for the server, rank 0, and so many clients, in a new folder that only
-    this user can read.
+    """Write the files of `OPTIONS` for the server, rank 0, and so many clients, into a new folder that only this user
+    can read.
 
-    The authority's key is thrown away: nobody can issue a certificate for this run later.
+    The authority's private key is not saved, so nobody can issue another certificate for this run.
+
+    Args:
+        days: how long the certificates are valid.
 
     Raises:
         ConfigError: the folder exists and is not empty, or cannot be written; `cryptography` is missing.
     """
-    files = _files(clients, days)
+    files = _make_files(clients, days)
     try:
         if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
             raise ConfigError(f"folder {folder} exists and is not an empty folder; name a new one")
@@ -47,8 +50,8 @@ def write(folder: Path, clients: int, days: int) -> None:
         raise ConfigError(f"folder {folder} cannot be written: {error.strerror}; name another one") from None
 
 
-def _files(clients: int, days: int) -> dict[str, bytes]:
-    """PEM by file name."""
+def _make_files(clients: int, days: int) -> dict[str, bytes]:
+    """The files' content, PEM, by their name."""
     try:
         from cryptography import x509
         from cryptography.hazmat.primitives import hashes, serialization

@@ -13,8 +13,8 @@ As bytes, little-endian, with nothing behind:
 
 The header is JSON, and the state is a safetensors file, see `tensors`.
 
-A message has one form only: `decode` writes what it read once more, and refuses bytes that differ. So a key
-cannot occur twice, and a number or a text cannot be written in two ways.
+Every message can be written in one way only: `decode` writes again what it has read, and refuses bytes that differ. So
+no key can occur twice, and no number or text can be written in two ways.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Task(_Message):
 
 
 class Result(_Message):
-    """`state` after training, `metrics` (loss, accuracy, samples) after a test."""
+    """The answer to a task: `state` after training, `metrics` (loss, accuracy, samples) after a test."""
 
     type: Literal["result"] = "result"
     kind: Kind
@@ -151,7 +151,7 @@ class _Header(_Form):
 
 
 def encode(message: Message) -> bytes:
-    """The bytes that `decode` makes `message` of again. Tensors that share memory become independent.
+    """Turn a message into bytes. Tensors that share memory are copied, and so become independent.
 
     Raises:
         ConfigError: a tensor cannot be sent, or the message is larger than the limits of this module.
@@ -167,13 +167,13 @@ def encode(message: Message) -> bytes:
 
 
 def decode(data: bytes | bytearray, limit_bytes: int) -> Message:
-    """The message that `encode` made `data` of. Its tensors are on the CPU, writable, and own their memory.
+    """Turn what `encode` returned into the message again. Its tensors are on the CPU, writable, and own their memory.
 
-    `limit_bytes` is the most that the whole message may measure.
+    Args:
+        limit_bytes: the greatest length of the whole message.
 
     Raises:
-        UpdateError: `data` is anything else than a whole message within the limits. No other error comes,
-            whatever `data` is.
+        UpdateError: `data` is not a whole message within the limits. No other error is raised, whatever `data` is.
     """
     if not isinstance(data, (bytes, bytearray)):
         raise UpdateError(f"a message is bytes, not {type(data).__name__}")
@@ -194,12 +194,10 @@ def decode(data: bytes | bytearray, limit_bytes: int) -> Message:
         message = header.message
         if (state_bytes > 0) != _has_state(message):
             raise UpdateError(f"a message of type {message.type} has a state too many, or lacks it")
-        if not state_bytes:
-            return message
-        state = unpack(view[split:], frozenset(header.complex))
+        state = unpack(view[split:], frozenset(header.complex)) if state_bytes else State()
     if tuple(key for key, value in state.items() if value.is_complex()) != header.complex:
         raise UpdateError("a message names complex tensors that it does not have")
-    return message.model_copy(update={"state": state})
+    return message.model_copy(update={"state": state}) if state_bytes else message
 
 
 def _has_state(message: Message) -> bool:

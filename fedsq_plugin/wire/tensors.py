@@ -2,8 +2,8 @@
 
 The library's own `save` sorts the keys, and copies every tensor twice more; its `load` accepts a name twice.
 
-safetensors does not know every complex type: a complex tensor is written as real and imaginary part in a last
-axis of 2, and who reads it must know its name.
+safetensors does not know every complex type: a complex tensor is written as its real and imaginary parts, in a last
+axis of 2, and the reader must know its name.
 """
 
 from __future__ import annotations
@@ -28,28 +28,17 @@ MAX_VALUES = 2**18
 """Values in the table of tensors: about 25 for each of them."""
 
 _DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+}  # fmt: skip
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _COMPLEX_PARTS = (torch.float64, torch.float32, torch.float16)
 
 
 def pack(state: Mapping[str, Tensor]) -> tuple[list[Any], tuple[str, ...]]:
-    """A safetensors file in parts that are to be joined, and the names of the complex tensors in it.
+    """Write a safetensors file, as parts to be joined; also returns the names of the complex tensors in it.
 
     Raises:
         ConfigError: a tensor cannot be sent, or there are too many.
@@ -81,10 +70,10 @@ def pack(state: Mapping[str, Tensor]) -> tuple[list[Any], tuple[str, ...]]:
 
 
 def unpack(view: memoryview, complex_names: Collection[str]) -> State:
-    """The state that `pack` made `view` of.
+    """Read the state that `pack` has written.
 
     Raises:
-        UpdateError: `view` is anything else.
+        UpdateError: `view` is not such a file.
     """
     length = int.from_bytes(view[:8], "little")
     table, data = view[8 : 8 + length], view[8 + length :]
@@ -116,7 +105,7 @@ def unpack(view: memoryview, complex_names: Collection[str]) -> State:
 
 
 def size_problem(text: bytes | memoryview, most: int) -> str | None:
-    """Why a JSON text is too large, judged before a parser makes objects of it."""
+    """Why a JSON text is too large; None: it is not. Counted before a parser makes objects of it."""
     if len(text) > MAX_JSON:
         return f"{len(text)} bytes, more than {MAX_JSON}"
     values = sum(map(bytes(text).count, (b"{", b"[", b",")))

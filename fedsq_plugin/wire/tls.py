@@ -1,7 +1,7 @@
-"""Mutual TLS between the processes of a run: the certificate of rank k names `rank-<k>`.
+"""Mutual TLS between the processes of a run: the certificate of rank k has the DNS name `rank-<k>`.
 
-Every process listens and calls, so each has a certificate, and each shows it to the other. TLS in which
-only one side is known would save no file, and is not offered.
+Every process accepts connections and opens some, so each needs a certificate, and both ends of a connection check the
+other's. TLS with a certificate on one side only is not offered: it would need as many files.
 """
 
 from __future__ import annotations
@@ -46,33 +46,34 @@ class TlsOptions(Options):
 
 @dataclass(frozen=True)
 class Credentials:
-    """What one process shows, and whom it believes; each as PEM."""
+    """The files of one process, each as PEM."""
 
     certificate: bytes
+    """Shown to other processes."""
     key: bytes
     authority: bytes
+    """Must have issued the certificates of the other processes."""
 
 
 def name_of(rank: int) -> str:
-    """The DNS name in a rank's certificate. It is no host: the address of a process may change."""
+    """The DNS name in a rank's certificate. It is not the name of a machine: the address of a process may change."""
     return f"rank-{rank}"
 
 
 def credentials(options: TlsOptions, rank: int) -> Credentials | None:
-    """The files of a process, read and tried out; None where the recipe has no TLS.
+    """Read the files of a process and try them in a handshake; None where the recipe has no TLS.
 
     Raises:
-        ConfigError: a file is missing, broken or expired, or is not this rank's; names the option.
+        ConfigError: a file is missing, damaged, expired, or another rank's. The message names the option.
     """
     if not (options.tls_cert and options.tls_key and options.tls_ca):
         return None
     paths = {key: getattr(options, key).replace("{rank}", str(rank)) for key in ("tls_cert", "tls_key", "tls_ca")}
     read = {key: _read(key, path) for key, path in paths.items()}
     cert, key, ca = (f"fedsq_args.{key} {path}" for key, path in paths.items())
-    for what, pem in ((cert, read["tls_cert"]), (ca, read["tls_ca"])):
-        _trusting(ssl.PROTOCOL_TLS_CLIENT, pem, what)
-    context = _trusting(ssl.PROTOCOL_TLS_SERVER, read["tls_ca"], ca)
-    caller = _trusting(ssl.PROTOCOL_TLS_CLIENT, read["tls_ca"], ca)
+    _make_context(ssl.PROTOCOL_TLS_CLIENT, read["tls_cert"], cert)  # refuses a file that is not PEM
+    caller = _make_context(ssl.PROTOCOL_TLS_CLIENT, read["tls_ca"], ca)
+    context = _make_context(ssl.PROTOCOL_TLS_SERVER, read["tls_ca"], ca)
     try:
         for side in (context, caller):
             side.load_cert_chain(paths["tls_cert"], paths["tls_key"], password=_no_password)
@@ -97,7 +98,8 @@ def _read(key: str, path: str) -> bytes:
         raise ConfigError(f"fedsq_args.{key} {path} cannot be read: {reason}") from None
 
 
-def _trusting(side: ssl._SSLMethod, pem: bytes, what: str) -> ssl.SSLContext:
+def _make_context(side: ssl._SSLMethod, pem: bytes, what: str) -> ssl.SSLContext:
+    """A context that accepts the certificates which `pem` issued."""
     context = ssl.SSLContext(side)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_REQUIRED
@@ -109,11 +111,14 @@ def _trusting(side: ssl._SSLMethod, pem: bytes, what: str) -> ssl.SSLContext:
 
 
 def _no_password() -> str:
-    return ""  # where OpenSSL would ask the terminal
+    return ""  # OpenSSL would ask for it at the terminal
 
 
 def _handshake(listener: ssl.SSLContext, caller: ssl.SSLContext, refused: str) -> list[str]:
-    """A process meets itself in memory, and so both its roles are judged: the DNS names that it shows."""
+    """Connect the process to itself, in memory: this checks its certificate in both roles. Returns its DNS names.
+
+    `refused` begins the line where a side refuses the certificate.
+    """
     to_listener, to_caller = ssl.MemoryBIO(), ssl.MemoryBIO()
     sides = [
         caller.wrap_bio(to_caller, to_listener),

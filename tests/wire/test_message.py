@@ -396,6 +396,7 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     "a state in the header": (edited(TASK, A, A + '"state":{},'), "one form"),
     "a state of text in the header": (edited(TASK, A, A + '"state":{"w":"x"},'), "a state maps names to tensors"),
     "no state in the header": (edited(ALIVE, A, A + '"state":null,'), "Extra inputs"),
+    "complex tensors without a state": (edited(ALIVE, "[]", '["w"]'), "complex tensors that it does not have"),
     "deep": (message("[" * 10**4), "recursion limit"),
     "deep objects": (message('{"message":' * 10**4), "recursion limit"),
     "closing brackets": (message("]" * 10**6), "Invalid JSON"),
