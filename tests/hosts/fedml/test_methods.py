@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fedsq_plugin.algorithms import rows
+from fedsq_plugin.algorithms import algorithms
 from fedsq_plugin.errors import ConfigError
 from fedsq_plugin.federation.seeding import derive
 from fedsq_plugin.federation.state import State, fingerprint
@@ -44,7 +44,7 @@ def changed(one: State, other: State) -> set[str]:
 
 # Every row.
 
-NAMES = (*rows(), "FedSQ+FedMR", "FedSQ+FedAdam", "FedSQ+FrozenBN", "FedSQ+FedBN")
+NAMES = (*algorithms(), "FedSQ+FedMR", "FedSQ+FedAdam", "FedSQ+FrozenBN", "FedSQ+FedBN")
 
 
 @pytest.mark.parametrize("per_round", [3, 2])
