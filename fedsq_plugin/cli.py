@@ -207,7 +207,8 @@ def report(directory: Path) -> None:
 def check(recipe: Path, settings: tuple[str, ...]) -> None:
     """Say everything that is wrong with RECIPE, at once. Nothing is trained or downloaded."""
     from .run import check as checks
-    from .run.unused import compiled_for_cpu, untrained_gates
+    from .run.facts import facts_of
+    from .settings.idle import compiled_for_cpu, untrained_gates
     from .settings.recipe import flat, overridden, read_loosely
 
     families, repeated = read_loosely(recipe)
@@ -216,7 +217,7 @@ def check(recipe: Path, settings: tuple[str, ...]) -> None:
     for line in found:
         click.echo(f"{recipe}: {line}")
     values = flat(families)
-    for line in [*checks.notes(families), *untrained_gates(values), *compiled_for_cpu(values)]:
+    for line in [*checks.notes(families), *untrained_gates(values, facts_of(values)), *compiled_for_cpu(values)]:
         click.echo(f"note: {line}")
     if found:
         raise SystemExit(2)

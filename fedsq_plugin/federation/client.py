@@ -11,13 +11,14 @@ from ..dualcopy import Compiled, DualCopy, GateCache
 from ..errors import ConfigError, UpdateError
 from .algorithm import EVERYTHING, HEAD, Algorithm
 from .client_states import ClientStates
-from .local import LocalResult, LocalTraining, Optimizers, Part, Phase, local_update, trains
+from .local import LocalResult, Optimizers, Part, Phase, local_update, trains
 from .messages import Announcement, Assignment, with_sums
 from .roles import roles, with_roles
 from .seeding import derive
 from .server_state import ServerState, load_state
 from .state import State, fingerprint, state_of
 from .task import CLASSIFICATION, Loss
+from .training import LocalTraining
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 

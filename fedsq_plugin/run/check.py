@@ -52,12 +52,11 @@ def check(families: Families) -> list[str]:
 def notes(families: Families) -> list[str]:
     """One line per option that would silently do nothing. Recipes for `compare` have such options: some
     algorithms read them, others do not."""
-    from ..algorithms import known
-    from .unused import unused
+    from ..settings.idle import unused
+    from .facts import facts_of
 
     valid = validated(flat(families))[0]
-    name = valid.get("federated_optimizer", "")
-    return unused(valid, ours=known(name) or name not in host().algorithms)
+    return unused(valid, facts_of(valid))
 
 
 def _names(valid: dict[str, Any]) -> Iterator[str]:

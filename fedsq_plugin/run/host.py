@@ -56,6 +56,8 @@ class Outcome:
 class Host(Protocol):
     """A framework that runs the rounds of a recipe. Its module imports the framework only when it runs."""
 
+    name: str
+    """Its name for users, as "FedML"."""
     datasets: Collection[str]
     """The names of its own data sets."""
     brings_silos: Collection[str]

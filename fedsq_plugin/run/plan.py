@@ -15,9 +15,10 @@ from ..algorithms import Algorithm, algorithm, find
 from ..data.flamby import backbones as flamby
 from ..dualcopy import DualCopy
 from ..errors import ConfigError, in_terms
-from ..federation.local import LocalTraining, frozen_keys
+from ..federation.local import frozen_keys
 from ..federation.seeding import derive, isolated
 from ..federation.task import CLASSIFICATION, Task
+from ..federation.training import LocalTraining
 from ..models.backbones import PREFIX
 from ..settings.config import Config
 

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from ..dualcopy.reluise import lambdas, replace_by_lambda, replace_by_relu
 from ..dualcopy.smooth import GATES, target_lambda
 from ..errors import ConfigError, nearest
-from ..federation.local import LocalTraining, Phase, local_update
+from ..federation.local import Phase, local_update
 from ..federation.roles import Role, check_finite, roles
 from ..federation.seeding import derive
+from ..federation.training import LocalTraining
 
 Schedule = Literal["linear", "geometric", "cosine"]
 

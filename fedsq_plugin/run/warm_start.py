@@ -20,10 +20,11 @@ from ..dualcopy import DualCopy
 from ..errors import ConfigError, WeightsError
 from ..federation import checkpoint
 from ..federation.evaluate import evaluate
-from ..federation.local import LocalTraining, Phase, local_update
+from ..federation.local import Phase, local_update
 from ..federation.roles import Role, check_finite, roles
 from ..federation.seeding import derive
 from ..federation.state import fingerprint, state_of
+from ..federation.training import LocalTraining
 from ..models.backbones import PREFIX
 from ..settings.config import Config
 from .plan import head_of, in_recipe_terms

@@ -16,8 +16,8 @@ from pydantic import ValidationError, ValidationInfo, field_validator
 from ..algorithms.registry import builtin_options
 from ..data.options import DataOptions
 from ..federation.algorithm import ExtraOptions, FederationOptions
-from ..federation.local import LocalTraining
 from ..federation.options import options_of, said
+from ..federation.training import LocalTraining
 from ..wire.tls import TlsOptions
 from .processes import ProcessOptions
 from .rounds import CheckpointOptions, EvaluationOptions, ModelOptions, RoundOptions

@@ -21,7 +21,7 @@ from torch import nn
 
 from fedsq_plugin import DualCopy, models
 from fedsq_plugin.dualcopy import Compiled, GateCache
-from fedsq_plugin.federation.local import LocalTraining
+from fedsq_plugin.federation.training import LocalTraining
 
 WARM_UP = 10
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from fedsq_plugin.algorithms import Algorithm
 from fedsq_plugin.federation.client import Client
-from fedsq_plugin.federation.local import LocalTraining
 from fedsq_plugin.federation.seeding import isolated
 from fedsq_plugin.federation.state import State
+from fedsq_plugin.federation.training import LocalTraining
 
 from .task import AllOptions, values
 

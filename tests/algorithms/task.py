@@ -16,7 +16,6 @@ from fedsq_plugin.data.partition import partition
 from fedsq_plugin.federation.algorithm import options_together
 from fedsq_plugin.federation.client import Client
 from fedsq_plugin.federation.evaluate import Metrics, evaluate
-from fedsq_plugin.federation.local import LocalTraining
 from fedsq_plugin.federation.messages import Assignment, Update, packed, unpacked, update_of
 from fedsq_plugin.federation.record import RoundRecord
 from fedsq_plugin.federation.roles import roles
@@ -26,6 +25,7 @@ from fedsq_plugin.federation.server import Server
 from fedsq_plugin.federation.server_state import load_state
 from fedsq_plugin.federation.simulation import LocalSilos, Simulation
 from fedsq_plugin.federation.state import State, state_of
+from fedsq_plugin.federation.training import LocalTraining
 
 SILOS = 3
 Batches = list[tuple[Tensor, Tensor]]

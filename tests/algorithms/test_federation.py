@@ -16,10 +16,10 @@ from fedsq_plugin.dualcopy import DualCopy
 from fedsq_plugin.errors import UpdateError
 from fedsq_plugin.federation import checkpoint
 from fedsq_plugin.federation.evaluate import pooled
-from fedsq_plugin.federation.local import LocalTraining
 from fedsq_plugin.federation.seeding import isolated, sample_clients
 from fedsq_plugin.federation.server_state import ServerState
 from fedsq_plugin.federation.state import State, fingerprint, state_of
+from fedsq_plugin.federation.training import LocalTraining
 
 from .task import SILOS, Federation, changed, mlp, silos
 

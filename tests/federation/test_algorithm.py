@@ -26,9 +26,10 @@ from fedsq_plugin.federation.algorithm import (
     options_together,
     plain,
 )
-from fedsq_plugin.federation.local import LocalTraining, Phase
+from fedsq_plugin.federation.local import Phase
 from fedsq_plugin.federation.options import Options, option
 from fedsq_plugin.federation.roles import Role
+from fedsq_plugin.federation.training import LocalTraining
 from fedsq_plugin.settings.config import Config
 from tests.algorithms.task import AllOptions, mlp
 

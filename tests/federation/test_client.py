@@ -11,11 +11,12 @@ from fedsq_plugin.algorithms import algorithm
 from fedsq_plugin.dualcopy import DualCopy
 from fedsq_plugin.errors import ConfigError, UpdateError
 from fedsq_plugin.federation.client import Client
-from fedsq_plugin.federation.local import LocalTraining, OptimizerTraining, Phase, local_update
+from fedsq_plugin.federation.local import Phase, local_update
 from fedsq_plugin.federation.messages import Announcement, Assignment
 from fedsq_plugin.federation.roles import Role
 from fedsq_plugin.federation.seeding import derive
 from fedsq_plugin.federation.state import State, fingerprint, state_of
+from fedsq_plugin.federation.training import LocalTraining, OptimizerTraining
 from tests.algorithms.task import OPTIONS, Federation, changed, corners, mlp, silos
 
 TRAINING = LocalTraining(learning_rate=0.1)

@@ -17,20 +17,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from fedsq_plugin.algorithms.fedprox import proximal
 from fedsq_plugin.errors import ConfigError
 from fedsq_plugin.federation.augment import augment
-from fedsq_plugin.federation.local import (
-    LocalResult,
-    LocalTraining,
-    OptimizerTraining,
-    Phase,
-    Statistics,
-    frozen_keys,
-    local_update,
-    trains,
-)
+from fedsq_plugin.federation.local import LocalResult, Phase, Statistics, frozen_keys, local_update, trains
 from fedsq_plugin.federation.roles import Role, roles
 from fedsq_plugin.federation.seeding import isolated
 from fedsq_plugin.federation.state import State, fingerprint, state_of
 from fedsq_plugin.federation.task import cross_entropy
+from fedsq_plugin.federation.training import LocalTraining, OptimizerTraining
 from tests.algorithms.task import AllOptions
 
 ALL = frozenset(Role)

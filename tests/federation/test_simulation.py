@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from fedsq_plugin.errors import UpdateError
 from fedsq_plugin.federation.client import Client
 from fedsq_plugin.federation.evaluate import evaluate
-from fedsq_plugin.federation.local import LocalTraining
 from fedsq_plugin.federation.messages import Assignment
 from fedsq_plugin.federation.record import RoundRecord
 from fedsq_plugin.federation.seeding import sample_clients
@@ -21,6 +20,7 @@ from fedsq_plugin.federation.simulation import LocalSilos, Simulation
 from fedsq_plugin.federation.simulation import test_seeded as evaluate_seeded
 from fedsq_plugin.federation.state import fingerprint, nbytes, state_of
 from fedsq_plugin.federation.task import CLASSIFICATION
+from fedsq_plugin.federation.training import LocalTraining
 from tests.algorithms.task import SILOS, Federation, changed, mlp, silos
 
 

@@ -72,7 +72,7 @@ def test_a_worker_trains_on_the_tasks_loss() -> None:
     
     from fedsq_plugin.algorithms import algorithm
     from fedsq_plugin.federation.client import Client
-    from fedsq_plugin.federation.local import LocalTraining
+    from fedsq_plugin.federation.training import LocalTraining
 
     model = nn.Linear(1, 1, bias=False)
     nn.init.ones_(model.weight)

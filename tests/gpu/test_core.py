@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from fedsq_plugin import DualCopy, models
 from fedsq_plugin.dualcopy import Compiled, Gate, GateCache
 from fedsq_plugin.federation.evaluate import evaluate
-from fedsq_plugin.federation.local import LocalResult, LocalTraining, Phase, local_update
+from fedsq_plugin.federation.local import LocalResult, Phase, local_update
 from fedsq_plugin.federation.roles import Role, roles
 from fedsq_plugin.federation.state import state_of
+from fedsq_plugin.federation.training import LocalTraining
 
 DISAGREE = 1e-3
 """Share of gates that two devices may find on different sides: pre-activations within rounding of zero."""

@@ -17,8 +17,10 @@ from fedsq_plugin import models
 from fedsq_plugin.errors import WeightsError
 from fedsq_plugin.hosts.fedml.names import FEDML_MODELS, NO_COLOUR_IMAGES, OTHER_LOSSES
 from fedsq_plugin.run.check import check, notes
+from fedsq_plugin.run.facts import facts_of
 from fedsq_plugin.run.plan import in_recipe_terms
 from fedsq_plugin.settings.config import OPTIONS, family_of
+from fedsq_plugin.settings.idle import untrained_gates
 from fedsq_plugin.settings.recipe import Families
 
 BASE = {
@@ -390,13 +392,14 @@ def test_fedml_is_not_imported() -> None:
 
 
 def test_gates_of_random_weights_are_a_note() -> None:
-    from fedsq_plugin.run.unused import untrained_gates
+    def noted(**options: str) -> list[str]:
+        valid = {"model": "resnet18", "federated_optimizer": "FedSQ", **options}
+        return untrained_gates(valid, facts_of(valid))
 
-    given = {"model": "resnet18", "federated_optimizer": "FedSQ"}
-    assert len(untrained_gates(given)) == 1
-    assert untrained_gates({**given, "warm_start": "public"}) == []
-    assert untrained_gates({**given, "federated_optimizer": "FedAvg"}) == []
-    assert untrained_gates({**given, "model": "resnet56"}) == []  # a script's own weights are its business
+    assert len(noted()) == 1
+    assert noted(warm_start="public") == []
+    assert noted(federated_optimizer="FedAvg") == []
+    assert noted(model="resnet56") == []  # a script's own weights are its business
 
 
 def test_a_model_of_flambys_on_other_data_hides_nothing_else() -> None:

@@ -17,9 +17,10 @@ from fedsq_plugin.dualcopy import DualCopy
 from fedsq_plugin.dualcopy.smooth import LambdaActivation, target_lambda
 from fedsq_plugin.errors import ConfigError
 from fedsq_plugin.federation.evaluate import evaluate
-from fedsq_plugin.federation.local import LocalTraining, Phase, local_update
+from fedsq_plugin.federation.local import Phase, local_update
 from fedsq_plugin.federation.roles import Role, roles
 from fedsq_plugin.federation.state import fingerprint
+from fedsq_plugin.federation.training import LocalTraining
 from fedsq_plugin.run.reluise import Hardening, Reluised, relu_ise
 
 # Schedule

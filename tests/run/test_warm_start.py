@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fedsq_plugin.errors import ConfigError
-from fedsq_plugin.federation.local import LocalTraining
 from fedsq_plugin.federation.seeding import isolated
 from fedsq_plugin.federation.state import fingerprint
+from fedsq_plugin.federation.training import LocalTraining
 from fedsq_plugin.run.warm_start import public_warm_start
 
 TRAINING = LocalTraining(learning_rate=0.1, momentum=0.9)

@@ -26,13 +26,14 @@ from ...federation.checkpoints import ServerCheckpoints
 from ...federation.seeding import derive, isolated
 from ...models.backbones import PREFIX
 from ...run.dry_run import dry_run
+from ...run.facts import facts_of
 from ...run.plan import build_view, create_model, plan_of
 from ...run.reluise import replace_smooth
-from ...run.unused import compiled_for_cpu, untrained_gates, unused
 from ...run.warm_start import warm_start
 from ...settings.agreement import kept_options
 from ...settings.config import OPTIONS, Config
 from ...settings.config import OURS as OUR_FAMILIES
+from ...settings.idle import compiled_for_cpu, untrained_gates, unused
 from ...settings.recipe import flat, misplaced, read_loosely
 from . import offline
 from .arguments import FINDINGS, HostName, algorithm_of, config_of
@@ -189,7 +190,8 @@ def _init(original: Any) -> Any:
         config = config_of(args)
         given = config.model_dump()
         findings = map(str, getattr(args, FINDINGS, []))
-        for line in (*unused(given, ours), *untrained_gates(given), *compiled_for_cpu(given), *findings):
+        facts = facts_of(given, ours)
+        for line in (*unused(given, facts), *untrained_gates(given, facts), *compiled_for_cpu(given), *findings):
             log.warning(line)
         check_device(config, device)
         if config.threads:

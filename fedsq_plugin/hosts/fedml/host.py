@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 class FedML:
     """See `run.host.Host`."""
 
+    name = "FedML"
     datasets: Collection[str] = names.FEDML_DATASETS
     brings_silos: Collection[str] = names.SETS_CLIENT_NUMBER
     models: Collection[str] = names.FEDML_MODELS

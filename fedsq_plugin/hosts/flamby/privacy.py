@@ -12,7 +12,7 @@ from torch import nn
 
 from ...errors import ConfigError
 from ...federation.algorithm import ALL_PARTS, NOTHING, Algorithm
-from ...federation.local import OptimizerClass
+from ...federation.training import OptimizerClass
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ...algorithms import Algorithm, algorithm
 from ...errors import ConfigError, nearest
 from ...federation.client import Client
-from ...federation.local import LocalTraining, OptimizerClass, OptimizerTraining
 from ...federation.mean import MeanOfDifferences
 from ...federation.messages import Assignment
 from ...federation.record import RoundRecord
@@ -22,6 +21,7 @@ from ...federation.roles import roles
 from ...federation.round import Round
 from ...federation.server import Server
 from ...federation.state import State, state_of
+from ...federation.training import LocalTraining, OptimizerClass, OptimizerTraining
 from ...settings.config import Config, family_of, validated
 from .batches import EndlessBatches, Updates
 from .privacy import Privacy

@@ -11,11 +11,12 @@ import torch
 
 from fedsq_plugin import DualCopy
 from fedsq_plugin.errors import ConfigError, UpdateError
-from fedsq_plugin.federation.local import LocalTraining, Phase, local_update
+from fedsq_plugin.federation.local import Phase, local_update
 from fedsq_plugin.federation.mean import WeightedMean
 from fedsq_plugin.federation.roles import Role, roles
 from fedsq_plugin.federation.seeding import derive
 from fedsq_plugin.federation.state import State, fingerprint
+from fedsq_plugin.federation.training import LocalTraining
 
 from .conftest import SECURITY, MakeArgs, final, network, silos, simulate
 

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from fedsq_plugin.errors import ConfigError
-from fedsq_plugin.run.unused import unused
+from fedsq_plugin.run.facts import facts_of
 from fedsq_plugin.settings.config import Config, parse
+from fedsq_plugin.settings.idle import unused
 from fedsq_plugin.wire import certificates
 from fedsq_plugin.wire.tls import credentials
 
@@ -122,7 +123,7 @@ def test_tls_on_a_road_without_it_is_an_error_and_not_believed() -> None:
     ]
     one_process = {**NEEDED, "backend": "sp", **paths}
     assert parse(one_process)[1] == []
-    assert "fedsq_args.tls_cert has no effect: backend sp is one process" in unused(one_process)
+    assert "fedsq_args.tls_cert has no effect: backend sp is one process" in unused(one_process, facts_of(one_process))
 
 
 def test_tls_asks_for_our_rows_where_fedml_has_its_own(fedml: Any) -> None:
