@@ -31,6 +31,14 @@ class RunError(FedSQError, RuntimeError):
     """A run ended by an error that no check foresaw; the trace is in its log file."""
 
 
+class EndedByServer(RunError):
+    """A client process ended because the server told it to. `reason` is the server's own."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the server ended the run: {reason}")
+        self.reason = reason
+
+
 def first_line(error: BaseException) -> str:
     """What somebody else's error says, where there is one line for it."""
     return str(error).strip().partition("\n")[0]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,8 @@ from ..federation.training import LocalTraining
 from ..models.backbones import PREFIX
 from ..settings.config import Config
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -37,6 +40,13 @@ class Plan:
     finetune_epochs: int
     """Epochs of every silo's fine-tuning after the last round; 0: none."""
     task: Task = CLASSIFICATION
+    notes: list[str] = field(default_factory=list, compare=False)
+    """Lines for the user that were said before the first round."""
+
+    def note(self, line: str) -> None:
+        """Say a line to the user."""
+        log.warning(line)
+        self.notes.append(line)
 
     @property
     def head(self) -> str | None:

@@ -176,7 +176,7 @@ def _init(original: Any) -> Any:
         server_aggregator: Any = None,
         algorithm_flow: Any = None,
     ) -> None:
-        self.reluised = None
+        self.reluised, self.notes = None, []
         rest = (client_trainer, server_aggregator, algorithm_flow)
         if algorithm_flow is not None:
             original(self, args, device, dataset, model, *rest)
@@ -191,15 +191,16 @@ def _init(original: Any) -> Any:
         given = config.model_dump()
         findings = map(str, getattr(args, FINDINGS, []))
         facts = facts_of(given, ours)
-        for line in (*unused(given, facts), *untrained_gates(given, facts), *compiled_for_cpu(given), *findings):
-            log.warning(line)
+        say(self, *unused(given, facts), *untrained_gates(given, facts), *compiled_for_cpu(given), *findings)
         check_device(config, device)
         if config.threads:
             torch.set_num_threads(config.threads)
         if not ours:
             # FedML's own algorithms may take data of another form, which have no public split.
             data = from_tuple(dataset, args.dataset) if config.has_public_split else None
-            self.reluised = warm_start(model, config, data, device)
+            done = warm_start(model, config, data, device)
+            self.reluised = done.reluised
+            say(self, *done.notes)
             original(self, args, device, dataset, model, *rest)
             return
         data = from_tuple(dataset, args.dataset)
@@ -216,17 +217,26 @@ def _init(original: Any) -> Any:
         prepare_host(args)
         checkpoints = server_checkpoints(config) if one_process or not is_client(args) else None
         if checkpoints is not None and not checkpoints.resumes:
-            self.reluised = warm_start(model, config, data, device)
+            done = warm_start(model, config, data, device)
+            self.reluised = done.reluised
+            say(self, *done.notes)
         elif config.relu_ise:
             replace_smooth(model)  # the weights come from the server, or from the checkpoint
         view = build_view(model, plan)
         if own == (None, None):
-            for line in dry_run(view, plan, data):
-                log.warning(line)
+            say(self, *dry_run(view, plan, data))
         parts: Any = (args, device, data, view, plan, *own, checkpoints)
         self.runner = Simulation(*parts) if one_process else node(*parts)
+        self.notes += [*(checkpoints.notes if checkpoints is not None else ()), *plan.notes]
 
     return init
+
+
+def say(runner: Any, *lines: str) -> None:
+    """Log lines for the user, and keep them in the `notes` of a FedMLRunner."""
+    for line in lines:
+        log.warning(line)
+    runner.notes += lines
 
 
 def is_ours(args: Any, custom: bool) -> bool:
