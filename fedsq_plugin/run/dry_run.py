@@ -15,10 +15,10 @@ from ..data.silos import SilosData
 from ..dualcopy import DualCopy
 from ..dualcopy.tracing import detached_copy
 from ..dualcopy.validation import refuse, validate
-from ..errors import ConfigError, FedSQError, first_line
+from ..errors import ConfigError, FedSQError, first_line, worded
 from ..federation.evaluate import main_output
 from ..federation.seeding import isolated
-from .plan import Plan, in_recipe_terms
+from .plan import RECIPE, Plan
 
 SAMPLES = 2
 
@@ -45,7 +45,7 @@ def dry_run(model: nn.Module, plan: Plan, data: SilosData) -> list[str]:
     device = next((parameter.device for parameter in plain.parameters()), torch.device("cpu"))
     samples = samples.to(device)
     try:
-        with in_recipe_terms(), isolated(0), torch.no_grad():
+        with worded(RECIPE), isolated(0), torch.no_grad():
             if isinstance(model, DualCopy):
                 refuse(validate(plain, samples, plan.options.gate_accept, config.gate_pooling))
             outputs = main_output(detached_copy(plain).eval()(samples))

@@ -17,16 +17,13 @@ from ...data.flamby.backbones import without_gates
 from ...data.flamby.catalogue import BASELINE, CATALOGUE, FlambyData
 from ...data.flamby.package import import_flamby
 from ...dualcopy import DualCopy
-from ...errors import ConfigError, FedSQError, first_line, in_one_line, in_terms, nearest
+from ...errors import PYTHON, ConfigError, FedSQError, Vocabulary, first_line, in_one_line, nearest, worded
 from .strategy import Strategy, known_options
 
 Given = Mapping[str, Any]
 """The options of a strategy, as the JSON has them."""
-_TERMS = {
-    " (or turn the backbone into a ReLU one first)": "",
-    "accept it ungated by name: accept=[": "accept it ungated by name: gate_accept: [",
-    "all of them: accept=[": "all of them: gate_accept: [",
-}
+JSON: Vocabulary = {**PYTHON, "relu_ise": "", "gate_accept": "gate_accept: {}"}
+"""What errors say to somebody who writes a configuration."""
 
 
 def read_json(file: Path) -> Any:
@@ -149,7 +146,7 @@ class Configuration:
         private = {key: given[key] for key in inspect.signature(cls.privacy).parameters if key in given}
         try:
             privacy = cls.privacy(**private)
-            with in_terms(_TERMS), torch.no_grad():
+            with worded(JSON), torch.no_grad():
                 viewed, *_ = cls.viewed(model, own)
                 if privacy is not None:
                     privacy.refuse_model(cls.algorithm, viewed)
