@@ -53,8 +53,16 @@ class FedSQError(Exception):
         self.parts = parts
 
     def after(self, beginning: str) -> Self:
-        """The same error, with a beginning that says where."""
-        return type(self)(beginning, *self.parts)
+        """This error, with a beginning that says where."""
+        return self._with((beginning, *self.parts))
+
+    def worded(self, vocabulary: Vocabulary) -> Self:
+        """This error, with the words of a host for good."""
+        return self._with((in_words(self.parts, vocabulary),))
+
+    def _with(self, parts: tuple[Part, ...]) -> Self:
+        self.parts, self.args = parts, (in_words(parts),)
+        return self
 
 
 @contextmanager
@@ -63,9 +71,8 @@ def worded(vocabulary: Vocabulary) -> Iterator[None]:
     try:
         yield
     except FedSQError as error:
-        if all(isinstance(part, str) for part in error.parts):
-            raise
-        raise type(error)(in_words(error.parts, vocabulary)) from None
+        error.worded(vocabulary)
+        raise
 
 
 class GateError(FedSQError, ValueError):
