@@ -150,16 +150,13 @@ def _create(original: Any) -> Any:
         except Exception as error:
             if "no such model definition" not in str(error):
                 raise ConfigError(
-                    f"model_args.model '{args.model}': FedML cannot make it for {args.dataset} "
-                    f"({in_one_line(error)})"
+                    f"model_args.model '{args.model}': FedML cannot make it for {args.dataset} ({in_one_line(error)})"
                 ) from error
             if args.model.startswith(PREFIX):
                 models.head(args.model)  # says what a name like this lacks
             homes = ", ".join(FEDML_MODELS.get(args.model, ()))
             hint = f"; it is FedML's for {homes}" if homes else nearest(args.model, models.names())
-            raise ConfigError(
-                f"model_args.model '{args.model}' is unknown to FedML for {args.dataset}{hint}"
-            ) from None
+            raise ConfigError(f"model_args.model '{args.model}' is unknown to FedML for {args.dataset}{hint}") from None
 
     return create
 
@@ -188,19 +185,14 @@ def _init(original: Any) -> Any:
             original(self, args, device, dataset, model, *rest)
             return
         config = config_of(args)
-        given = config.model_dump()
-        findings = map(str, getattr(args, FINDINGS, []))
-        facts = facts_of(given, ours)
-        say(self, *unused(given, facts), *untrained_gates(given, facts), *compiled_for_cpu(given), *findings)
+        say(self, *_option_notes(config, ours), *map(str, getattr(args, FINDINGS, [])))
         check_device(config, device)
         if config.threads:
             torch.set_num_threads(config.threads)
         if not ours:
             # FedML's own algorithms may take data of another form, which have no public split.
             data = from_tuple(dataset, args.dataset) if config.has_public_split else None
-            done = warm_start(model, config, data, device)
-            self.reluised = done.reluised
-            say(self, *done.notes)
+            _warm_start(self, model, config, data, device)
             original(self, args, device, dataset, model, *rest)
             return
         data = from_tuple(dataset, args.dataset)
@@ -217,9 +209,7 @@ def _init(original: Any) -> Any:
         prepare_host(args)
         checkpoints = server_checkpoints(config) if one_process or not is_client(args) else None
         if checkpoints is not None and not checkpoints.resumes:
-            done = warm_start(model, config, data, device)
-            self.reluised = done.reluised
-            say(self, *done.notes)
+            _warm_start(self, model, config, data, device)
         elif config.relu_ise:
             replace_smooth(model)  # the weights come from the server, or from the checkpoint
         view = build_view(model, plan)
@@ -230,6 +220,19 @@ def _init(original: Any) -> Any:
         self.notes += [*(checkpoints.notes if checkpoints is not None else ()), *plan.notes]
 
     return init
+
+
+def _warm_start(runner: Any, model: Any, config: Config, data: SilosData | None, device: Any) -> None:
+    done = warm_start(model, config, data, device)
+    runner.reluised = done.reluised
+    say(runner, *done.notes)
+
+
+def _option_notes(config: Config, ours: bool) -> list[str]:
+    """The options that have no effect in this run, or little."""
+    given = config.model_dump()
+    facts = facts_of(given, ours)
+    return [*unused(given, facts), *untrained_gates(given, facts), *compiled_for_cpu(given)]
 
 
 def say(runner: Any, *lines: str) -> None:
@@ -255,9 +258,7 @@ def is_ours(args: Any, custom: bool) -> bool:
             f"use one of {', '.join(algorithms())}"
         )
     if _has_tls(args) and native and not known(name):
-        raise ConfigError(
-            f"FedML's own {name} has no TLS (fedsq_args.tls_cert); use one of {', '.join(algorithms())}"
-        )
+        raise ConfigError(f"FedML's own {name} has no TLS (fedsq_args.tls_cert); use one of {', '.join(algorithms())}")
     if _is_native(args) and not (custom and _is_sp(args)):
         return False
     if "+" in name:
