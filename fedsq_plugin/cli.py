@@ -128,13 +128,14 @@ def launch(
 @click.option("--rank", type=int, help="Of this process; MPI knows it.")
 @click.option("--plain", is_flag=True, help="No terminal is behind standard output, though it looks so.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
+@click.option("--endings", type=click.Path(path_type=Path), help="Folder for a file that says why it ended.")
 @_out
-def node(recipe: Path, rank: int | None, plain: bool, resume: bool, out: Path) -> None:
-    """One process of a launched run."""
+def node(recipe: Path, rank: int | None, plain: bool, resume: bool, endings: Path | None, out: Path) -> None:
+    """One process of a run of several processes."""
     from . import launch as launcher
     from .settings.recipe import read_yaml
 
-    launcher.node(read_yaml(recipe), rank, out, _console(plain), resume)
+    launcher.node(read_yaml(recipe), rank, out, _console(plain), resume, endings)
 
 
 @cli.command()

@@ -297,10 +297,33 @@ def test_the_readme_has_no_gap() -> None:
     assert "@@" not in (ROOT / "README.md").read_text()
 
 
-def test_ci_runs_the_readmes_line() -> None:
-    command = "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/pytest"
-    assert command in (ROOT / "README.md").read_text()
-    assert command in (ROOT / ".ci" / "run").read_text().replace(" -q", "")
+def test_ci_installs_by_the_readmes_line_and_runs_every_check() -> None:
+    install, ci = "python3 -m venv .venv && .venv/bin/pip install -e '.[test]'", (ROOT / ".ci" / "run").read_text()
+    assert f"{install} && .venv/bin/pytest" in (ROOT / "README.md").read_text()
+    assert install in ci.replace(" -q", "")
+    checks = [line.split()[1] for line in ci.splitlines() if line.startswith("check ")]
+    assert checks == ["ruff", "mypy", "lint-imports", "pytest"]
+
+
+def test_ci_runs_every_check_and_fails_where_one_fails(tmp_path: Path) -> None:
+    (tmp_path / ".ci").mkdir()
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    script = tmp_path / ".ci" / "run"
+    script.write_text((ROOT / ".ci" / "run").read_text())
+    fake = tmp_path / "python3"
+    (tmp_path / ".venv" / "bin" / "pip").symlink_to(fake)
+    for failing in (None, "ruff", "mypy", "lint-imports", "pytest"):
+        for name in ("python3", ".venv/bin/ruff", ".venv/bin/mypy", ".venv/bin/lint-imports", ".venv/bin/pytest"):
+            path = tmp_path / name
+            path.write_text(f'#!/bin/sh\necho "{path.name} ran: $*"\nexit {int(path.name == failing)}\n')
+            path.chmod(0o755)
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+        run = subprocess.run(["bash", script, "tests/x.py"], env=environment, capture_output=True, text=True)
+        assert [word in run.stdout for word in ("ruff ran", "mypy ran", "lint-imports ran", "tests/x.py")] == [True] * 4
+        assert (run.returncode, run.stdout.splitlines()[-1].startswith("failed: ")) == (
+            (0, False) if failing is None else (1, True)
+        )
+        assert failing is None or run.stdout.endswith(f"failed: {failing}\n")
 
 
 def test_help_and_import_stay_light() -> None:
@@ -342,9 +365,7 @@ def test_a_home_that_cannot_be_written_ends_with_one_line(command: str, tmp_path
         timeout=120,
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(
-        f"fedsq: error: HOME {tmp_path}/file/home cannot be written (Not a directory)"
-    )
+    assert done.stderr.startswith(f"fedsq: error: HOME {tmp_path}/file/home cannot be written (Not a directory)")
     assert done.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 class ServerCheckpoints:
     """The server's checkpoints in a folder. `round` is the round of the newest; `oldest` is the earliest round to which
-    the run can go back.
+    the run can go back. `notes` has lines for the user.
 
     Args:
         folder: None: nothing is saved.
@@ -43,6 +43,7 @@ class ServerCheckpoints:
         self._store: ServerSnapshots | None = None
         self._newest: tuple[ServerState, dict[str, Tensor]] | None = None
         self.round = self.oldest = 0
+        self.notes: list[str] = []
         if folder is None:
             return
         path = Path(folder).expanduser()
@@ -51,7 +52,11 @@ class ServerCheckpoints:
         self._newest = self._store.newest()
         self.oldest = min(self._store.rounds(), default=0)
         if self._newest is None and resume:
-            log.warning("there is no checkpoint in %s yet: the run begins with round 1", path)
+            self._note(f"there is no checkpoint in {path} yet: the run begins with round 1")
+
+    def _note(self, line: str) -> None:
+        log.warning(line)
+        self.notes.append(line)
 
     @property
     def resumes(self) -> bool:
@@ -64,7 +69,7 @@ class ServerCheckpoints:
         newest, self._newest = self._newest, None
         if newest is not None:
             self.round = newest[0].round
-            log.warning("the run goes on after round %d", self.round)
+            self._note(f"the run goes on after round {self.round}")
         return newest
 
     def save(self, state: ServerState, silos: Mapping[str, Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
@@ -11,6 +12,9 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from ..errors import ConfigError
 from .plots import _COLOURS, _DASHES, _DPI, _MARKERS, _save
 
+_TARGET: dict[str, Any] = {
+    "color": "0.75", "linestyle": "none", "marker": "_", "markersize": 15, "markeredgewidth": 6,
+}  # fmt: skip
 _LAYER = 0.19
 """Width of a layer in inches, at least: what a rotated name takes."""
 _LETTER = 0.075
@@ -45,16 +49,7 @@ def lambda_profile(
     figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
     axes = figure.add_subplot()
     places = range(len(layers))
-    axes.plot(
-        places,
-        [target[layer] for layer in layers],
-        color="0.75",
-        linestyle="none",
-        marker="_",
-        markersize=15,
-        markeredgewidth=6,
-        label="target",
-    )
+    axes.plot(places, [target[layer] for layer in layers], label="target", **_TARGET)
     for number, label, epoch in _lines(len(history) - 1, learned_epochs):
         axes.plot(
             places,
@@ -93,9 +88,7 @@ def _lines(epochs: int, learned: int) -> list[tuple[int, str, int]]:
     return found
 
 
-def _checked(
-    history: Sequence[Mapping[str, float]], learned_epochs: int, target: Mapping[str, float]
-) -> list[str]:
+def _checked(history: Sequence[Mapping[str, float]], learned_epochs: int, target: Mapping[str, float]) -> list[str]:
     """The layers, in order."""
     layers = list(history[0]) if history else []
     if not layers:

@@ -136,16 +136,10 @@ def relu_ise(
     history = [lambdas(model)]
 
     def train(epoch: int) -> None:
+        own = derive("relu-ise", seed, epoch)
+        phases = (Phase(1, frozenset(Role)),)
         result = local_update(
-            model,
-            batches,
-            training,
-            (Phase(1, frozenset(Role)),),
-            known,
-            round=epoch,
-            seed=derive("relu-ise", seed, epoch),
-            device=device,
-            factors=factors,
+            model, batches, training, phases, known, round=epoch, seed=own, device=device, factors=factors
         )
         _check(model, result.steps, epoch)
         history.append(lambdas(model))

@@ -141,9 +141,7 @@ def session(
     except KeyboardInterrupt:
         found.summary["ended_early"] = ["interrupted"]
         directory.write_summary(found.summary)
-        found.say(
-            f"the finished rounds are in {out}; `fedsq report {out}` shows them, --resume {out} goes on"
-        )
+        found.say(f"the finished rounds are in {out}; `fedsq report {out}` shows them, --resume {out} goes on")
         raise
     except ConfigError:
         if directory.metrics.empty and not resume:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from .. import __version__, models
 from ..data.registry import OURS
 from ..data.silos import VALIDATION, SilosData
 from ..dualcopy import DualCopy
-from ..errors import ConfigError, WeightsError
+from ..errors import ConfigError, WeightsError, worded
 from ..federation import checkpoint
 from ..federation.evaluate import evaluate
 from ..federation.local import Phase, local_update
@@ -27,15 +26,22 @@ from ..federation.state import fingerprint, state_of
 from ..federation.training import LocalTraining
 from ..models.backbones import PREFIX
 from ..settings.config import Config
-from .plan import head_of, in_recipe_terms
+from .plan import RECIPE, head_of
 from .reluise import Hardening, Reluised, relu_ise, replace_smooth
-
-log = logging.getLogger(__name__)
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
-def warm_start(model: nn.Module, config: Config, data: SilosData | None, device: torch.device) -> Reluised | None:
+class WarmStart(NamedTuple):
+    """What a warm start did."""
+
+    reluised: Reluised | None
+    """What ReLU-isation did; None: it was not asked for."""
+    notes: list[str]
+    """Lines for the user: where the weights came from."""
+
+
+def warm_start(model: nn.Module, config: Config, data: SilosData | None, device: torch.device) -> WarmStart:
     """Give the model its pretrained weights, and ReLUs in place of its smooth activations where `relu_ise` asks
     for that, in place. The structural copy of a DualCopy is taken anew.
 
@@ -43,7 +49,7 @@ def warm_start(model: nn.Module, config: Config, data: SilosData | None, device:
         data: read only where the recipe has a public split.
 
     Returns:
-        What ReLU-isation did; None: it was not asked for.
+        What was done.
 
     Raises:
         ConfigError: the warm start cannot be had, or has diverged.
@@ -51,14 +57,17 @@ def warm_start(model: nn.Module, config: Config, data: SilosData | None, device:
     """
     plain = model.quantitative if isinstance(model, DualCopy) else model
     refuse_warm_start(config)
+    notes, reluised = [], None
     if config.warm_start == "public":
-        _train_on_public(plain, config, data, device)
+        notes.append(_train_on_public(plain, config, data, device))
     elif config.warm_start != "none":
-        load_pretrained(plain, config)
-    done = _relu_ise_on_public(plain, config, data, device) if config.relu_ise else None
+        notes += [f"warm start: {line}" for line in load_pretrained(plain, config)]
+    if config.relu_ise:
+        reluised, note = _relu_ise_on_public(plain, config, data, device)
+        notes.append(note)
     if isinstance(model, DualCopy):
         model.refresh()
-    return done
+    return WarmStart(reluised, notes)
 
 
 def refuse_warm_start(config: Config) -> None:
@@ -81,20 +90,19 @@ def refuse_warm_start(config: Config) -> None:
         )
 
 
-def load_pretrained(model: nn.Module, config: Config) -> None:
-    """Load ImageNet's weights, or those of a file, into a plain model, in place."""
+def load_pretrained(model: nn.Module, config: Config) -> list[str]:
+    """Load ImageNet's weights, or those of a file, into a plain model, in place. Returns a line where the head was
+    left out."""
     weights = config.warm_start_file or "imagenet"
-    with in_recipe_terms():
+    with worded(RECIPE):
         state = models.pretrained_state(weights, config.model, config.small_images)
         try:
-            lines = models.load_weights(model, state, head_of(config, model))
+            return models.load_weights(model, state, head_of(config, model))
         except WeightsError as error:
-            raise WeightsError(f"warm start from {weights}: {error}") from None
-    for line in lines:
-        log.info("warm start: %s", line)
+            raise error.after(f"warm start from {weights}: ") from None
 
 
-def _train_on_public(model: nn.Module, config: Config, data: SilosData | None, device: torch.device) -> None:
+def _train_on_public(model: nn.Module, config: Config, data: SilosData | None, device: torch.device) -> str:
     data = with_public_split(data, config)
     training = LocalTraining(
         learning_rate=config.warm_start_learning_rate,
@@ -113,10 +121,12 @@ def _train_on_public(model: nn.Module, config: Config, data: SilosData | None, d
         device,
     )
     how = "read from the cache" if cached else f"trained for {config.warm_start_epochs} epochs"
-    log.info("warm start on %d public samples: %s", len(data.public.dataset), how)
+    return f"warm start on {len(data.public.dataset)} public samples: {how}"
 
 
-def _relu_ise_on_public(model: nn.Module, config: Config, data: SilosData | None, device: torch.device) -> Reluised:
+def _relu_ise_on_public(
+    model: nn.Module, config: Config, data: SilosData | None, device: torch.device
+) -> tuple[Reluised, str]:
     data = with_public_split(data, config)
     training = LocalTraining(
         learning_rate=config.relu_ise_learning_rate or config.warm_start_learning_rate,
@@ -143,13 +153,12 @@ def _relu_ise_on_public(model: nn.Module, config: Config, data: SilosData | None
         config.cache_dir,
         device,
     )
-    log.info(
-        "ReLU-isation of %d activations%s: accuracy on %d public samples %.1f %% smooth, %.1f %% at the "
-        "target lambda, %.1f %% with ReLU (drop %.1f points)",
-        len(done.target), " (read from the cache)" if cached else "", len(data.validation.dataset),
-        100 * done.original, 100 * done.hardened, 100 * done.relu, 100 * done.drop,
-    )  # fmt: skip
-    return done
+    return done, (
+        f"ReLU-isation of {len(done.target)} activations{' (read from the cache)' if cached else ''}: accuracy on "
+        f"{len(data.validation.dataset)} public samples {100 * done.original:.1f} % smooth, "
+        f"{100 * done.hardened:.1f} % at the target lambda, {100 * done.relu:.1f} % with ReLU "
+        f"(drop {100 * done.drop:.1f} points)"
+    )
 
 
 def with_public_split(data: SilosData | None, config: Config) -> SilosData:

@@ -100,7 +100,9 @@ def unpack(view: memoryview, complex_names: Collection[str]) -> State:
         for key, entry in found.items():
             code, shape = entry["dtype"], entry["shape"]
             end = start + _nbytes(code, shape)
-            state[key] = _tensor(code, shape, data[start:end], key in complex_names)
+            if end > len(data):
+                raise ValueError("a tensor that is larger than the message")
+            state[key] = _tensor(_DTYPES[code], shape, data[start:end], key in complex_names)
             entries[key] = _entry(code, shape, start, end)
             start = end
         # This compares the offsets, too: every tensor begins where the one before it ends.
@@ -154,14 +156,11 @@ def _nbytes(code: Any, shape: Any) -> int:
     return math.prod(shape) * _DTYPES[code].itemsize
 
 
-def _tensor(code: str, shape: list[int], raw: memoryview, is_complex: bool) -> Tensor:
-    dtype = _DTYPES[code]
+def _tensor(dtype: torch.dtype, shape: list[int], raw: memoryview, is_complex: bool) -> Tensor:
     if dtype is torch.bool and bytes(raw).strip(b"\0\1"):  # what torch computes with such values is undefined
         raise ValueError("truth values that are neither 0 nor 1")
     flat = torch.frombuffer(bytearray(raw), dtype=dtype) if len(raw) else torch.empty(0, dtype=dtype)
-    if flat.nbytes != math.prod(shape) * dtype.itemsize:
-        raise ValueError("a tensor that is larger than the message")
-    tensor = flat.reshape(shape)
+    tensor = flat.view(shape)
     if not is_complex:
         return tensor
     if dtype not in _COMPLEX_PARTS or not shape or shape[-1] != 2:

@@ -68,7 +68,7 @@ def _recipe(families: Families, log_file: Path) -> Iterator[Path]:
             log.exception("the run called sys.exit(%r) before its end", error.code)
             raise RunError(f"the run called sys.exit({error.code!r}) before its end") from error
         except Exception as error:
-            log.exception("%s", in_one_line(error))  # the line is looked for here, see launch
+            log.exception("%s", in_one_line(error))
             raise RunError(f"{in_one_line(error)} (full trace in {log_file})") from error
 
 
@@ -80,7 +80,6 @@ class _Ready:
     args: Any
     device: Any
     dataset: Any
-    notes: list[str]
 
 
 def _runner(path: Path, arguments: list[str]) -> _Ready:
@@ -94,9 +93,7 @@ def _runner(path: Path, arguments: list[str]) -> _Ready:
     device = fedml.device.get_device(args)
     dataset, classes = _load(fedml, args)
     model = fedml.model.create(args, classes)
-    with _heard("fedsq_plugin") as notes:
-        runner = fedml.FedMLRunner(args, device, dataset, model)
-    return _Ready(runner, args, device, dataset, notes)
+    return _Ready(fedml.FedMLRunner(args, device, dataset, model), args, device, dataset)
 
 
 def _run(
@@ -106,14 +103,14 @@ def _run(
     arguments: list[str],
 ) -> Outcome:
     ready = _runner(path, arguments)
-    args, dataset, main = ready.args, ready.dataset, ready.runner.runner
+    args, dataset, made, main = ready.args, ready.dataset, ready.runner, ready.runner.runner
     metrics = main.scoring.evaluate()[0]
     main.on_round = on_round
     data = from_tuple(dataset, args.dataset)
     finished, device = main.checkpoints.round, described(ready.device)
     metric = main.plan.task.metric.name
-    on_start(Start(device, data.counts, data.classes, metrics, ready.runner.reluised, ready.notes, finished, metric))
-    ready.runner.run()
+    on_start(Start(device, data.counts, data.classes, metrics, made.reluised, made.notes, finished, metric))
+    made.run()
     if getattr(args, "enable_wandb", False):
         import wandb
 
@@ -160,20 +157,3 @@ def _logged(path: Path) -> Iterator[None]:
         handler.close()
         root.handlers = handlers
         root.setLevel(level)
-
-
-@contextlib.contextmanager
-def _heard(name: str) -> Iterator[list[str]]:
-    """What the plugin's FedML side logs from the options: warm start, options without effect."""
-    messages: list[str] = []
-
-    class Keep(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            messages.append(record.getMessage())
-
-    logger, handler = logging.getLogger(name), Keep()
-    logger.addHandler(handler)
-    try:
-        yield messages
-    finally:
-        logger.removeHandler(handler)

@@ -150,16 +150,13 @@ def _create(original: Any) -> Any:
         except Exception as error:
             if "no such model definition" not in str(error):
                 raise ConfigError(
-                    f"model_args.model '{args.model}': FedML cannot make it for {args.dataset} "
-                    f"({in_one_line(error)})"
+                    f"model_args.model '{args.model}': FedML cannot make it for {args.dataset} ({in_one_line(error)})"
                 ) from error
             if args.model.startswith(PREFIX):
                 models.head(args.model)  # says what a name like this lacks
             homes = ", ".join(FEDML_MODELS.get(args.model, ()))
             hint = f"; it is FedML's for {homes}" if homes else nearest(args.model, models.names())
-            raise ConfigError(
-                f"model_args.model '{args.model}' is unknown to FedML for {args.dataset}{hint}"
-            ) from None
+            raise ConfigError(f"model_args.model '{args.model}' is unknown to FedML for {args.dataset}{hint}") from None
 
     return create
 
@@ -176,7 +173,7 @@ def _init(original: Any) -> Any:
         server_aggregator: Any = None,
         algorithm_flow: Any = None,
     ) -> None:
-        self.reluised = None
+        self.reluised, self.notes = None, []
         rest = (client_trainer, server_aggregator, algorithm_flow)
         if algorithm_flow is not None:
             original(self, args, device, dataset, model, *rest)
@@ -188,18 +185,14 @@ def _init(original: Any) -> Any:
             original(self, args, device, dataset, model, *rest)
             return
         config = config_of(args)
-        given = config.model_dump()
-        findings = map(str, getattr(args, FINDINGS, []))
-        facts = facts_of(given, ours)
-        for line in (*unused(given, facts), *untrained_gates(given, facts), *compiled_for_cpu(given), *findings):
-            log.warning(line)
+        say(self, *_option_notes(config, ours), *map(str, getattr(args, FINDINGS, [])))
         check_device(config, device)
         if config.threads:
             torch.set_num_threads(config.threads)
         if not ours:
             # FedML's own algorithms may take data of another form, which have no public split.
             data = from_tuple(dataset, args.dataset) if config.has_public_split else None
-            self.reluised = warm_start(model, config, data, device)
+            _warm_start(self, model, config, data, device)
             original(self, args, device, dataset, model, *rest)
             return
         data = from_tuple(dataset, args.dataset)
@@ -216,17 +209,37 @@ def _init(original: Any) -> Any:
         prepare_host(args)
         checkpoints = server_checkpoints(config) if one_process or not is_client(args) else None
         if checkpoints is not None and not checkpoints.resumes:
-            self.reluised = warm_start(model, config, data, device)
+            _warm_start(self, model, config, data, device)
         elif config.relu_ise:
             replace_smooth(model)  # the weights come from the server, or from the checkpoint
         view = build_view(model, plan)
         if own == (None, None):
-            for line in dry_run(view, plan, data):
-                log.warning(line)
+            say(self, *dry_run(view, plan, data))
         parts: Any = (args, device, data, view, plan, *own, checkpoints)
         self.runner = Simulation(*parts) if one_process else node(*parts)
+        self.notes += [*(checkpoints.notes if checkpoints is not None else ()), *plan.notes]
 
     return init
+
+
+def _warm_start(runner: Any, model: Any, config: Config, data: SilosData | None, device: Any) -> None:
+    done = warm_start(model, config, data, device)
+    runner.reluised = done.reluised
+    say(runner, *done.notes)
+
+
+def _option_notes(config: Config, ours: bool) -> list[str]:
+    """The options that have no effect in this run, or little."""
+    given = config.model_dump()
+    facts = facts_of(given, ours)
+    return [*unused(given, facts), *untrained_gates(given, facts), *compiled_for_cpu(given)]
+
+
+def say(runner: Any, *lines: str) -> None:
+    """Log lines for the user, and keep them in the `notes` of a FedMLRunner."""
+    for line in lines:
+        log.warning(line)
+    runner.notes += lines
 
 
 def is_ours(args: Any, custom: bool) -> bool:
@@ -245,9 +258,7 @@ def is_ours(args: Any, custom: bool) -> bool:
             f"use one of {', '.join(algorithms())}"
         )
     if _has_tls(args) and native and not known(name):
-        raise ConfigError(
-            f"FedML's own {name} has no TLS (fedsq_args.tls_cert); use one of {', '.join(algorithms())}"
-        )
+        raise ConfigError(f"FedML's own {name} has no TLS (fedsq_args.tls_cert); use one of {', '.join(algorithms())}")
     if _is_native(args) and not (custom and _is_sp(args)):
         return False
     if "+" in name:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from typing import Any
 
@@ -16,8 +15,6 @@ from ...federation.algorithm import AVERAGE
 from ...federation.local import trains
 from ...federation.server import Server
 from ...run.plan import Plan
-
-log = logging.getLogger(__name__)
 
 _ONE_WEIGHT = (
     "weighs silos by the set of their sample counts: silos with equal counts share one weight, "
@@ -94,7 +91,7 @@ def check_security(server: Server, plan: Plan) -> None:
         )
     if defender.is_enabled and defender.defense_type in LESS_THAN_ITS_NAME:
         kind = defender.defense_type
-        log.warning("defense_type %s: FedML 0.9.6's own %s", kind, LESS_THAN_ITS_NAME[kind])
+        plan.note(f"defense_type {kind}: FedML 0.9.6's own {LESS_THAN_ITS_NAME[kind]}")
 
 
 def label_flipping() -> LabelFlippingAttack | None:

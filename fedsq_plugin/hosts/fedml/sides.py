@@ -5,7 +5,6 @@ Nothing else asks whether a trainer or an aggregator is ours.
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -27,8 +26,6 @@ from ...run.plan import Plan
 from .adapters import FedSQAggregator, FedSQTrainer
 from .aggregation import Together
 from .security import security_enabled
-
-log = logging.getLogger(__name__)
 
 
 def is_ours(part: Any) -> bool:
@@ -82,7 +79,7 @@ class OurServerSide(ServerSide):
             reason = " ".join(str(error).split())[:300]
             raise WeightsError(f"{checkpoints.folder}: not of this model: {reason}") from None
         if security_enabled():
-            log.warning("what FedML's defences and privacy accounts remember of those rounds is lost")
+            self.plan.note("what FedML's defences and privacy accounts remember of those rounds is lost")
 
     def save(self, checkpoints: ServerCheckpoints, client: ClientSide | None = None) -> None:
         states = None if client is None else client.states

@@ -31,9 +31,7 @@ def command() -> None:
     type=click.Path(path_type=Path),
     help="CSV of the results; default: what the configuration says.",
 )
-@click.option(
-    *("--seeds", "--seed"), default="0", show_default=True, metavar="0,1,…", help="A run for each of them."
-)
+@click.option(*("--seeds", "--seed"), default="0", show_default=True, metavar="0,1,…", help="A run for each of them.")
 @click.pass_context
 def fed_benchmark(
     context: click.Context,

@@ -69,8 +69,8 @@ def _do(what: str, mark: Path, go: Path) -> None:
 
 def _at(when: str, number: int, act: Callable[[], None]) -> None:
     """Let `act` happen once, in round `number` (1-based) where there are rounds."""
+    from fedsq_plugin.federation import round as rounds
     from fedsq_plugin.hosts.fedml import execute as run
-    from fedsq_plugin.hosts.fedml import round as rounds
     from fedsq_plugin.hosts.fedml.adapters import FedSQTrainer
     from fedsq_plugin.hosts.fedml.distributed.client import Client
     from fedsq_plugin.hosts.fedml.distributed.server import Server

@@ -18,7 +18,6 @@ import pandas as pd
 import pytest
 import yaml
 
-from fedsq_plugin import launch
 from fedsq_plugin.federation.seeding import sample_clients
 from fedsq_plugin.hosts.fedml.local import free_addresses
 from fedsq_plugin.settings.config import OPTIONS, family_of
@@ -287,17 +286,6 @@ def test_run_says_launch(python: Path, tmp_path: Path) -> None:
     assert said.startswith(
         "fedsq: error: training_type simulation with backend MPI takes several processes: use `fedsq launch`"
     )
-
-
-def test_a_reason_that_mpirun_did_not_pass_on_is_in_the_logs(tmp_path: Path) -> None:
-    line = "2026-01-01 00:00:00,000 ERROR fedsq_plugin.hosts.fedml.host: "
-    (tmp_path / "client-2.log").write_text(f"one\n{line}the server is gone\n")
-    (tmp_path / "fedml.log").write_text(f"{line}the server ended the run: it told others\n")
-    assert launch._logged_reason(tmp_path) == "the server is gone"
-    (tmp_path / "client-2.log").write_text("")
-    assert launch._logged_reason(tmp_path) == "it told others"
-    (tmp_path / "fedml.log").write_text(f"{line}rank 2 is lost\n")
-    assert launch._logged_reason(tmp_path) == "rank 2 is lost"
 
 
 if MPIRUN is None:

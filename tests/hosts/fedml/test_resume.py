@@ -19,13 +19,14 @@ import yaml
 from rich.console import Console
 from torch import Tensor
 
-from fedsq_plugin import cli, launch
+from fedsq_plugin import cli
 from fedsq_plugin.dualcopy import DualCopy
 from fedsq_plugin.errors import ConfigError, RunError, WeightsError
 from fedsq_plugin.federation.record import RoundRecord
 from fedsq_plugin.federation.state import fingerprint
 from fedsq_plugin.hosts.fedml import execute as fedml_runs
 from fedsq_plugin.hosts.fedml.execute import execute
+from fedsq_plugin.hosts.fedml.local import free_addresses
 from fedsq_plugin.run.compare import compare
 from fedsq_plugin.run.host import Outcome
 
@@ -197,7 +198,7 @@ def test_a_server_that_comes_back_finds_its_clients(
     options = {"backend": "GRPC", "training_type": "cross_silo", "worker_num": 2, "server_return_s": 60.0}
     families = recipe(cache, federated_optimizer=NAME, comm_round=ROUNDS, epochs=10, **options)
     table, path, out = tmp_path / "table.csv", tmp_path / "recipe.yaml", tmp_path / "out"
-    table.write_text(launch._table(2))
+    table.write_text(free_addresses(3))
     families["comm_args"]["grpc_ipconfig_path"] = str(table)
     path.write_text(yaml.safe_dump(families))
     node = (python, *FEDSQ, "node", path, "--out", out, "--rank")

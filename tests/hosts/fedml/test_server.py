@@ -317,7 +317,8 @@ def test_a_recipe_that_disagrees_is_refused_by_option(make_args: MakeArgs) -> No
     late = started(make_args)
     late.transport.sent = []
     late.come(1, options={})
-    assert late.ends[1].startswith("rank 1 cannot take part: its recipe has no model, no small_images, ")
+    assert late.ends[1].startswith("rank 1 cannot take part: its recipe has no ")
+    assert all(f"no {option}" in late.ends[1] for option in bench.options)
 
 
 def test_with_a_quorum_one_that_cannot_take_part_is_refused_and_may_come_again(make_args: MakeArgs) -> None:

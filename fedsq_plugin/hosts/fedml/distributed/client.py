@@ -9,9 +9,9 @@ from typing import Any
 
 from fedml.core.distributed.fedml_comm_manager import FedMLCommManager
 
-from ....errors import RunError, in_one_line
+from ....errors import EndedByServer, RunError, in_one_line, worded
 from ....federation.updates import brief
-from ....run.plan import in_recipe_terms
+from ....run.plan import RECIPE
 from ....settings.agreement import shared_options
 from ....wire.message import End, Failed, Message, Online, Result, Task
 from ..silo import Silos
@@ -52,7 +52,7 @@ class Client(FedMLCommManager):  # type: ignore[misc]
 
     def run(self) -> None:
         try:
-            with in_recipe_terms():
+            with worded(RECIPE):
                 super().run()
         except (KeyboardInterrupt, RunError) as error:
             raise self._last_word() or self._watch.failure(error) from None
@@ -89,7 +89,7 @@ class Client(FedMLCommManager):  # type: ignore[misc]
         while (word := self._transport.arrived()) is not None:
             if isinstance(word, End):
                 over = f"the run is over; it did without rank {self.rank}"
-                return RunError(_ended(word.reason) if word.reason else over)
+                return EndedByServer(brief(word.reason, 1000)) if word.reason else RunError(over)
         return None
 
     def _server_gone(self, seconds: float) -> str:
@@ -140,7 +140,7 @@ class Client(FedMLCommManager):  # type: ignore[misc]
             return
         self._transport.stop_receive_message()
         if end.reason:
-            raise RunError(_ended(end.reason))
+            raise EndedByServer(brief(end.reason, 1000))
         # Over MPI, an error here would end the server before it has written its results.
         if self._failure and self._transport.shows_life:
             raise RunError(f"the run went on without rank {self.rank}: {self._failure}")
@@ -160,7 +160,3 @@ class Client(FedMLCommManager):  # type: ignore[misc]
         elif time.monotonic() - self._reached > SILENCE_S + self._return_s:
             return self._server_gone(SILENCE_S + self._return_s)
         return None
-
-
-def _ended(reason: str) -> str:
-    return f"the server ended the run: {brief(reason, 1000)}"

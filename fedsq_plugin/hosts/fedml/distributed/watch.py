@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 
 from ....errors import RunError
+from ....run.ending import record
 from .mpi import abort
 
 HANGING_S = 8.0
@@ -48,6 +49,7 @@ class Watch:
         os.kill(os.getpid(), signal.SIGINT)
         if self._ended.wait(HANGING_S):
             return
+        record(reason, 2)
         print(f"fedsq: error: {reason}", file=sys.stderr, flush=True)
         abort(2)
         os._exit(2)
