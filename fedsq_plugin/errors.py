@@ -5,10 +5,74 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Word(NamedTuple):
+    """A part of an error's line that depends on the host, such as the name of an option. `name` is a key of a
+    vocabulary, `value` is put into the words that stand there."""
+
+    name: str
+    value: str = ""
+
+
+Part = str | Word
+Vocabulary = Mapping[str, str]
+"""A host's words by their names; `{}` stands for the value."""
+
+PYTHON: Vocabulary = {
+    "gate_accept": "accept={}",
+    "relu_ise": " (or turn the backbone into a ReLU one first)",
+    "weights": "give 'imagenet' or a file",
+    "path of weights": "give its path as weights",
+    "small_images": "small_images: {}",
+    "in_channels": "in_channels: {}",
+    "no head": "the model has no head '{}'",
+    "head": "head",
+    "frozen_modules": "frozen_modules",
+}
+"""For somebody who calls the package's functions."""
+
+
+def in_words(parts: Iterable[Part], vocabulary: Vocabulary = PYTHON) -> str:
+    """The line of an error in the words of a host."""
+    return "".join(part if isinstance(part, str) else vocabulary[part.name].format(part.value) for part in parts)
 
 
 class FedSQError(Exception):
-    """Something the user can mend. Its message is one line: what, where, what would be right."""
+    """Something the user can mend. Its message is one line: what, where, what would be right.
+
+    The line is given in parts. `str` gives it in the words of Python's arguments; `worded` gives it in a host's.
+    """
+
+    def __init__(self, *parts: Part) -> None:
+        super().__init__(in_words(parts))
+        self.parts = parts
+
+    def after(self, beginning: str) -> Self:
+        """This error, with a beginning that says where."""
+        return self._with((beginning, *self.parts))
+
+    def worded(self, vocabulary: Vocabulary) -> Self:
+        """This error, with the words of a host for good."""
+        return self._with((in_words(self.parts, vocabulary),))
+
+    def _with(self, parts: tuple[Part, ...]) -> Self:
+        self.parts, self.args = parts, (in_words(parts),)
+        return self
+
+
+@contextmanager
+def worded(vocabulary: Vocabulary) -> Iterator[None]:
+    """Give the errors of the block the words of a host."""
+    try:
+        yield
+    except FedSQError as error:
+        error.worded(vocabulary)
+        raise
 
 
 class GateError(FedSQError, ValueError):
@@ -47,21 +111,6 @@ def first_line(error: BaseException) -> str:
 def in_one_line(error: BaseException) -> str:
     """Somebody else's error in one line: its class and what it says."""
     return f"{type(error).__name__}: {first_line(error)}"
-
-
-@contextmanager
-def in_terms(terms: Mapping[str, str]) -> Iterator[None]:
-    """Let errors that advise arguments of Python functions advise a host's own options: `terms` has what
-    stands for what in their lines."""
-    try:
-        yield
-    except (GateError, ConfigError, WeightsError) as error:
-        line = str(error)
-        for python, own in terms.items():
-            line = line.replace(python, own)
-        if line == str(error):
-            raise
-        raise type(error)(line) from None
 
 
 LISTED = 40

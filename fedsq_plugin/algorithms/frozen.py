@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError, Word, nearest
 from ..federation.algorithm import EVERYTHING, Algorithm, FederationOptions, Phases
 from ..federation.local import Part, Phase, frozen_keys
 from ..federation.options import Options, option
@@ -35,7 +35,7 @@ def without_early(options: FrozenModules, round: int) -> Sequence[Part]:
     """The modules of the option `frozen_modules` stay at the warm start."""
     if not options.frozen_modules:
         raise ConfigError(
-            "fedsq_args.frozen_modules is empty: name the early modules that stay frozen, as [conv1, layer1]"
+            Word("frozen_modules"), " is empty: name the early modules that stay frozen, as [conv1, layer1]"
         )
     return (Phase(options.epochs, EVERYTHING, options.frozen_modules),)
 
@@ -50,10 +50,11 @@ def fits_frozen_modules(algorithm: Algorithm, model: nn.Module, options: FrozenM
     keys = [key for key, _ in model.named_parameters()]
     paths = [path for path, _ in model.named_modules() if path]
     if not options.frozen_modules:
-        raise ConfigError(f"{algorithm.name}: set frozen_modules to the early modules that stay frozen")
+        option = Word("frozen_modules")
+        raise ConfigError(f"{algorithm.name}: set ", option, " to the early modules that stay frozen")
     for path in options.frozen_modules:
         if not frozen_keys(keys, (path,)):
-            raise ConfigError(f"frozen_modules: the model has no '{path}'{nearest(path, paths)}")
+            raise ConfigError(Word("frozen_modules"), f": the model has no '{path}'{nearest(path, paths)}")
 
 
 FROZEN_BN = Algorithm(

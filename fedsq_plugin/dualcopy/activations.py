@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import Part, Word
 from .gates import Pieces
 from .pooling import Pool
 from .smooth import LambdaActivation
@@ -200,8 +201,8 @@ def shown(kind: GateKind, size: tuple[int, ...]) -> str:
 
 
 _RECURRENT = "recurrent cells have smooth gates of their own: use a convolutional or MLP backbone"
-_SMOOTH = "replace it by nn.ReLU (or turn the backbone into a ReLU one first)"
-_WAYS_OUT = {
+_SMOOTH = ("replace it by nn.ReLU", Word("relu_ise"))
+_WAYS_OUT: dict[str, str | tuple[Part, ...]] = {
     "elu": "use nn.LeakyReLU or nn.ReLU in its place",
     "swish": (
         "use a backbone with nn.ReLU, or make it an nn.Hardswish or nn.SiLU and that a ReLU (relu_ise)"
@@ -213,6 +214,7 @@ _WAYS_OUT = {
 }
 
 
-def way_out(name: str) -> str:
+def way_out(name: str) -> tuple[Part, ...]:
     """What to use in place of an activation that cannot be gated."""
-    return _WAYS_OUT.get(name, "replace it by nn.ReLU or another piecewise-linear activation")
+    found = _WAYS_OUT.get(name, "replace it by nn.ReLU or another piecewise-linear activation")
+    return (found,) if isinstance(found, str) else found

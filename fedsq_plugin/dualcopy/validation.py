@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..errors import GateError
+from ..errors import GateError, Part, Word, in_words
 from .activations import UNGATEABLE_MODULES, way_out
 from .tracing import Call, TwoCopies, trace
 
@@ -20,12 +20,22 @@ class Finding(NamedTuple):
     path: str
     """Module path; of the module that makes the call, where the activation is a functional one."""
     what: str
-    remedy: str
+    ways_out: tuple[Part, ...]
+    """What would be right, in parts that every host words."""
     kind: str = ""
     """The activation's name, as in `path:activation`; none where it is about something else."""
 
+    @property
+    def remedy(self) -> str:
+        """What would be right."""
+        return in_words(self.ways_out)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return (f"{self.path or 'the model itself'}: {self.what}; ", *self.ways_out)
+
     def __str__(self) -> str:
-        return f"{self.path or 'the model itself'}: {self.what}; {self.remedy}"
+        return in_words(self.parts)
 
 
 def _accepted(path: str, what: str, accept: Iterable[str]) -> bool:
@@ -39,10 +49,10 @@ def static_findings(model: nn.Module, accept: Iterable[str] = ()) -> list[Findin
     accept = list(accept)
     for path, module in model.named_modules():
         if isinstance(module, TwoCopies):
-            findings.append(Finding(path, "is a DualCopy already", "pass its .quantitative"))
+            findings.append(Finding(path, "is a DualCopy already", ("pass its .quantitative",)))
         elif isinstance(module, torch.jit.ScriptModule):
             what = "is a TorchScript module, whose activations cannot be seen"
-            findings.append(Finding(path, what, "pass the Python module it was made from"))
+            findings.append(Finding(path, what, ("pass the Python module it was made from",)))
         else:
             for cls, name in UNGATEABLE_MODULES.items():
                 if isinstance(module, cls):
@@ -63,8 +73,8 @@ _HIDDEN = {
 def _ungateable(path: str, shown: str, name: str) -> Finding:
     what = f"{shown} has no fixed linear gate"
     spelled = path or f":{name}"
-    remedy = f"{way_out(name)}, or accept it ungated by name: accept=[{spelled!r}]"
-    return Finding(path, what, remedy, name)
+    accept = Word("gate_accept", f"[{spelled!r}]")
+    return Finding(path, what, (*way_out(name), ", or accept it ungated by name: ", accept), name)
 
 
 def call_findings(calls: Sequence[Call], accept: Iterable[str] = ()) -> list[Finding]:
@@ -80,7 +90,7 @@ def call_findings(calls: Sequence[Call], accept: Iterable[str] = ()) -> list[Fin
             Finding(
                 "",
                 "has no gate: no ReLU-like activation or max-pooling is called",
-                "FedSQ would be FedAvg; use a backbone with ReLU activations (an MLP for a linear model)",
+                ("FedSQ would be FedAvg; use a backbone with ReLU activations (an MLP for a linear model)",),
             )
         )
     return found
@@ -126,8 +136,11 @@ def refuse(findings: Sequence[Finding]) -> None:
         kinds: dict[str, list[Finding]] = {}
         for finding in findings:
             kinds.setdefault(finding.what, []).append(finding)
-        shown = []
+        shown: list[Part] = []
         for first, *others in kinds.values():
-            named = f", all of them: accept=[{f'*:{first.kind}'!r}]" if first.kind else ""
-            shown.append(f"{first}{f' (and {len(others)} more like it{named})' if others else ''}")
-        raise GateError(f"cannot gate this model: {' | '.join(shown)}")
+            shown += [" | " if shown else "cannot gate this model: ", *first.parts]
+            if others:
+                all_of_them = Word("gate_accept", f"[{f'*:{first.kind}'!r}]")
+                named = (", all of them: ", all_of_them) if first.kind else ()
+                shown += [f" (and {len(others)} more like it", *named, ")"]
+        raise GateError(*shown)

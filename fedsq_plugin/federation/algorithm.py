@@ -17,7 +17,7 @@ from pydantic import create_model
 from torch import Tensor, nn
 
 from ..dualcopy import DualCopy
-from ..errors import ConfigError
+from ..errors import ConfigError, Word
 from .local import Part, Phase, Term
 from .options import Options, option, runs_rounds
 from .roles import Role
@@ -225,8 +225,9 @@ class Algorithm:
         if self.needs_head and options.head is None:
             linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
             raise ConfigError(
-                f"{self.name} treats the head apart from the body: set head to the module path of the model's "
-                f"last layer (linear layers: {', '.join(linear) or 'none'})"
+                f"{self.name} treats the head apart from the body: set ",
+                Word("head"),
+                f" to the module path of the model's last layer (linear layers: {', '.join(linear) or 'none'})",
             )
         find_roles(model, options.head)
         for choice in self.choices.values():

@@ -9,7 +9,7 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError, Word, nearest
 from .state import State
 
 
@@ -43,7 +43,7 @@ def roles(model: nn.Module, head: str | None = None) -> dict[str, Role]:
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     if head is not None and (not head or head not in modules):
-        raise ConfigError(f"head '{head}' is no module of the model{nearest(head, filter(None, modules))}")
+        raise ConfigError(Word("head"), f" '{head}' is no module of the model{nearest(head, filter(None, modules))}")
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     found = {}
     for key, value in model.state_dict().items():

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..dualcopy import DualCopy
-from ..errors import ConfigError, WeightsError, nearest
+from ..errors import ConfigError, WeightsError, Word, nearest
 from .table import BACKBONES, Backbone
 from .weights import load_weights, read_state
 
@@ -124,7 +124,7 @@ def create(
         try:
             left_out = load_weights(model, state, row.head)
         except WeightsError as error:
-            raise WeightsError(f"weights {weights} for {name}: {error}") from None
+            raise error.after(f"weights {weights} for {name}: ") from None
         for line in left_out:
             log.info("weights %s for %s: %s", weights, name, line)
     return model if name == row.name else DualCopy(model)
@@ -218,7 +218,8 @@ def _imagenet(name: str) -> Mapping[str, Tensor]:
     except (OSError, HTTPException, RuntimeError, UnpicklingError, EOFError) as error:
         reason = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
         raise WeightsError(
-            f"cannot fetch ImageNet's weights for {name} from {entry.url} ({reason[:200]}); "
-            "fetch that file elsewhere and give its path as weights"
+            f"cannot fetch ImageNet's weights for {name} from {entry.url} ({reason[:200]}); ",
+            "fetch that file elsewhere and ",
+            Word("path of weights"),
         ) from None
     return state

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..dualcopy import DualCopy
-from ..errors import WeightsError
+from ..errors import Part, WeightsError, Word
 
 PICKLED = (".pt", ".pth", ".bin")
 SUFFIXES = (".safetensors", *PICKLED)
@@ -34,7 +34,7 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise _error(f"weights file {path} does not exist; give 'imagenet' or a file ({', '.join(SUFFIXES)})")
+        raise _error(f"weights file {path} does not exist; ", Word("weights"), f" ({', '.join(SUFFIXES)})")
     suffix = file.suffix.lower()
     if suffix not in SUFFIXES:
         raise _error(f"weights file {path} must end in {', '.join(SUFFIXES)}")
@@ -82,7 +82,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], head: str | None
     own = model.state_dict()
     in_head = [key for key in own if key.startswith(f"{head}.")] if head is not None else []
     if head is not None and not in_head:
-        raise _error(f"the model has no head '{head}'; name the module of its last layer")
+        raise _error(Word("no head", head), "; name the module of its last layer")
     counters = {
         f"{path}.num_batches_tracked".lstrip(".")
         for path, module in model.named_modules()
@@ -117,24 +117,25 @@ def _compare(
         if lines
     ]
     if found:
-        remedy = "use the model that the file was made with"
+        remedy: Sequence[Part] = ("use the model that the file was made with",)
         if len(differing) == 1 and not missing and not unexpected:
             remedy = _stem_remedy(differing[0], state, own) or remedy
-        raise _error(f"the file's tensors do not fit: {', '.join(found)}; {remedy}")
+        raise _error(f"the file's tensors do not fit: {', '.join(found)}; ", *remedy)
 
 
-def _stem_remedy(key: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str | None:
-    """The options of `create` that would make a stem fit, where the stem is all that does not."""
+def _stem_remedy(key: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[Part]:
+    """The options of `create` that would make a stem fit, where the stem is all that does not; else nothing."""
     theirs, ours = state[key].shape, own[key].shape
     first = next((k for k, v in own.items() if v.dim() == 4), None)
     if key != first or len(theirs) != 4 or theirs[0] != ours[0]:
-        return None
+        return []
     options = []
     if theirs[2:] != ours[2:]:
-        options.append(f"small_images: {'true' if theirs[2:] == (3, 3) else 'false'}")
+        options.append(Word("small_images", "true" if theirs[2:] == (3, 3) else "false"))
     if theirs[1] != ours[1]:
-        options.append(f"in_channels: {theirs[1]}")
-    return f"this file needs {' and '.join(options)}"
+        options.append(Word("in_channels", str(theirs[1])))
+    first_option, *more = options
+    return ["this file needs ", first_option, *(part for option in more for part in (" and ", option))]
 
 
 def _converted(key: str, value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -224,7 +225,10 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _error(message: str) -> WeightsError:
-    """One line without control characters, whatever names a file brings along."""
-    line = " ".join(message.split())
-    return WeightsError("".join(c if c.isprintable() else "?" for c in line))
+def _error(*parts: Part) -> WeightsError:
+    """An error whose line has no control characters, whatever names a file brings along."""
+    return WeightsError(*(_one_line(part) if isinstance(part, str) else part for part in parts))
+
+
+def _one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in re.sub(r"\s+", " ", text))

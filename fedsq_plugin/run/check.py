@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, FedSQError, first_line, in_one_line, nearest
+from ..errors import ConfigError, FedSQError, in_one_line, nearest, worded
 from ..settings.config import OPTIONS, Config, family_of, validated
 from ..settings.recipe import Families, flat, problems
 from .host import host
@@ -173,7 +173,7 @@ def _missing_folders(config: Config) -> Iterator[str]:
 def _weights(config: Config, model: nn.Module | None) -> Iterator[str]:
     from ..dualcopy import DualCopy
     from ..models import read_state
-    from .plan import in_recipe_terms
+    from .plan import RECIPE
     from .warm_start import load_pretrained
 
     file = str(config.warm_start_file)
@@ -182,7 +182,7 @@ def _weights(config: Config, model: nn.Module | None) -> Iterator[str]:
         return
     try:
         if model is None:
-            with in_recipe_terms():
+            with worded(RECIPE):
                 read_state(file)
         else:
             load_pretrained(model.quantitative if isinstance(model, DualCopy) else model, config)
@@ -195,12 +195,13 @@ def _forward(config: Config, valid: dict[str, Any], model: nn.Module, data: Silo
     from ..algorithms import find
     from ..federation.roles import roles
     from ..federation.seeding import isolated
-    from .plan import build_view, head_of, plan_of
+    from .plan import RECIPE, build_view, head_of, plan_of
 
     try:
-        roles(model, head_of(config, model))
+        with worded(RECIPE):
+            roles(model, head_of(config, model))
     except ConfigError as error:
-        yield f"fedsq_args.{error}"
+        yield str(error)
     if find(valid.get("federated_optimizer", "")) is not None and _all_in(valid, "comm_round", "dataset"):
         defaults = {key: option.default for key, option in OPTIONS.items() if not option.required}
         try:
@@ -217,7 +218,8 @@ def _forward(config: Config, valid: dict[str, Any], model: nn.Module, data: Silo
 def _batches(config: Config, model: nn.Module, data: SilosData) -> Iterator[str]:
     import torch
 
-    from .plan import in_recipe_terms
+    from .dry_run import SampleError, run_samples
+    from .plan import RECIPE
 
     # The smallest batch is the one that batch normalisation may refuse, and the quickest.
     sizes = [(len(batch), silo) for silo, loader in data.train.items() for batch in loader.batch_sampler if batch]
@@ -229,30 +231,24 @@ def _batches(config: Config, model: nn.Module, data: SilosData) -> Iterator[str]
     except Exception as error:  # whatever a data set of others raises
         yield f"data_args.dataset {config.dataset}: silo {silo} cannot be read ({in_one_line(error)})"
         return
-    two = torch.cat([images, images])[:2]
     size = "x".join(map(str, reversed(images.shape[2:]))) or f"{images.shape[1]} features"
     try:
-        with in_recipe_terms(), torch.no_grad():
-            model.eval()(two)
-    except FedSQError as error:
-        yield str(error)
-        return
-    except (RuntimeError, ValueError) as error:
-        yield (
-            f"model_args.model {config.model} does not run on {size} images of {config.dataset}: "
-            f"{first_line(error)}; set fedsq_args.small_images: true, or a larger fedsq_args.image_size"
-        )
-        return
-    try:
-        with in_recipe_terms(), torch.no_grad():
-            model.train()(images)
-    except FedSQError as error:
-        yield str(error)
-    except (RuntimeError, ValueError) as error:
+        with worded(RECIPE):
+            run_samples(model, torch.cat([images, images])[:2])
+            run_samples(model, images, training=True)
+    except SampleError as error:
+        if not error.training:
+            yield (
+                f"model_args.model {config.model} does not run on {size} images of {config.dataset}: "
+                f"{error.reason}; set fedsq_args.small_images: true, or a larger fedsq_args.image_size"
+            )
+            return
         remedy = "raise train_args.batch_size"
         if config.batch_size != 1:
             remedy = f"silo {silo} has one sample: raise fedsq_args.min_client_samples to 2"
         yield (
             f"model_args.model {config.model} does not train on a batch of {smallest} {size} images: "
-            f"{first_line(error)}; {remedy if smallest == 1 else 'set fedsq_args.image_size'}"
+            f"{error.reason}; {remedy if smallest == 1 else 'set fedsq_args.image_size'}"
         )
+    except FedSQError as error:
+        yield str(error)

@@ -12,19 +12,47 @@ from torch import Tensor, nn
 from .. import models
 from ..data.registry import OURS
 from ..data.silos import SilosData
-from ..dualcopy import DualCopy
 from ..dualcopy.tracing import detached_copy
-from ..dualcopy.validation import refuse, validate
-from ..errors import ConfigError, FedSQError, first_line
+from ..errors import ConfigError, FedSQError, first_line, worded
 from ..federation.evaluate import main_output
 from ..federation.seeding import isolated
-from .plan import Plan, in_recipe_terms
+from .plan import RECIPE, Plan
 
 SAMPLES = 2
 
 
+class SampleError(ConfigError):
+    """A model does not run on samples, or does not train on them. Every host words it by the fields.
+
+    `reason` is what torch says, `shape` is that of one sample, `count` the number of samples.
+    """
+
+    def __init__(self, reason: str, shape: tuple[int, ...], count: int, training: bool) -> None:
+        self.reason, self.shape, self.count, self.training = reason, shape, count, training
+        what = f"does not train on a batch of {count}" if training else "does not run on a sample"
+        super().__init__(f"the model {what} ({reason})")
+
+
+def run_samples(model: nn.Module, samples: Tensor, training: bool = False) -> Tensor:
+    """The outputs of a copy of the model for a few samples (N, ...), in evaluation or in training mode. The model
+    and the random generators stay as they are.
+
+    Raises:
+        GateError: the model is a DualCopy, and has an activation that cannot be gated, or no gate.
+        SampleError: it does not take such samples.
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    try:
+        with isolated(0), torch.no_grad():
+            return main_output(detached_copy(model).train(training)(samples.to(device)))
+    except FedSQError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        raise SampleError(first_line(error), tuple(samples.shape[1:]), len(samples), training) from error
+
+
 def dry_run(model: nn.Module, plan: Plan, data: SilosData) -> list[str]:
-    """Run a copy of the model, in evaluation mode, on two samples of the test data.
+    """Run the model on two samples of the test data, and compare the data with what they say of themselves.
 
     Returns:
         A line for everything that does not go together, but still runs.
@@ -41,22 +69,15 @@ def dry_run(model: nn.Module, plan: Plan, data: SilosData) -> list[str]:
         samples = _samples(data.global_train)
     if samples is None:
         return notes
-    plain = model.quantitative if isinstance(model, DualCopy) else model
-    device = next((parameter.device for parameter in plain.parameters()), torch.device("cpu"))
-    samples = samples.to(device)
     try:
-        with in_recipe_terms(), isolated(0), torch.no_grad():
-            if isinstance(model, DualCopy):
-                refuse(validate(plain, samples, plan.options.gate_accept, config.gate_pooling))
-            outputs = main_output(detached_copy(plain).eval()(samples))
-    except FedSQError:
-        raise
-    except (RuntimeError, ValueError) as error:
+        with worded(RECIPE):
+            outputs = run_samples(model, samples)
+    except SampleError as error:
         ours = config.model in models.names() or config.dataset in OURS
         remedy = "; try fedsq_args.small_images or image_size" if ours else ""
         raise ConfigError(
             f"model {config.model} does not run on samples of {config.dataset}, of shape "
-            f"{'x'.join(map(str, samples.shape[1:]))}: {first_line(error)}{remedy}"
+            f"{'x'.join(map(str, error.shape))}: {error.reason}{remedy}"
         ) from error
     return notes + list(_other_outputs(config.model, outputs, data.outputs))
 

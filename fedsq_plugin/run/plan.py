@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,7 +14,7 @@ from .. import models
 from ..algorithms import Algorithm, algorithm, find
 from ..data.flamby import backbones as flamby
 from ..dualcopy import DualCopy
-from ..errors import ConfigError, in_terms
+from ..errors import ConfigError, Vocabulary, worded
 from ..federation.local import frozen_keys
 from ..federation.seeding import derive, isolated
 from ..federation.task import CLASSIFICATION, Task
@@ -24,6 +23,19 @@ from ..models.backbones import PREFIX
 from ..settings.config import Config
 
 log = logging.getLogger(__name__)
+
+RECIPE: Vocabulary = {
+    "gate_accept": "fedsq_args.gate_accept: {}",
+    "relu_ise": " or set warm_start_args.relu_ise: true",
+    "weights": "warm_start_args.warm_start_file must name a file",
+    "path of weights": "set warm_start: file and warm_start_file to its path",
+    "small_images": "fedsq_args.small_images: {}",
+    "in_channels": "images of another number of channels: {}",
+    "no head": "fedsq_args.head: the model has no module '{}'",
+    "head": "fedsq_args.head",
+    "frozen_modules": "fedsq_args.frozen_modules",
+}
+"""What errors say to somebody who writes a recipe."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,7 @@ def plan_of(config: Config, model: nn.Module, task: Task = CLASSIFICATION) -> Pl
     frozen = config.frozen_modules or _own_early_modules(chosen, config, model)
     special = {"head": head, "frozen_modules": frozen, "gate_accept": accepted(config)}
     options = config.model_copy(update=special)
-    with in_terms(_MISFIT_TERMS):
+    with worded(RECIPE):
         chosen.refuse_misfit(model, options)
     finetune_epochs = chosen.finetune_epochs if config.finetune_epochs is None else config.finetune_epochs
     if finetune_epochs and config.finetune_part == "head" and head is None:
@@ -121,7 +133,7 @@ def accepted(config: Config) -> tuple[str, ...]:
 
 def build_view(model: nn.Module, plan: Plan) -> nn.Module:
     """Make the model that the algorithm trains. A structural copy is taken now."""
-    with in_recipe_terms():
+    with worded(RECIPE):
         view = plan.algorithm.view.make(model, plan.options)
     if plan.config.channels_last:
         # A convolution follows the format of its weights, whatever its inputs have.
@@ -148,38 +160,10 @@ def create_model(config: Config, outputs: int) -> nn.Module:
         model = models.create(name, outputs, small_images=config.small_images)
     if name == config.model:
         return model
-    with in_recipe_terms():
+    with worded(RECIPE):
         return DualCopy(
             model,
             accept=accepted(config),
             pooling=config.gate_pooling,
             structural_precision=config.structural_precision,
         )
-
-
-_TERMS = {
-    # what errors say in terms of Python's arguments: what they say in terms of a recipe
-    "(or turn the backbone into a ReLU one first)": "or set warm_start_args.relu_ise: true",
-    "accept it ungated by name: accept=[": "accept it ungated by name: fedsq_args.gate_accept: [",
-    "all of them: accept=[": "all of them: fedsq_args.gate_accept: [",
-    "give 'imagenet' or a file (": "warm_start_args.warm_start_file must name a file (",
-    "fetch that file elsewhere and give its path as weights": (
-        "fetch that file elsewhere and set warm_start: file and warm_start_file to its path"
-    ),
-    "this file needs small_images: ": "this file needs fedsq_args.small_images: ",
-    " and in_channels: ": " and images of another number of channels: ",
-    "the model has no head '": "fedsq_args.head: the model has no module '",
-    "this file needs in_channels: ": "this file needs images of another number of channels: ",
-}
-_MISFIT_TERMS = {
-    "set head to ": "set fedsq_args.head to ",
-    "head '": "fedsq_args.head '",
-    "set frozen_modules to ": "set fedsq_args.frozen_modules to ",
-    "frozen_modules: ": "fedsq_args.frozen_modules: ",
-}
-"""The same for the errors of an algorithm that does not go with the model."""
-
-
-def in_recipe_terms() -> AbstractContextManager[None]:
-    """Within this block, errors that name arguments of Python functions name the recipe's keys instead."""
-    return in_terms(_TERMS)

@@ -16,7 +16,7 @@ from .. import __version__, models
 from ..data.registry import OURS
 from ..data.silos import VALIDATION, SilosData
 from ..dualcopy import DualCopy
-from ..errors import ConfigError, WeightsError
+from ..errors import ConfigError, WeightsError, worded
 from ..federation import checkpoint
 from ..federation.evaluate import evaluate
 from ..federation.local import Phase, local_update
@@ -26,7 +26,7 @@ from ..federation.state import fingerprint, state_of
 from ..federation.training import LocalTraining
 from ..models.backbones import PREFIX
 from ..settings.config import Config
-from .plan import head_of, in_recipe_terms
+from .plan import RECIPE, head_of
 from .reluise import Hardening, Reluised, relu_ise, replace_smooth
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -94,12 +94,12 @@ def load_pretrained(model: nn.Module, config: Config) -> list[str]:
     """Load ImageNet's weights, or those of a file, into a plain model, in place. Returns a line where the head was
     left out."""
     weights = config.warm_start_file or "imagenet"
-    with in_recipe_terms():
+    with worded(RECIPE):
         state = models.pretrained_state(weights, config.model, config.small_images)
         try:
             return models.load_weights(model, state, head_of(config, model))
         except WeightsError as error:
-            raise WeightsError(f"warm start from {weights}: {error}") from None
+            raise error.after(f"warm start from {weights}: ") from None
 
 
 def _train_on_public(model: nn.Module, config: Config, data: SilosData | None, device: torch.device) -> str:

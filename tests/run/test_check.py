@@ -14,11 +14,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fedsq_plugin import models
-from fedsq_plugin.errors import WeightsError
+from fedsq_plugin.errors import WeightsError, worded
 from fedsq_plugin.hosts.fedml.names import FEDML_MODELS, NO_COLOUR_IMAGES, OTHER_LOSSES
 from fedsq_plugin.run.check import check, notes
 from fedsq_plugin.run.facts import facts_of
-from fedsq_plugin.run.plan import in_recipe_terms
+from fedsq_plugin.run.plan import RECIPE
 from fedsq_plugin.settings.config import OPTIONS, family_of
 from fedsq_plugin.settings.idle import untrained_gates
 from fedsq_plugin.settings.recipe import Families
@@ -179,7 +179,7 @@ def test_weights_that_cannot_be_had_advise_the_recipes_keys(
         raise OSError("no network")
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
-    with pytest.raises(WeightsError, match="warm_start_file") as caught, in_recipe_terms():
+    with pytest.raises(WeightsError, match="warm_start_file") as caught, worded(RECIPE):
         models.pretrained_state(weights, "resnet18")
     assert "as weights" not in str(caught.value)
     assert "give 'imagenet'" not in str(caught.value)

@@ -209,13 +209,13 @@ class FedSQAggregator(ServerAggregator):  # type: ignore[misc]
         if defender.is_defense_enabled():
             mean: State = defender.defend_on_aggregation(
                 raw_client_grad_list=updates,
-                base_aggregation_func=_weighted_mean,
+                base_aggregation_func=weighted_mean,
                 extra_auxiliary_info=self.get_model_params(),
             )
             return mean
         if privacy.to_compute_params_in_aggregation_enabled():
             privacy.set_params_for_dp(updates)
-        return _weighted_mean(self.args, updates)
+        return weighted_mean(self.args, updates)
 
     def on_after_aggregation(self, aggregated_model_or_grad: State) -> State:
         after: State = super().on_after_aggregation(aggregated_model_or_grad)
@@ -247,7 +247,7 @@ class FedSQAggregator(ServerAggregator):  # type: ignore[misc]
         return clone(with_roles(state, self.server.roles, EVERYTHING - {Role.COUNTER}))
 
 
-def _weighted_mean(args: Any, raw_grad_list: Any) -> State:
+def weighted_mean(args: Any, raw_grad_list: Any) -> State:
     """The sample-weighted mean, with the argument names of FedML's own operator."""
     mean = WeightedMean()
     for samples, state in raw_grad_list:

@@ -13,13 +13,13 @@ from fedml import mlops
 from torch import Tensor, nn
 
 from ...data.silos import SilosData
-from ...errors import ConfigError
+from ...errors import ConfigError, worded
 from ...federation import simulation
 from ...federation.checkpoints import ServerCheckpoints
 from ...federation.evaluate import Metrics, pooled
 from ...federation.record import RoundRecord
 from ...federation.state import clone
-from ...run.plan import Plan, in_recipe_terms
+from ...run.plan import RECIPE, Plan
 from .adapters import FedSQAggregator, FedSQTrainer
 from .names import OTHER_LOSSES
 from .scoring import Scoring
@@ -79,7 +79,7 @@ class Simulation(simulation.Simulation):
         mlops.log_aggregation_status(mlops.ServerConstants.MSG_MLOPS_SERVER_STATUS_RUNNING)
         mlops.log_round_info(self.rounds, -1)
         self.aggregator.set_id(0)
-        with in_recipe_terms():
+        with worded(RECIPE):
             self.run_rounds(self.checkpoints.round)
         # The script's own model object is the trainer's: it ends as the global model.
         self.model_trainer.set_model_params(clone(self.side.weights()))

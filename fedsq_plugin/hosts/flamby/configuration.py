@@ -10,23 +10,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ...data.flamby.backbones import without_gates
 from ...data.flamby.catalogue import BASELINE, CATALOGUE, FlambyData
 from ...data.flamby.package import import_flamby
 from ...dualcopy import DualCopy
-from ...errors import ConfigError, FedSQError, first_line, in_one_line, in_terms, nearest
+from ...errors import PYTHON, ConfigError, FedSQError, Vocabulary, in_one_line, nearest, worded
+from ...run.dry_run import run_samples
 from .strategy import Strategy, known_options
 
 Given = Mapping[str, Any]
 """The options of a strategy, as the JSON has them."""
-_TERMS = {
-    " (or turn the backbone into a ReLU one first)": "",
-    "accept it ungated by name: accept=[": "accept it ungated by name: gate_accept: [",
-    "all of them: accept=[": "all of them: gate_accept: [",
-}
+JSON: Vocabulary = {**PYTHON, "relu_ise": "", "gate_accept": "gate_accept: {}"}
+"""What errors say to somebody who writes a configuration."""
 
 
 def read_json(file: Path) -> Any:
@@ -149,16 +146,14 @@ class Configuration:
         private = {key: given[key] for key in inspect.signature(cls.privacy).parameters if key in given}
         try:
             privacy = cls.privacy(**private)
-            with in_terms(_TERMS), torch.no_grad():
+            with worded(JSON):
                 viewed, *_ = cls.viewed(model, own)
                 if privacy is not None:
                     privacy.refuse_model(cls.algorithm, viewed)
                 if isinstance(viewed, DualCopy):
-                    viewed.eval()(inputs)  # finds the activations that are no modules
+                    run_samples(viewed, inputs)  # finds the activations that are no modules
         except FedSQError as error:
-            raise type(error)(f"configuration {self.file}: {name}: {error}") from None
-        except RuntimeError as error:
-            raise self._wrong(f"{name}: the model does not run on a sample ({first_line(error)})") from None
+            raise error.after(f"configuration {self.file}: {name}: ") from None
 
     def _wrong(self, what: str) -> ConfigError:
         return ConfigError(f"configuration {self.file}: {what}")

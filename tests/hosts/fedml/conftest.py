@@ -102,6 +102,16 @@ def network(seed: int = 0) -> nn.Module:
     return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 3))
 
 
+PARAMETERS = [name for name, _ in network().named_parameters()]
+COUNTER, MODULES = "1.num_batches_tracked", ("0", "1", "4")
+"""Of `network`: the entry that counts batches; the modules that have entries."""
+
+
+def changed(one: State, other: State) -> set[str]:
+    """The modules whose entries differ."""
+    return {key.partition(".")[0] for key in one if not torch.equal(one[key], other[key])}
+
+
 def silos(sizes: tuple[int, ...] = (16, 24, 40), seed: int = 1) -> list[Any]:
     """FedML's 8-tuple: three separable classes of points."""
     generator = torch.Generator().manual_seed(seed)
@@ -116,6 +126,12 @@ def silos(sizes: tuple[int, ...] = (16, 24, 40), seed: int = 1) -> list[Any]:
     test = batches(60, False)
     tests = dict.fromkeys(train, test)
     return [sum(sizes), 60, train[0], test, dict(enumerate(sizes)), train, tests, 3]
+
+
+def poisoned(silo: int) -> list[Any]:
+    data = silos()
+    data[5][silo].dataset.tensors[0][0, 0] = float("nan")
+    return data
 
 
 def prepare(fedml: Any, args: Any, data: Any = None, model: Any = None, **parts: Any) -> Any:
@@ -149,7 +165,7 @@ class Began(NamedTuple):
 
 
 def args_for(make_args: MakeArgs, name: str, **options: Any) -> Any:
-    """Arguments for a row on conftest's network, whose head is '4'."""
+    """Arguments for an algorithm on conftest's network, whose head is '4'."""
     known: dict[str, Any] = {"head": "4", "fedsq_own_rows": True, "comm_round": 3}
     if "FrozenEarly" in name:
         known["frozen_modules"] = ["0", "1"]

@@ -9,9 +9,9 @@ from typing import Any
 
 from fedml.core.distributed.fedml_comm_manager import FedMLCommManager
 
-from ....errors import EndedByServer, RunError, in_one_line
+from ....errors import EndedByServer, RunError, in_one_line, worded
 from ....federation.updates import brief
-from ....run.plan import in_recipe_terms
+from ....run.plan import RECIPE
 from ....settings.agreement import shared_options
 from ....wire.message import End, Failed, Message, Online, Result, Task
 from ..silo import Silos
@@ -52,7 +52,7 @@ class Client(FedMLCommManager):  # type: ignore[misc]
 
     def run(self) -> None:
         try:
-            with in_recipe_terms():
+            with worded(RECIPE):
                 super().run()
         except (KeyboardInterrupt, RunError) as error:
             raise self._last_word() or self._watch.failure(error) from None

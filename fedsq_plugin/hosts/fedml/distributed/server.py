@@ -11,11 +11,11 @@ from typing import Any
 from fedml.core.distributed.fedml_comm_manager import FedMLCommManager
 from torch import Tensor
 
-from ....errors import RunError
+from ....errors import RunError, worded
 from ....federation.checkpoints import ServerCheckpoints
 from ....federation.record import RoundRecord
 from ....federation.updates import brief, counts_problem
-from ....run.plan import Plan, in_recipe_terms
+from ....run.plan import RECIPE, Plan
 from ....settings.agreement import disagreement, shared_options
 from ....wire.message import Alive, End, Failed, Message, Online, Result, Task
 from ..scoring import Scoring
@@ -88,7 +88,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         self.aggregator.set_id(0)
         self.rounds.since = self._turned = time.monotonic()
         try:
-            with in_recipe_terms():
+            with worded(RECIPE):
                 self._watch.start(TICK_S, self._overdue)
                 super().run()
         except BaseException as error:
