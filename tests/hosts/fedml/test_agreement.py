@@ -31,7 +31,7 @@ def test_silos_must_agree_on_what_their_training_reads(
         return call
 
     attack = ATTACKED["label flipping"] if attacked else {}
-    args = args_for(make_args, name, **{"silo_evaluation": True, "finetune_epochs": 1, **attack})
+    args = args_for(make_args, name, silo_evaluation=True, finetune_epochs=1, **attack)
     for method in ("train_message", "test_message"):
         monkeypatch.setattr(Silos, method, watched(getattr(Silos, method), args))
     prepare(fedml, args).run()
