@@ -43,12 +43,14 @@ class FedSQOptions(Options):
         "an average with it every structural_rounds; given up after structural_rounds",
         idle=(runs_rounds, _no_gates, _never_reached),
     )
-    structural_rounds: int = option(1, "fedsq_args", "rounds that structural_copy counts", idle=_never_changes, ge=1)
+    structural_rounds: int = option(
+        1, "fedsq_args", "rounds that structural_copy counts", idle=(_no_gates, _never_changes), ge=1
+    )
     structural_decay: float = option(
         0.9,
         "fedsq_args",
         "share of itself that the structural copy keeps (ema)",
-        idle=_no_average,
+        idle=(_no_gates, _no_average),
         ge=0,
         le=1,
     )
