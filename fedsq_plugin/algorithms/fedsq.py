@@ -41,6 +41,7 @@ class FedSQOptions(Options):
         "fedsq_args",
         "structural copy over the rounds: fixed; refreshed from the global model every structural_rounds; "
         "an average with it every structural_rounds; given up after structural_rounds",
+        differs="the server makes the structural copy",
         idle=(runs_rounds, _no_gates, _never_reached),
     )
     structural_rounds: int = option(

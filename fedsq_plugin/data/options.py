@@ -40,7 +40,12 @@ class PublicSplit(Options):
         lt=1,
     )
     warm_start_batch_size: int = option(
-        32, "warm_start_args", "batch size on the public split", idle=no_public_split, ge=2
+        32,
+        "warm_start_args",
+        "batch size on the public split",
+        differs="the server alone trains on the public split",
+        idle=no_public_split,
+        ge=2,
     )
     relu_ise: bool = option(
         False,
@@ -68,6 +73,7 @@ class DataOptions(Seeds, PublicSplit, DeviceOptions):
         "",
         "data_args",
         "folder of the data set's files; empty, for FLamby's: as FLamby is configured",
+        differs="files lie elsewhere on every machine",
         may_change=True,
     )
     partition_method: str = option(

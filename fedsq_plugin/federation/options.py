@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
@@ -18,10 +18,17 @@ Rule = Callable[..., str | None]
 """Reads what its parameters name, options above all, and returns a sentence, or None."""
 
 
+Group = TypeVar("Group", bound="Options")
+
+
 class Options(BaseModel):
     """A group of options; a subclass declares each as a field by `option`."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False, arbitrary_types_allowed=True)
+
+    def only(self, group: type[Group]) -> Group:
+        """The options of one group alone, of which this is a part."""
+        return group(**{key: getattr(self, key) for key in group.model_fields})
 
     @field_validator("*", mode="before")
     @classmethod

@@ -26,7 +26,13 @@ class Seeds(Options):
     data_seed: int | None = option(
         None, "fedsq_args", "seed of splits and partition", agree=True, idle=hosts_own_data, ge=0
     )
-    model_seed: int | None = option(None, "fedsq_args", "seed of initial weights and warm start", ge=0)
+    model_seed: int | None = option(
+        None,
+        "fedsq_args",
+        "seed of initial weights and warm start",
+        differs="silos begin with the server's weights",
+        ge=0,
+    )
     sampling_seed: int | None = option(
         None, "fedsq_args", "seed of the choice of silos per round", agree=True, idle=runs_rounds, ge=0
     )

@@ -10,74 +10,34 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..dualcopy.reluise import lambdas, replace_by_lambda, replace_by_relu
-from ..dualcopy.smooth import GATES, target_lambda
-from ..errors import ConfigError, nearest
+from ..dualcopy.smooth import target_lambda
+from ..errors import ConfigError
 from ..federation.local import Phase, local_update
 from ..federation.roles import Role, check_finite, roles
 from ..federation.seeding import derive
 from ..federation.training import LocalTraining
+from ..settings.warm_start import Hardening
 
-Schedule = Literal["linear", "geometric", "cosine"]
 
+def lambda_at(hardening: Hardening, epoch: int, learned: float, target: float) -> float:
+    """λ of a hardening epoch, counted from 0; with p = (epoch + 1)/relu_ise_harden_epochs,
 
-@dataclass(frozen=True)
-class Hardening:
-    """How λ is learned, and hardened. Every default is a choice: none of them is published.
-
-    Raises:
-        ConfigError: a value out of its range.
+    linear: learned + (target − learned)·p; geometric: learned·(target/learned)^p; cosine: the linear one
+    with (1 − cos(πp))/2 for p. At the last epoch, target.
     """
-
-    tolerance: float = 0.01
-    """ε of the target λ* = area/ε, see `target_lambda`; below 0.79, so that every λ* is above 1."""
-    schedule: Schedule = "geometric"
-    learn_epochs: int = 2
-    """In which weights and λ are trained together."""
-    harden_epochs: int = 4
-    """In which λ is set and the weights are trained; the last one is at λ*."""
-    factor: float = 10.0
-    """Of the learning rate, for λ's parameter. At exactly 1 that parameter has the weight decay too."""
-    initial: float = 1.01
-    """λ at the start, above 1."""
-    temperature: float = 0.1
-    """t of λ = 1 + softplus(s/t)."""
-
-    def __post_init__(self) -> None:
-        if self.schedule not in get_args(Schedule):
-            hint = nearest(str(self.schedule), get_args(Schedule))
-            raise ConfigError(f"hardening schedule is '{self.schedule}'{hint}")
-        smallest = min(gate.area for gate in GATES.values())
-        for name, holds, expected in (
-            ("tolerance", 0 < self.tolerance < smallest, "above 0 and below 0.79, as 0.01"),
-            ("learn_epochs", self.learn_epochs >= 0, "0 or more"),
-            ("harden_epochs", self.harden_epochs >= 1, "1 or more: the last epoch is at the target"),
-            ("factor", 0 <= self.factor < math.inf, "0 or more"),
-            ("initial", 1 < self.initial < math.inf, "above 1, as 1.01"),
-            ("temperature", 0 < self.temperature < math.inf, "above 0, as 0.1"),
-        ):
-            if not holds:
-                raise ConfigError(f"hardening's {name} is {getattr(self, name)}; it must be {expected}")
-
-    def at(self, epoch: int, learned: float, target: float) -> float:
-        """λ of a hardening epoch, counted from 0; with p = (epoch + 1)/harden_epochs,
-
-        linear: learned + (target − learned)·p; geometric: learned·(target/learned)^p; cosine: the linear one
-        with (1 − cos(πp))/2 for p. At the last epoch, target.
-        """
-        p = (epoch + 1) / self.harden_epochs
-        if p == 1:
-            return target
-        if self.schedule == "geometric":
-            return learned * math.pow(target / learned, p)
-        if self.schedule == "cosine":
-            p = (1 - math.cos(math.pi * p)) / 2
-        return learned + (target - learned) * p
+    p = (epoch + 1) / hardening.relu_ise_harden_epochs
+    if p == 1:
+        return target
+    if hardening.relu_ise_schedule == "geometric":
+        return learned * math.pow(target / learned, p)
+    if hardening.relu_ise_schedule == "cosine":
+        p = (1 - math.cos(math.pi * p)) / 2
+    return learned + (target - learned) * p
 
 
 @dataclass(frozen=True)
@@ -106,7 +66,7 @@ def relu_ise(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     training: LocalTraining,
-    schedule: Hardening,
+    hardening: Hardening,
     *,
     seed: int,
     device: torch.device | str = "cpu",
@@ -130,9 +90,9 @@ def relu_ise(
     """
     home = next((p.device for p in model.parameters()), torch.device("cpu"))
     original = evaluate(model)
-    layers = replace_by_lambda(model, schedule.initial, schedule.temperature)
+    layers = replace_by_lambda(model, hardening.relu_ise_initial, hardening.relu_ise_temperature)
     known = roles(model)
-    factors = {f"{path}.s": schedule.factor for path in layers}
+    factors = {f"{path}.s": hardening.relu_ise_lr_factor for path in layers}
     history = [lambdas(model)]
 
     def train(epoch: int) -> None:
@@ -144,16 +104,19 @@ def relu_ise(
         _check(model, result.steps, epoch)
         history.append(lambdas(model))
 
-    for epoch in range(schedule.learn_epochs):
+    for epoch in range(hardening.relu_ise_learn_epochs):
         train(epoch)
     learned = history[-1]
-    target = {path: max(target_lambda(layer.kind, schedule.tolerance), learned[path]) for path, layer in layers.items()}
+    target = {
+        path: max(target_lambda(layer.kind, hardening.relu_ise_tolerance), learned[path])
+        for path, layer in layers.items()
+    }
     for layer in layers.values():
         layer.s.requires_grad_(False)
-    for epoch in range(schedule.harden_epochs):
+    for epoch in range(hardening.relu_ise_harden_epochs):
         for path, layer in layers.items():
-            layer.set_lambda(schedule.at(epoch, learned[path], target[path]))
-        train(schedule.learn_epochs + epoch)
+            layer.set_lambda(lambda_at(hardening, epoch, learned[path], target[path]))
+        train(hardening.relu_ise_learn_epochs + epoch)
     hardened = evaluate(model)
     replace_by_relu(model)
     relu = evaluate(model)

@@ -26,8 +26,9 @@ from ..federation.state import fingerprint, state_of
 from ..federation.training import LocalTraining
 from ..models.backbones import PREFIX
 from ..settings.config import Config
+from ..settings.warm_start import Hardening
 from .plan import RECIPE, head_of
-from .reluise import Hardening, Reluised, relu_ise, replace_smooth
+from .reluise import Reluised, relu_ise, replace_smooth
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -133,15 +134,7 @@ def _relu_ise_on_public(
         momentum=config.warm_start_momentum,
         augmentation=config.augmentation,
     )
-    hardening = Hardening(
-        config.relu_ise_tolerance,
-        config.relu_ise_schedule,
-        config.relu_ise_learn_epochs,
-        config.relu_ise_harden_epochs,
-        config.relu_ise_lr_factor,
-        config.relu_ise_initial,
-        config.relu_ise_temperature,
-    )
+    hardening = config.only(Hardening)
     done, cached = public_relu_ise(
         model,
         data.public,

@@ -22,7 +22,7 @@ from ..wire.tls import TlsOptions
 from .processes import ProcessOptions
 from .rounds import CheckpointOptions, EvaluationOptions, ModelOptions, RoundOptions
 from .rules import RULES
-from .warm_start import WarmStartOptions
+from .warm_start import Hardening, WarmStartOptions
 
 FAMILIES = (
     *("common_args", "data_args", "model_args", "train_args", "validation_args", "device_args"),
@@ -53,6 +53,7 @@ class _Shared(
     CheckpointOptions,
     ProcessOptions,
     ExtraOptions,
+    Hardening,
     WarmStartOptions,
     EvaluationOptions,
     FederationOptions,

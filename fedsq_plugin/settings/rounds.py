@@ -52,6 +52,7 @@ class EvaluationOptions(Options):
         None,
         "fedsq_args",
         "test every silo's own model on its own test data; null: where silos have models of their own",
+        differs="the server says when a silo tests",
         idle=runs_rounds,
     )
     finetune_epochs: int | None = option(

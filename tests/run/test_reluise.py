@@ -9,19 +9,22 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fedsq_plugin.dualcopy import DualCopy
-from fedsq_plugin.dualcopy.smooth import LambdaActivation, target_lambda
+from fedsq_plugin.dualcopy.smooth import GATES, LambdaActivation, target_lambda
 from fedsq_plugin.errors import ConfigError
 from fedsq_plugin.federation.evaluate import evaluate
 from fedsq_plugin.federation.local import Phase, local_update
 from fedsq_plugin.federation.roles import Role, roles
 from fedsq_plugin.federation.state import fingerprint
 from fedsq_plugin.federation.training import LocalTraining
-from fedsq_plugin.run.reluise import Hardening, Reluised, relu_ise
+from fedsq_plugin.run.reluise import Reluised, lambda_at, relu_ise
+from fedsq_plugin.settings.config import validated
+from fedsq_plugin.settings.warm_start import Hardening
 
 # Schedule
 
@@ -38,8 +41,8 @@ from fedsq_plugin.run.reluise import Hardening, Reluised, relu_ise
     ],
 )
 def test_schedule_by_hand(schedule: Any, expected: list[float]) -> None:
-    hardening = Hardening(schedule=schedule, harden_epochs=4)
-    assert [hardening.at(epoch, 1.0, 81.0) for epoch in range(4)] == pytest.approx(expected)
+    hardening = Hardening(relu_ise_schedule=schedule, relu_ise_harden_epochs=4)
+    assert [lambda_at(hardening, epoch, 1.0, 81.0) for epoch in range(4)] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -48,12 +51,14 @@ def test_schedule_by_hand(schedule: Any, expected: list[float]) -> None:
     [("linear", 2.2, 15.957691216057308), ("geometric", 1.1, 79.7780895574)],
 )
 def test_schedule_ends_at_the_target_exactly(schedule: Any, learned: float, target: float) -> None:
-    assert Hardening(schedule=schedule, harden_epochs=3).at(2, learned, target) == target
+    hardening = Hardening(relu_ise_schedule=schedule, relu_ise_harden_epochs=3)
+    assert lambda_at(hardening, 2, learned, target) == target
 
 
 @pytest.mark.parametrize("schedule", ["linear", "geometric", "cosine"])
 def test_one_hardening_epoch_is_at_the_target(schedule: Any) -> None:
-    assert Hardening(schedule=schedule, harden_epochs=1).at(0, 1.3, 50.0) == 50.0
+    hardening = Hardening(relu_ise_schedule=schedule, relu_ise_harden_epochs=1)
+    assert lambda_at(hardening, 0, 1.3, 50.0) == 50.0
 
 
 @pytest.mark.parametrize(
@@ -64,21 +69,28 @@ def test_one_hardening_epoch_is_at_the_target(schedule: Any) -> None:
         ("tolerance", math.nan),
         ("learn_epochs", -1),
         ("harden_epochs", 0),
-        ("factor", -1.0),
-        ("factor", math.inf),
+        ("lr_factor", -1.0),
+        ("lr_factor", math.inf),
         ("initial", 1.0),
         ("initial", math.nan),
         ("temperature", 0.0),
     ],
 )
 def test_option_out_of_range_is_refused(option: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=f"hardening's {option} is {value}; it must be"):
-        Hardening(**{option: value})
+    key = f"relu_ise_{option}"
+    with pytest.raises(ValidationError, match=key):
+        Hardening(**{key: value})
+    (finding,) = (found for found in validated({key: value})[1] if found.key == key)
+    assert finding.line.startswith(f"warm_start_args.{key} is {value}: input should be ")
 
 
-def test_unknown_schedule_is_refused_with_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="'geometrical'; did you mean 'geometric'"):
-        Hardening(schedule="geometrical")  # type: ignore[arg-type]
+def test_unknown_schedule_is_refused_with_those_that_there_are() -> None:
+    with pytest.raises(ValidationError, match="'linear', 'geometric' or 'cosine'"):
+        Hardening(relu_ise_schedule="geometrical")  # type: ignore[arg-type]
+
+
+def test_every_target_is_above_one() -> None:
+    assert all(target_lambda(kind, 0.79) > 1 for kind in GATES)
 
 
 # Procedure on two points
@@ -141,17 +153,17 @@ def test_evaluate_sees_smooth_then_hardened_then_relu() -> None:
 
 
 def test_history_has_the_start_and_every_epoch() -> None:
-    done = run(small(nn.GELU()), Hardening(learn_epochs=3, harden_epochs=2))
+    done = run(small(nn.GELU()), Hardening(relu_ise_learn_epochs=3, relu_ise_harden_epochs=2))
     assert len(done.history) == 1 + 3 + 2
 
 
 def test_history_starts_at_the_initial_lambda() -> None:
-    done = run(small(nn.GELU(), nn.SiLU()), Hardening(initial=1.5))
+    done = run(small(nn.GELU(), nn.SiLU()), Hardening(relu_ise_initial=1.5))
     assert done.history[0] == pytest.approx({"1": 1.5, "3": 1.5})
 
 
 def test_learned_lambda_is_that_after_the_learning_epochs() -> None:
-    done = run(small(nn.GELU()), Hardening(learn_epochs=2))
+    done = run(small(nn.GELU()), Hardening(relu_ise_learn_epochs=2))
     assert done.learned == done.history[2] and done.learned != done.history[1]
 
 
@@ -160,14 +172,16 @@ def test_lambda_is_learned_by_its_own_rate() -> None:
     start = 0.1 * math.log(math.expm1(1.0))  # s at λ = 2
 
     def moved(factor: float) -> float:
-        done = run(small(nn.GELU()), Hardening(learn_epochs=1, initial=2.0, factor=factor))
+        done = run(
+            small(nn.GELU()), Hardening(relu_ise_learn_epochs=1, relu_ise_initial=2.0, relu_ise_lr_factor=factor)
+        )
         return 0.1 * math.log(math.expm1(done.learned["1"] - 1)) - start
 
     assert moved(10.0) == pytest.approx(10 * moved(1.0), rel=1e-3)
 
 
 def test_factor_zero_keeps_lambda() -> None:
-    done = run(small(nn.GELU()), Hardening(learn_epochs=2, factor=0.0))
+    done = run(small(nn.GELU()), Hardening(relu_ise_learn_epochs=2, relu_ise_lr_factor=0.0))
     assert done.learned == done.history[0]
 
 
@@ -175,25 +189,25 @@ def test_weight_decay_does_not_pull_lambda() -> None:
     # In one step: the gradient is the same, and a decay of s would come on top.
     def learned(decay: float) -> dict[str, float]:
         training = LocalTraining(learning_rate=0.05, weight_decay=decay)
-        return run(small(nn.GELU()), Hardening(learn_epochs=1), training=training).learned
+        return run(small(nn.GELU()), Hardening(relu_ise_learn_epochs=1), training=training).learned
 
     assert learned(0.5) == learned(0.0)
 
 
 def test_target_is_each_kinds_own() -> None:
-    done = run(small(nn.GELU(), nn.SiLU(), nn.Hardswish()), Hardening(tolerance=0.05))
+    done = run(small(nn.GELU(), nn.SiLU(), nn.Hardswish()), Hardening(relu_ise_tolerance=0.05))
     expected = [target_lambda(kind, 0.05) for kind in ("gelu", "silu", "hardswish")]
     assert list(done.target.values()) == pytest.approx(expected)
 
 
 def test_learned_lambda_above_the_target_is_kept() -> None:
     # ε = 0.5: λ* = 1.6, below the 3 it starts from.
-    done = run(small(nn.GELU()), Hardening(tolerance=0.5, initial=3.0, factor=0.0))
+    done = run(small(nn.GELU()), Hardening(relu_ise_tolerance=0.5, relu_ise_initial=3.0, relu_ise_lr_factor=0.0))
     assert [entry["1"] for entry in done.history] == pytest.approx([3.0] * 7)
 
 
 def test_hardening_follows_the_schedule_from_the_learned_value() -> None:
-    schedule = Hardening(learn_epochs=1, harden_epochs=3)
+    schedule = Hardening(relu_ise_learn_epochs=1, relu_ise_harden_epochs=3)
     done = run(small(nn.GELU()), schedule)
     learned, target = done.learned["1"], done.target["1"]
     # geometric: learned·(target/learned)^(1/3, 2/3, 1)
@@ -204,16 +218,14 @@ def test_hardening_follows_the_schedule_from_the_learned_value() -> None:
 def test_weights_go_on_learning_while_lambda_is_fixed() -> None:
     model = small(nn.GELU())
     batches = Watched(model[0])
-    run(model, Hardening(learn_epochs=0, harden_epochs=2), batches)
-    assert not torch.equal(batches.seen[0], batches.seen[1]) and not torch.equal(
-        batches.seen[1], model[0].weight
-    )
+    run(model, Hardening(relu_ise_learn_epochs=0, relu_ise_harden_epochs=2), batches)
+    assert not torch.equal(batches.seen[0], batches.seen[1]) and not torch.equal(batches.seen[1], model[0].weight)
 
 
 def test_learning_rate_schedule_runs_over_the_epochs() -> None:
     # step: lr·1e-300^⌊epoch/1⌋, so only the first epoch moves anything.
     training = LocalTraining(learning_rate=0.05, lr_schedule="step", lr_decay=1e-300, lr_decay_rounds=1)
-    done = run(small(nn.GELU()), Hardening(learn_epochs=2), training=training)
+    done = run(small(nn.GELU()), Hardening(relu_ise_learn_epochs=2), training=training)
     assert done.history[0] != done.history[1] == done.history[2]
 
 
@@ -222,7 +234,7 @@ def test_hardening_epochs_count_on_from_the_learning_ones() -> None:
     model = small(nn.GELU())
     batches = Watched(model[0])
     training = LocalTraining(learning_rate=0.05, lr_schedule="step", lr_decay=1e-300, lr_decay_rounds=1)
-    run(model, Hardening(learn_epochs=1, harden_epochs=2), batches, training)
+    run(model, Hardening(relu_ise_learn_epochs=1, relu_ise_harden_epochs=2), batches, training)
     assert torch.equal(batches.seen[1], model[0].weight)
 
 
@@ -265,7 +277,7 @@ def test_model_without_smooth_modules_is_refused() -> None:
 
 # Real digits
 
-SCHEDULE = Hardening(learn_epochs=2, harden_epochs=3)
+SCHEDULE = Hardening(relu_ise_learn_epochs=2, relu_ise_harden_epochs=3)
 
 
 @pytest.fixture(scope="module")

@@ -184,15 +184,11 @@ def test_new_setting_goes_to_the_family_of_its_option(key: str, family: str) -> 
 
 
 def test_new_setting_joins_a_family_that_is_there() -> None:
-    assert overridden({"train_args": {"epochs": 1}}, ["momentum=0.9"]) == {
-        "train_args": {"epochs": 1, "momentum": 0.9}
-    }
+    assert overridden({"train_args": {"epochs": 1}}, ["momentum=0.9"]) == {"train_args": {"epochs": 1, "momentum": 0.9}}
 
 
 def test_key_that_only_the_recipe_knows_may_be_set() -> None:
-    assert overridden({"tracking_args": {"run_name": "a"}}, ["run_name=b"]) == {
-        "tracking_args": {"run_name": "b"}
-    }
+    assert overridden({"tracking_args": {"run_name": "a"}}, ["run_name=b"]) == {"tracking_args": {"run_name": "b"}}
 
 
 def test_last_setting_wins() -> None:
@@ -228,9 +224,7 @@ def test_setting_without_an_equals_sign() -> None:
 
 
 def test_unknown_setting_gives_the_nearest() -> None:
-    with pytest.raises(
-        ConfigError, match=r"--set momentm=1: unknown option 'momentm'; did you mean 'momentum'\?"
-    ):
+    with pytest.raises(ConfigError, match=r"--set momentm=1: unknown option 'momentm'; did you mean 'momentum'\?"):
         overridden(families(), ["momentm=1"])
 
 
@@ -341,9 +335,7 @@ def test_key_of_fedml_in_two_families() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("family", "nearest"), [("fedsq_arg", "fedsq_args"), ("warmstart_args", "warm_start_args")]
-)
+@pytest.mark.parametrize(("family", "nearest"), [("fedsq_arg", "fedsq_args"), ("warmstart_args", "warm_start_args")])
 def test_misspelled_family_of_ours_gives_the_nearest(family: str, nearest: str) -> None:
     line = f"family {family} is unknown; did you mean '{nearest}'?"
     assert only(families(**{family: {"anything": 1}})) == line
@@ -405,12 +397,7 @@ def test_resolve_refuses_an_unknown_key_although_all_values_are_fine() -> None:
 
 keys = st.sampled_from(sorted(OPTIONS)) | st.text(max_size=6)
 values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(10**20), 10**20)
-    | st.floats()
-    | st.text(max_size=6)
-    | st.dates(),
+    st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats() | st.text(max_size=6) | st.dates(),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
     max_leaves=3,
 )
