@@ -109,7 +109,7 @@ def _channels_last(region: Tensor) -> bool:
 
 
 _SHIFTS = (7, 6, 5, 4, 3, 2, 1, 0)
-"""Of the bits of a byte, in numpy's order."""
+"""Values of the bits of a byte, in numpy's order."""
 
 
 def _packed(flat: Tensor) -> Tensor:

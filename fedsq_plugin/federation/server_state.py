@@ -86,7 +86,7 @@ def load_state(model: nn.Module, state: ServerState) -> None:
 
 
 def load_structural(model: nn.Module, state: ServerState) -> None:
-    """Let a DualCopy's gates be those of the server's structural copy, or its own where there is none any more."""
+    """Let a DualCopy's gates be those of the server's structural copy, or its own where it was dropped."""
     if not isinstance(model, DualCopy):
         return
     if state.structural is None:

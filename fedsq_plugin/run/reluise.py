@@ -49,7 +49,7 @@ class Reluised:
     hardened: float
     """At the target λ, after the last epoch."""
     relu: float
-    """Of the same weights with ReLU."""
+    """Accuracy of the same weights with ReLU."""
     history: list[dict[str, float]]
     """λ by path: at the start, then after each epoch."""
     learned: dict[str, float]

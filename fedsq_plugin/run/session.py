@@ -26,7 +26,7 @@ from .environment import environment
 from .host import Start
 
 NO_METRICS = Metrics(float("nan"), float("nan"), 0)
-"""Of a round without an evaluation."""
+"""Metrics of a round that is not evaluated."""
 
 
 @dataclass

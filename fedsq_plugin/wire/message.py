@@ -76,7 +76,7 @@ _Sent = Annotated[Any, PlainValidator(_checked_state), Field(exclude=True, repr=
 
 
 Kind = Literal["train", "silos", "tune"]
-"""Of a task: train a silo, test its model, or test it after a fine-tuning."""
+"""The kinds of a task: train a silo, test its model, or test it after a fine-tuning."""
 
 
 class _Form(BaseModel):

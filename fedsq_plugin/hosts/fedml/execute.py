@@ -30,7 +30,7 @@ def execute(
     on_start: Callable[[Start], None],
     on_round: Callable[[RoundRecord], None],
 ) -> Outcome:
-    """Run a recipe by FedML's own five lines, with our rows also for FedAvg and FedProx: all of it, or the
+    """Run a recipe by FedML's own five lines, with our FedAvg and FedProx in place of its own: all of it, or the
     server process of it where the recipe's road has several.
 
     FedML's log lines and prints go to `log_file`.

@@ -44,7 +44,7 @@ from .names import FEDML_DATASETS, FEDML_MODELS, NATIVE_SP, ROADS, broken_road, 
 log = logging.getLogger(__name__)
 
 OWN_ROWS = "fedsq_own_rows"
-"""Attribute of FedML's args: our rows also for the names that FedML has itself."""
+"""Attribute of FedML's args: our algorithms, also for the names that FedML has itself."""
 
 ASKED = "fedsq_asked"
 """Attribute of FedML's args: whether its YAML files have a family of ours, perhaps misspelt."""
@@ -243,9 +243,9 @@ def say(runner: Any, *lines: str) -> None:
 
 
 def is_ours(args: Any, custom: bool) -> bool:
-    """Whether our rows run this, rather than FedML itself.
+    """Whether our algorithms run this, rather than FedML itself.
 
-    FedML's own algorithms stay FedML's, unless our rows are asked for, or TLS, which FedML has not, or a
+    FedML's own algorithms stay FedML's, unless our algorithms are asked for, or TLS, which FedML has not, or a
     trainer or aggregator is passed that FedML's `sp` would ignore (FedML issue 565).
 
     Raises:

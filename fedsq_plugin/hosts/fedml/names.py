@@ -43,7 +43,7 @@ OTHER_LOSSES = ("fed_shakespeare", "stackoverflow_nwp", "stackoverflow_lr")
 """Data sets that FedML trains with other losses than cross-entropy over classes."""
 
 ROADS = (("simulation", "sp"), ("simulation", "MPI"), ("cross_silo", "GRPC"), ("cross_silo", "MPI"))
-"""Training platforms and back ends on which our rows run."""
+"""Training platforms and back ends on which our algorithms run."""
 
 _BROKEN = {
     "NCCL": "FedML 0.9.6 comes without its NCCL simulation",
@@ -63,7 +63,7 @@ def broken_road(training_type: str, backend: str, scenario: str) -> str | None:
 
 
 def refused_road(training_type: str, backend: str, scenario: str) -> str | None:
-    """Why our rows do not run on a road, in one line; None where they do."""
+    """Why our algorithms do not run on a road, in one line; None where they do."""
     if broken := broken_road(training_type, backend, scenario):
         return broken
     if (training_type, backend) in ROADS and (training_type == "simulation" or scenario == "horizontal"):

@@ -59,7 +59,7 @@ class Rounds:
         """Training samples of every silo that a client process announced."""
         self.stage: Stage = "start"
         self.number = checkpoints.round
-        """Of the round that is under way, counted from 0."""
+        """Number of the round that is under way, counted from 0."""
         self.current: Round | None = None
         self.busy: dict[int, tuple[Kind, int]] = {}
         """The task of each rank that has one."""
