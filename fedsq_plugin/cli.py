@@ -26,9 +26,9 @@ def _settings(command: Command) -> Command:
 
 
 def _out(command: Command) -> Command:
-    return click.option(
-        "--out", type=click.Path(path_type=Path), help="Run directory; default runs/<recipe>-<time>."
-    )(command)
+    return click.option("--out", type=click.Path(path_type=Path), help="Run directory; default runs/<recipe>-<time>.")(
+        command
+    )
 
 
 def _resume(command: Command) -> Command:
@@ -99,9 +99,7 @@ def run(recipe: Path | None, settings: tuple[str, ...], out: Path | None, resume
 
 @cli.command()
 @click.argument("recipe", type=click.Path(path_type=Path), required=False)
-@click.option(
-    "--clients", type=click.IntRange(min=1), help="Client processes; default: worker_num, or one per silo."
-)
+@click.option("--clients", type=click.IntRange(min=1), help="Client processes; default: worker_num, or one per silo.")
 @click.option("--tls", is_flag=True, help="Mutual TLS (GRPC), with certificates made for this run alone.")
 @_settings
 @_out

@@ -56,9 +56,7 @@ def recombine(
     return replace(server, model=model, slots=tuple(recombined(slots, sent, options.fedmr_unit, generator)))
 
 
-def recombined(
-    slots: Sequence[State], keys: Sequence[str], unit: str, generator: np.random.Generator
-) -> list[State]:
+def recombined(slots: Sequence[State], keys: Sequence[str], unit: str, generator: np.random.Generator) -> list[State]:
     """The slots with the entries of `keys` permuted among them; tensors are neither copied nor changed.
 
     `unit` "key" (as published) permutes each key by itself, so that a BatchNorm's statistics part from its

@@ -71,9 +71,7 @@ def yogi(
 ) -> ServerState:
     """FedYogi: v ← v − (1−β₂)·Δ²·sign(v−Δ²) (Reddi et al. 2021, arXiv 2003.00295, algorithm 2)."""
     beta = options.server_beta2
-    return _adaptive(
-        server, mean, roles, options, lambda v, square: v - (1 - beta) * square * torch.sign(v - square)
-    )
+    return _adaptive(server, mean, roles, options, lambda v, square: v - (1 - beta) * square * torch.sign(v - square))
 
 
 def _adaptive(
@@ -99,9 +97,7 @@ def _delta(server: ServerState, mean: Mapping[str, Tensor], roles: Mapping[str, 
     return OrderedDict((k, mean[k] - server.model[k]) for k in mean if roles[k] in PARAMETERS)
 
 
-def _stepped(
-    server: ServerState, mean: Mapping[str, Tensor], step: State, memory: Mapping[str, State]
-) -> ServerState:
+def _stepped(server: ServerState, mean: Mapping[str, Tensor], step: State, memory: Mapping[str, State]) -> ServerState:
     moved = {key: server.model[key] + value for key, value in step.items()}
     return replace(server, model=OrderedDict(server.model, **{**mean, **moved}), memory=memory)
 

@@ -81,9 +81,7 @@ def _max_pool(
     return Pool(input, dims, options, adaptive=False, return_indices=indices or return_indices)
 
 
-def _adaptive_max_pool(
-    dims: int, indices: bool, input: Tensor, output_size: Any, return_indices: bool = False
-) -> Pool:
+def _adaptive_max_pool(dims: int, indices: bool, input: Tensor, output_size: Any, return_indices: bool = False) -> Pool:
     options = {"output_size": output_size}
     return Pool(input, dims, options, adaptive=True, return_indices=indices or return_indices)
 
@@ -136,9 +134,7 @@ _NEVER: dict[str, list[Any]] = {
     "lstm": [torch.lstm, torch.lstm_cell],
     "gru": [torch.gru, torch.gru_cell],
     "fractional_max_pool": [
-        getattr(F, f"fractional_max_pool{dims}d{indices}")
-        for dims in (2, 3)
-        for indices in ("", "_with_indices")
+        getattr(F, f"fractional_max_pool{dims}d{indices}") for dims in (2, 3) for indices in ("", "_with_indices")
     ],
 }
 UNGATEABLE: dict[Any, str] = {function: name for name, functions in _NEVER.items() for function in functions}
@@ -204,9 +200,7 @@ _RECURRENT = "recurrent cells have smooth gates of their own: use a convolutiona
 _SMOOTH = ("replace it by nn.ReLU", Word("relu_ise"))
 _WAYS_OUT: dict[str, str | tuple[Part, ...]] = {
     "elu": "use nn.LeakyReLU or nn.ReLU in its place",
-    "swish": (
-        "use a backbone with nn.ReLU, or make it an nn.Hardswish or nn.SiLU and that a ReLU (relu_ise)"
-    ),
+    "swish": ("use a backbone with nn.ReLU, or make it an nn.Hardswish or nn.SiLU and that a ReLU (relu_ise)"),
     **dict.fromkeys(("gelu", "silu", "hardswish"), _SMOOTH),
     **dict.fromkeys(("rnn", "lstm", "gru"), _RECURRENT),
     "fractional_max_pool": "use nn.MaxPool or nn.AdaptiveMaxPool in its place",

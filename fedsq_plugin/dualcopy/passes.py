@@ -40,9 +40,7 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self._own_pooling = own_pooling
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         normalise = GATED.get(func)
         if normalise is None:
             return func(*args, **(kwargs or {}))
@@ -82,9 +80,7 @@ class Replay(_Watch):
     gate. No plan means the calls correspond one to one.
     """
 
-    def __init__(
-        self, captured: Sequence[Gate], plan: Sequence[int | None] | None, own_pooling: bool
-    ) -> None:
+    def __init__(self, captured: Sequence[Gate], plan: Sequence[int | None] | None, own_pooling: bool) -> None:
         super().__init__(own_pooling)
         self._captured = captured
         self._plan = range(len(captured)) if plan is None else plan

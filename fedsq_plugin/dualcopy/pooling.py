@@ -87,9 +87,7 @@ def _adaptive_windows(inputs: tuple[int, ...], outputs: tuple[int, ...], device:
     return _tables(inputs, starts, steps, device)
 
 
-def _tables(
-    inputs: tuple[int, ...], starts: list[Tensor], steps: list[range], device: torch.device
-) -> Windows:
+def _tables(inputs: tuple[int, ...], starts: list[Tensor], steps: list[range], device: torch.device) -> Windows:
     base = offset = torch.zeros((), dtype=torch.int64)
     last = 0  # the largest offset; known without reading a tensor, which torch.compile could not do
     for size, start, step in zip(inputs, starts, steps, strict=True):

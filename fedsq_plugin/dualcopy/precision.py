@@ -79,11 +79,7 @@ def refuse_unsupported(precision: Precision, device: torch.device | str, option:
         return
     device = torch.device(device)
     reason = None
-    if (
-        precision == "bf16"
-        and device.type == "cuda"
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         reason = "it has no bf16 arithmetic"
     else:
         try:

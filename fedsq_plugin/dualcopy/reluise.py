@@ -16,9 +16,7 @@ from .smooth import Kind, LambdaActivation
 from .wrapper import DualCopy
 
 
-def replace_by_lambda(
-    model: nn.Module, initial: float = 1.01, temperature: float = 0.1
-) -> dict[str, LambdaActivation]:
+def replace_by_lambda(model: nn.Module, initial: float = 1.01, temperature: float = 0.1) -> dict[str, LambdaActivation]:
     """Replace every nn.GELU, nn.SiLU and nn.Hardswish of `model` by a LambdaActivation, in place.
 
     A module that is used at several paths is replaced by one. `model.state_dict()` gains a key `<path>.s`

@@ -44,9 +44,7 @@ class _Trace(TorchFunctionMode):
         self._own_pooling = own_pooling
         self._products = Products()
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         here, products = self.path[-1], self._products
         if func in GATED:
             call = GATED[func](*args, **(kwargs or {}))

@@ -76,9 +76,7 @@ class DualCopy(TwoCopies):
             raise GateError(f"pooling is {pooling!r}; it must be 'structural' or 'own'")
         if structural_precision not in (None, *get_args(Precision)):
             known = ", ".join(get_args(Precision))
-            raise GateError(
-                f"structural_precision is {structural_precision!r}; it must be one of {known}, None"
-            )
+            raise GateError(f"structural_precision is {structural_precision!r}; it must be one of {known}, None")
         accept = tuple(accept)
         if example is not None:
             refuse(validate(model, example, accept, pooling))
@@ -134,9 +132,7 @@ class DualCopy(TwoCopies):
         """
         return self._captured(capture, args, kwargs)
 
-    def _captured(
-        self, run: Callable[..., list[Gate]], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> list[Gate]:
+    def _captured(self, run: Callable[..., list[Gate]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Gate]:
         """`gates`, by `capture` itself or something that does the same."""
         self._inspect(args, kwargs)
         if self._structural_precision is None:
@@ -188,11 +184,7 @@ class DualCopy(TwoCopies):
     def full_state_dict(self) -> dict[str, Tensor]:
         """Both copies: the plain keys, prefixed by `quantitative.` and `structural.`."""
         copies = {"quantitative": self._quantitative, "structural": self._structural}
-        return {
-            f"{name}.{key}": value
-            for name, module in copies.items()
-            for key, value in module.state_dict().items()
-        }
+        return {f"{name}.{key}": value for name, module in copies.items() for key, value in module.state_dict().items()}
 
     def load_full_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load what `full_state_dict` gave."""

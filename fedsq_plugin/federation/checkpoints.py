@@ -36,9 +36,7 @@ class ServerCheckpoints:
         WeightsError: the newest checkpoint is damaged, or is from another recipe.
     """
 
-    def __init__(
-        self, folder: str | None, run: Mapping[str, Any], every: int, rounds: int, resume: bool
-    ) -> None:
+    def __init__(self, folder: str | None, run: Mapping[str, Any], every: int, rounds: int, resume: bool) -> None:
         self.folder, self._every, self._rounds = folder, every, rounds
         self._store: ServerSnapshots | None = None
         self._newest: tuple[ServerState, dict[str, Tensor]] | None = None
@@ -125,9 +123,7 @@ class SiloCheckpoints:
         parts = {silo: self._store.load(silo, finished) for silo in self._silos}
         if finished and not any(parts.values()):
             log.warning("what stays with silos %s is not here: they begin with the server's", self._silos)
-        self._states.restore(
-            {f"{silo}/{key}": value for silo, part in parts.items() for key, value in part.items()}
-        )
+        self._states.restore({f"{silo}/{key}": value for silo, part in parts.items() for key, value in part.items()})
 
     def save(self, silo: int, finished: int, server_at: int) -> None:
         """A silo has trained in the round after so many. The server has a checkpoint of round `server_at`."""

@@ -52,9 +52,7 @@ class Client:
         keep_optimizers: bool = False,
     ) -> None:
         if keep_optimizers and training.lr_schedule != "constant":
-            raise ConfigError(
-                f"optimizers that are kept need lr_schedule constant, not {training.lr_schedule}"
-            )
+            raise ConfigError(f"optimizers that are kept need lr_schedule constant, not {training.lr_schedule}")
         self.loss, self._keep_optimizers = loss, keep_optimizers
         self._optimizers: dict[int, Optimizers] = {}
         self.model, self.algorithm, self.options = model, algorithm, options

@@ -63,9 +63,7 @@ class ClientStates:
             states.setdefault(int(silo), OrderedDict())[key] = value
         for number, state in states.items():
             if list(state) != self._keys:
-                raise WeightsError(
-                    f"client states: silo {number} has other keys than those that stay here"
-                )
+                raise WeightsError(f"client states: silo {number} has other keys than those that stay here")
         self._states = states
 
     def _local(self, model: nn.Module) -> State:

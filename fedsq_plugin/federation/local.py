@@ -237,4 +237,3 @@ def _freeze(
         roles_named = " and ".join(sorted(role.value for role in phase.trains)) or "nothing"
         raise ConfigError(f"a phase that trains {roles_named} finds no such parameter")
     return trained
-

@@ -64,9 +64,7 @@ def roles(model: nn.Module, head: str | None = None) -> dict[str, Role]:
 def refuse_without_norm(name: str, model: nn.Module) -> None:
     """Raise ConfigError where an algorithm treats normalisation layers apart and the model has none."""
     if not any(isinstance(module, NORMALISATION) for module in model.modules()):
-        raise ConfigError(
-            f"{name} treats normalisation layers apart, and the model has none: use another algorithm"
-        )
+        raise ConfigError(f"{name} treats normalisation layers apart, and the model has none: use another algorithm")
 
 
 def with_roles(state: Mapping[str, Tensor], roles: Mapping[str, Role], kept: Collection[Role]) -> State:

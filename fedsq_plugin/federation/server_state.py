@@ -71,9 +71,7 @@ class ServerState:
                 raise KeyError(foreign[0])
             memory = {part.removeprefix("memory "): state for part, state in parts.items()}
             told = {int(client): int(version) for client, version in about["told"].items()}
-            version, clients, finished = (
-                int(about[name]) for name in ("structural_version", "clients", "round")
-            )
+            version, clients, finished = (int(about[name]) for name in ("structural_version", "clients", "round"))
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise WeightsError(f"this is no server state: {error!r} is missing or wrong") from None
         return cls(model, tuple(slots), memory, structural, version, told, clients, finished)

@@ -16,9 +16,7 @@ MAX_SAMPLES = 10**9
 """The largest sample count of one silo. A larger one would make that silo the whole mean."""
 
 
-def problem(
-    update: Update, template: Mapping[str, Tensor], sums: Mapping[str, Tensor] | None = None
-) -> str | None:
+def problem(update: Update, template: Mapping[str, Tensor], sums: Mapping[str, Tensor] | None = None) -> str | None:
     """Why an update must not reach the mean, in a few words; None when it may.
 
     Args:
@@ -30,9 +28,7 @@ def problem(
     return _misfit(update.state, template) or _misfit(update.sums, sums or {})
 
 
-def counts_problem(
-    counts: Any, silos: Collection[int], before: Mapping[int, int] | None = None
-) -> str | None:
+def counts_problem(counts: Any, silos: Collection[int], before: Mapping[int, int] | None = None) -> str | None:
     """Why these are not the sample counts of `silos`. A count may be 0, but may not differ from the one that the silo
     announced `before`."""
     if not isinstance(counts, dict):

@@ -157,9 +157,7 @@ def _converted(key: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _left_out(head: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    differing = [
-        (state[k], own[k]) for k in own if k.startswith(f"{head}.") and state[k].shape != own[k].shape
-    ]
+    differing = [(state[k], own[k]) for k in own if k.startswith(f"{head}.") and state[k].shape != own[k].shape]
     theirs, ours = differing[0]
     if theirs.shape[1:] == ours.shape[1:] and theirs.dim() == ours.dim():
         sizes = f"the file has {theirs.shape[0]} outputs, the model {ours.shape[0]}"
@@ -190,12 +188,8 @@ def _unpickle(file: Path) -> Any:
         raise _error(f"weights file {file} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # damaged pickles end in nearly any exception
         if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise _error(
-                f"weights file {file} holds {found[1]}, which is code, not a tensor; {_SAVE}"
-            ) from None
-        raise _error(
-            f"weights file {file} is damaged or holds something else than tensors; {_SAVE}"
-        ) from None
+            raise _error(f"weights file {file} holds {found[1]}, which is code, not a tensor; {_SAVE}") from None
+        raise _error(f"weights file {file} is damaged or holds something else than tensors; {_SAVE}") from None
 
 
 def _fault(value: Any) -> str | None:

@@ -91,9 +91,7 @@ def accuracy_over_rounds(
     seeds = rows["seed"].nunique()
     drawn = "mean and range" if len(algorithms) <= _SHADED else "mean"
     over = f"\n{drawn} over {seeds} seeds" if seeds > 1 else ""
-    axes.set_title(
-        f"{metric[0].upper()}{metric[1:]} of {SPLITS.get(split, f'split {split}')}{over}", loc="left"
-    )
+    axes.set_title(f"{metric[0].upper()}{metric[1:]} of {SPLITS.get(split, f'split {split}')}{over}", loc="left")
     axes.set_xlabel("round")
     axes.set_ylabel(f"{metric} (%)")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
@@ -196,9 +194,7 @@ def _checked(
     table = np.array(counts, dtype=np.int64)
     for what, names, number in (("classes", classes, table.shape[1]), ("silos", silos, len(table))):
         if names is not None and len(names) != number:
-            raise ConfigError(
-                f"{len(names)} names for the {number} {what} of the label counts; expected {number}"
-            )
+            raise ConfigError(f"{len(names)} names for the {number} {what} of the label counts; expected {number}")
     return table
 
 

@@ -102,9 +102,7 @@ class RunDirectory:
     def forget(self, algorithm: str, seed: int, after: int) -> None:
         """Remove the rows of a run's rounds after this one, which it makes anew."""
         kept = [
-            row
-            for row in self._rows
-            if (row["algorithm"], row["seed"]) != (algorithm, seed) or row["round"] <= after
+            row for row in self._rows if (row["algorithm"], row["seed"]) != (algorithm, seed) or row["round"] <= after
         ]
         if len(kept) < len(self._rows):
             atomic_write(self.path / "metrics.csv", render(kept))

@@ -90,9 +90,7 @@ def paired(runs: pd.DataFrame, reference: str, column: str = "best_accuracy") ->
     """
     algorithms = list(runs["algorithm"].unique())
     if reference not in algorithms:
-        raise ConfigError(
-            f"reference '{reference}' is not in this comparison{nearest(reference, algorithms)}"
-        )
+        raise ConfigError(f"reference '{reference}' is not in this comparison{nearest(reference, algorithms)}")
     if column not in measured(runs):
         raise ConfigError(f"no statistic '{column}' of a run{nearest(column, measured(runs))}")
     by_seed = {

@@ -195,8 +195,7 @@ class FedSQAggregator(ServerAggregator):  # type: ignore[misc]
         if self.server.separate:
             positions = range(len(updates)) if self.positions is None else self.positions
             gathered = {
-                position: self.server.counted(state)
-                for position, (_, state) in zip(positions, updates, strict=True)
+                position: self.server.counted(state) for position, (_, state) in zip(positions, updates, strict=True)
             }
         elif self.server.trains:
             gathered = self.server.counted({**self._mean(updates), **self._counters})

@@ -49,8 +49,7 @@ def gpus(values: Mapping[str, Any], processes: int | None = None) -> list[int] |
         whole = isinstance(counts, list) and all(type(count) is int and count >= 0 for count in counts)
         if not whole:
             raise ConfigError(
-                f"{where}: {host} has {counts!r}; it must list the number of processes on each of its GPUs, "
-                "as [2, 1]"
+                f"{where}: {host} has {counts!r}; it must list the number of processes on each of its GPUs, as [2, 1]"
             )
         found += [gpu for gpu, count in enumerate(counts) for _ in range(count)]
     if processes is not None and len(found) != processes:
@@ -113,14 +112,11 @@ def device_name(values: Mapping[str, Any], rank: int = 0, processes: int | None 
         return "cpu"
     if kind not in ("gpu", "mps"):
         raise ConfigError(
-            f"device_args.using_gpu is true and device_type is {kind!r}; set using_gpu: false, or "
-            "device_type: gpu"
+            f"device_args.using_gpu is true and device_type is {kind!r}; set using_gpu: false, or device_type: gpu"
         )
     mapping = gpus(values, processes)
     if mapping is not None and rank >= len(mapping):
-        raise ConfigError(
-            f"device_args: the GPU mapping has no place for process {rank}, only for {len(mapping)}"
-        )
+        raise ConfigError(f"device_args: the GPU mapping has no place for process {rank}, only for {len(mapping)}")
     index = mapping[rank] if mapping is not None else values.get("gpu_id") or 0
     if kind == "mps":
         _need_mps()
@@ -141,9 +137,7 @@ def _need_mps() -> None:
     import torch
 
     if not torch.backends.mps.is_available():
-        raise ConfigError(
-            "device_args.device_type is mps, which is not available; use gpu or using_gpu: false"
-        )
+        raise ConfigError("device_args.device_type is mps, which is not available; use gpu or using_gpu: false")
 
 
 def device_of(args: Any) -> Any:
@@ -156,9 +150,7 @@ def device_of(args: Any) -> Any:
         # FedML counts the server among the workers of an MPI simulation.
         processes = int(values["worker_num"]) + int(values.get("training_type") != "simulation")
     rank = values.get("process_id")
-    device = torch.device(
-        device_name(values, int(values.get("rank") or 0 if rank is None else rank), processes)
-    )
+    device = torch.device(device_name(values, int(values.get("rank") or 0 if rank is None else rank), processes))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     args.using_gpu = device.type != "cpu"

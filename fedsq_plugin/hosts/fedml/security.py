@@ -52,9 +52,7 @@ def check_options(args: Any) -> None:
             continue
         kind = str(getattr(args, key, None)).strip()
         if kind in WITHOUT_EFFECT:
-            raise ConfigError(
-                f"{key} {kind}: FedML 0.9.6 knows it and never calls it; use one of {', '.join(known)}"
-            )
+            raise ConfigError(f"{key} {kind}: FedML 0.9.6 knows it and never calls it; use one of {', '.join(known)}")
         if kind not in known:
             raise ConfigError(f"{switch} is true, and {key} is '{kind}'{nearest(kind, known)}")
     if getattr(args, "enable_dp", False) and getattr(args, "enable_rdp_accountant", False):

@@ -116,9 +116,7 @@ def refuse_foreign(plan: Plan, args: Any, client_trainer: Any, server_aggregator
     """Raise ConfigError when a trainer or aggregator of the user's would silently replace a choice, or is
     missing where it is needed."""
     if args.dataset in OTHER_LOSSES and (client_trainer is None or server_aggregator is None):
-        raise ConfigError(
-            f"{args.dataset} is no classification task; pass a client_trainer and a server_aggregator"
-        )
+        raise ConfigError(f"{args.dataset} is no classification task; pass a client_trainer and a server_aggregator")
     if getattr(args, "enable_contribution", False):
         raise ConfigError("enable_contribution: this plugin's loops do not assess contributions")
     algorithm, structural = plan.algorithm, plan.config.structural_copy
@@ -146,6 +144,5 @@ def refuse_foreign(plan: Plan, args: Any, client_trainer: Any, server_aggregator
             )
         if plan.silo_evaluation or plan.finetune_epochs:
             raise ConfigError(
-                "silo_evaluation and finetune_epochs need the plugin's own trainer and aggregator; "
-                f"pass no {name}"
+                f"silo_evaluation and finetune_epochs need the plugin's own trainer and aggregator; pass no {name}"
             )

@@ -73,9 +73,7 @@ class Configuration:
         content = {"dataset": self.about.name, "results_file": str(self.results)}
         return json.dumps({**content, "strategies": self.strategies})
 
-    def check(
-        self, strategies: Any, model: nn.Module, inputs: Tensor, backbone: str, asked: Namespace
-    ) -> None:
+    def check(self, strategies: Any, model: nn.Module, inputs: Tensor, backbone: str, asked: Namespace) -> None:
         """Raise now what FLamby or a strategy would raise when its turn comes, perhaps after hours.
 
         Args:
@@ -133,9 +131,7 @@ class Configuration:
         if not isinstance(optimizer, str) or not optimizer.startswith("torch."):
             raise self._wrong(f"{name}: optimizer_class is {optimizer!r}, not as 'torch.optim.SGD'")
 
-    def _check_model(
-        self, name: str, cls: Any, given: Given, model: nn.Module, inputs: Tensor, backbone: str
-    ) -> None:
+    def _check_model(self, name: str, cls: Any, given: Given, model: nn.Module, inputs: Tensor, backbone: str) -> None:
         if not issubclass(cls, Strategy):
             return
         if cls.algorithm.gated and backbone == "baseline":

@@ -149,9 +149,7 @@ class Strategy:
                     own, optimizer_class, learning_rate, batches.loader, nrounds, noise_seed, device
                 )
                 optimizer = _always(made)
-            training = OptimizerTraining(
-                optimizer=optimizer, learning_rate=learning_rate, comm_round=max(nrounds, 1)
-            )
+            training = OptimizerTraining(optimizer=optimizer, learning_rate=learning_rate, comm_round=max(nrounds, 1))
             client = self._client(own, chosen, training, copy.deepcopy(loss))
             period = (len(batches.loader), num_updates, log_period)
             on_step = StepLog(own, number, *period, logdir, name) if log else None
@@ -168,9 +166,7 @@ class Strategy:
     def _refuse_empty(self, loaders: Sequence[Any]) -> None:
         for number, loader in enumerate(loaders):
             if loader is None or not len(loader.dataset):
-                raise ConfigError(
-                    f"{self.algorithm.name}: training_dataloaders[{number}] has no samples: leave it out"
-                )
+                raise ConfigError(f"{self.algorithm.name}: training_dataloaders[{number}] has no samples: leave it out")
 
     def _client(self, model: nn.Module, options: Any, training: LocalTraining, loss: Loss) -> Client:
         return Client(
