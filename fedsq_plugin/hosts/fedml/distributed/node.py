@@ -18,10 +18,10 @@ from ..adapters import FedSQAggregator, FedSQTrainer
 from ..scoring import Scoring
 from ..sides import client_side, is_ours, server_side
 from ..silo import Silos
+from . import rounds
 from .addresses import addresses
 from .client import Client
 from .protocol import MARGIN_S
-from .rounds import rank_of
 from .server import Server
 from .transport import SEND_S, MpiTransport
 
@@ -45,7 +45,7 @@ def refuse_road(args: Any, config: Config) -> None:
 def silos_of(args: Any) -> list[int]:
     """The silos that this process serves; none, where it is the server."""
     rank, ranks = int(args.rank), _ranks(args)
-    return [silo for silo in range(args.client_num_in_total) if rank_of(silo, ranks) == rank]
+    return rounds.silos_of(rank, range(args.client_num_in_total), ranks)
 
 
 def node(

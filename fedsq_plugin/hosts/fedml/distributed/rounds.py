@@ -30,6 +30,11 @@ def rank_of(silo: int, ranks: int) -> int:
     return silo % ranks + 1
 
 
+def silos_of(rank: int, silos: Iterable[int], ranks: int) -> list[int]:
+    """Those of the silos that the client process of a rank serves, in their order."""
+    return [silo for silo in silos if rank_of(silo, ranks) == rank]
+
+
 class Rounds:
     """The rounds of a run. `on_round` is called after every round, `on_end` after the last one.
 
@@ -72,7 +77,7 @@ class Rounds:
 
     def silos_of(self, rank: int) -> list[int]:
         """The silos that a client process serves, as far as they are known."""
-        return [silo for silo in sorted(self.samples) if rank_of(silo, self._ranks) == rank]
+        return silos_of(rank, sorted(self.samples), self._ranks)
 
     def note(self, line: str) -> None:
         """Tell the user, in the record of the round that is under way or of the next one."""

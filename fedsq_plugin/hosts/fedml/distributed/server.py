@@ -22,7 +22,7 @@ from ..scoring import Scoring
 from ..sides import ServerSide
 from .attendance import Attendance, Lost
 from .protocol import MARGIN_S, SILENCE_S
-from .rounds import Rounds, rank_of
+from .rounds import Rounds, silos_of
 from .transport import TICK_S
 from .watch import Watch
 
@@ -131,7 +131,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
 
     def _come(self, hello: Online) -> None:
         rank, counts, rounds = hello.sender, hello.samples, self.rounds
-        mine = [silo for silo in range(self.args.client_num_in_total) if rank_of(silo, self._ranks) == rank]
+        mine = silos_of(rank, range(self.args.client_num_in_total), self._ranks)
         process = brief(hello.process)
         reason = disagreement(shared_options(self.plan.config), hello.options)
         reason = reason or counts_problem(counts, mine, rounds.samples)
