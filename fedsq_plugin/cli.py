@@ -149,12 +149,7 @@ def node(recipe: Path, rank: int | None, plain: bool, resume: bool, endings: Pat
 @_out
 @_resume
 def compare(
-    recipe: Path | None,
-    algorithms: str,
-    seeds: str,
-    settings: tuple[str, ...],
-    out: Path | None,
-    resume: Path | None,
+    recipe: Path | None, algorithms: str, seeds: str, settings: tuple[str, ...], out: Path | None, resume: Path | None
 ) -> None:
     """Run RECIPE with several algorithms and seeds, all else equal, and compare them."""
     families, out, summary = _begun_or_new(recipe, settings, out, resume)

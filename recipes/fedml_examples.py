@@ -172,12 +172,7 @@ def together(commands: Sequence[Sequence[str]], here: Path) -> str:
     files = [here / f"said-{number}" for number, _ in enumerate(commands)]
     processes = [
         subprocess.Popen(
-            command,
-            cwd=here,
-            env=environment,
-            stdout=file.open("wb"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+            command, cwd=here, env=environment, stdout=file.open("wb"), stderr=subprocess.STDOUT, start_new_session=True
         )
         for command, file in zip(commands, files, strict=True)
     ]

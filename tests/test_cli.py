@@ -249,10 +249,7 @@ def test_check_finds_missing_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = settings(
-        dataset="image_folder",
-        data_cache_dir=tmp_path,
-        warm_start="file",
-        warm_start_file=tmp_path / "none.pt",
+        dataset="image_folder", data_cache_dir=tmp_path, warm_start="file", warm_start_file=tmp_path / "none.pt"
     )
     assert fedsq("check", str(QUICKSTART), *options, monkeypatch=monkeypatch) == 2
     out = capsys.readouterr().out
@@ -358,11 +355,7 @@ def test_a_home_that_cannot_be_written_ends_with_one_line(command: str, tmp_path
     words = [command, str(QUICKSTART), "--out", str(tmp_path / "out")]
     words += ["--algorithms", "FedSQ"] if command == "compare" else []
     done = subprocess.run(
-        [sys.executable, "-m", "fedsq_plugin.cli", *words],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
+        [sys.executable, "-m", "fedsq_plugin.cli", *words], env=environment, capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"fedsq: error: HOME {tmp_path}/file/home cannot be written (Not a directory)")

@@ -24,9 +24,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         assert found, f"the README shows no {name}"
         (source / name).write_text(found[1])
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
-    subprocess.run(
-        [*pip, "--no-build-isolation", "--target", str(installed), str(source)], check=True, timeout=300
-    )
+    subprocess.run([*pip, "--no-build-isolation", "--target", str(installed), str(source)], check=True, timeout=300)
     return {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
 
 
@@ -53,9 +51,7 @@ def test_it_runs_in_a_comparison_alone_and_with_fedsq(environment: dict[str, str
     recipe["train_args"]["comm_round"] = 1
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     names = ["FedMedian", "FedSQ+FedMedian"]
-    fedsq(
-        environment, "compare", "recipe.yaml", "--algorithms", ",".join(names), "--out", "out", cwd=tmp_path
-    )
+    fedsq(environment, "compare", "recipe.yaml", "--algorithms", ",".join(names), "--out", "out", cwd=tmp_path)
     rows = (tmp_path / "out" / "metrics.csv").read_text().splitlines()[1:]
     assert [row.split(",")[0] for row in rows] == names
     assert all(float(row.split(",")[5]) > 0.3 for row in rows)

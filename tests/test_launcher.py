@@ -93,8 +93,7 @@ def test_rows_that_do_not_go_together_end_with_one_line(folder: Path) -> None:
     done = launch(folder, recipe(federated_optimizer="FedRep+FedBN"))
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (
-        "fedsq: error: FedRep and FedBN do not go together: both choose exchange "
-        "(body only; without norm layers)"
+        "fedsq: error: FedRep and FedBN do not go together: both choose exchange (body only; without norm layers)"
     )
     assert "Traceback" not in done.stderr
 

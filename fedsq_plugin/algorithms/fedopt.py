@@ -51,11 +51,7 @@ def momentum(
 
 
 def adam(
-    server: ServerState,
-    mean: Mapping[str, Tensor],
-    roles: Mapping[str, Role],
-    options: AdaptiveOptions,
-    seed: int,
+    server: ServerState, mean: Mapping[str, Tensor], roles: Mapping[str, Role], options: AdaptiveOptions, seed: int
 ) -> ServerState:
     """FedAdam: v ← β₂·v + (1−β₂)·Δ² (Reddi et al. 2021, arXiv 2003.00295, algorithm 2)."""
     beta = options.server_beta2
@@ -63,11 +59,7 @@ def adam(
 
 
 def yogi(
-    server: ServerState,
-    mean: Mapping[str, Tensor],
-    roles: Mapping[str, Role],
-    options: AdaptiveOptions,
-    seed: int,
+    server: ServerState, mean: Mapping[str, Tensor], roles: Mapping[str, Role], options: AdaptiveOptions, seed: int
 ) -> ServerState:
     """FedYogi: v ← v − (1−β₂)·Δ²·sign(v−Δ²) (Reddi et al. 2021, arXiv 2003.00295, algorithm 2)."""
     beta = options.server_beta2
@@ -117,14 +109,8 @@ FEDAVGM = Algorithm(
     options=ServerOptimizerOptions,
 )
 FEDADAM = Algorithm(
-    "FedAdam",
-    "Reddi et al. 2021, arXiv 2003.00295",
-    server=ServerRule("adam", adam),
-    options=AdaptiveOptions,
+    "FedAdam", "Reddi et al. 2021, arXiv 2003.00295", server=ServerRule("adam", adam), options=AdaptiveOptions
 )
 FEDYOGI = Algorithm(
-    "FedYogi",
-    "Reddi et al. 2021, arXiv 2003.00295",
-    server=ServerRule("yogi", yogi),
-    options=AdaptiveOptions,
+    "FedYogi", "Reddi et al. 2021, arXiv 2003.00295", server=ServerRule("yogi", yogi), options=AdaptiveOptions
 )

@@ -28,8 +28,5 @@ def proximal(options: FedProxOptions) -> Term:
 
 
 FEDPROX = Algorithm(
-    "FedProx",
-    "Li et al. 2020, arXiv 1812.06127",
-    objective=Objective("proximal", proximal),
-    options=FedProxOptions,
+    "FedProx", "Li et al. 2020, arXiv 1812.06127", objective=Objective("proximal", proximal), options=FedProxOptions
 )

@@ -70,11 +70,7 @@ class FedSQOptions(Options):
         idle=_no_gates,
     )
     gate_accept: tuple[str, ...] = option(
-        (),
-        "fedsq_args",
-        "paths of activations that cannot be gated and may stay ungated",
-        agree=True,
-        idle=_no_gates,
+        (), "fedsq_args", "paths of activations that cannot be gated and may stay ungated", agree=True, idle=_no_gates
     )
     structural_precision: Precision = option(
         "fp32",

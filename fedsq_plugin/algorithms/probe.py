@@ -47,9 +47,7 @@ def class_means_first(options: FederationOptions, round: int) -> Sequence[Part]:
 _SUMS = "class sums"
 
 
-def collect(
-    head: str,
-) -> Callable[[nn.Module, Iterable[tuple[Tensor, Tensor]], torch.device | str], dict[str, Tensor]]:
+def collect(head: str) -> Callable[[nn.Module, Iterable[tuple[Tensor, Tensor]], torch.device | str], dict[str, Tensor]]:
     """What a silo adds up: the head's inputs by label, as a tensor (classes, features)."""
 
     def sums(

@@ -64,10 +64,7 @@ class DataOptions(Seeds, PublicSplit, DeviceOptions):
     """A data set, and what each silo holds of it. Some of FLamby's data sets need a GPU, or none."""
 
     dataset: str = option(
-        ...,
-        "data_args",
-        "digits, image_folder, flamby/fed_… (FLamby's), or a data set that FedML knows",
-        agree=True,
+        ..., "data_args", "digits, image_folder, flamby/fed_… (FLamby's), or a data set that FedML knows", agree=True
     )
     data_cache_dir: str = option(
         "",
@@ -84,10 +81,7 @@ class DataOptions(Seeds, PublicSplit, DeviceOptions):
     )
     client_num_in_total: int = option(..., "train_args", "number of silos", agree=True, ge=1)
     batch_size: int | None = option(
-        None,
-        "train_args",
-        "samples per step; null: FLamby's own, else 32; -1: a silo's data at once",
-        agree=True,
+        None, "train_args", "samples per step; null: FLamby's own, else 32; -1: a silo's data at once", agree=True
     )
     image_size: int | None = option(
         None,
@@ -98,12 +92,7 @@ class DataOptions(Seeds, PublicSplit, DeviceOptions):
         ge=1,
     )
     min_client_samples: int = option(
-        2,
-        "fedsq_args",
-        "least number of samples of a silo",
-        agree=True,
-        idle=(_centres, hosts_own_data),
-        ge=0,
+        2, "fedsq_args", "least number of samples of a silo", agree=True, idle=(_centres, hosts_own_data), ge=0
     )
 
     @field_validator("batch_size")

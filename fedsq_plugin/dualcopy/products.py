@@ -15,19 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 _PRODUCT = {"mul", "mul_", "multiply", "multiply_", "__mul__", "__imul__", "__rmul__"}
 _AFFINE = {
-    *(
-        "add",
-        "add_",
-        "__add__",
-        "__iadd__",
-        "__radd__",
-        "sub",
-        "sub_",
-        "__sub__",
-        "__isub__",
-        "__rsub__",
-        "rsub",
-    ),
+    *("add", "add_", "__add__", "__iadd__", "__radd__", "sub", "sub_", "__sub__", "__isub__", "__rsub__", "rsub"),
     *("div", "div_", "true_divide", "__truediv__", "__itruediv__", "neg", "neg_", "__neg__"),
     *("clone", "contiguous"),
     *_PRODUCT,

@@ -97,10 +97,7 @@ def call_findings(calls: Sequence[Call], accept: Iterable[str] = ()) -> list[Fin
 
 
 def validate(
-    model: nn.Module,
-    example: Any = None,
-    accept: Iterable[str] = (),
-    pooling: str = "structural",
+    model: nn.Module, example: Any = None, accept: Iterable[str] = (), pooling: str = "structural"
 ) -> list[Finding]:
     """List what keeps `model` from being gated; empty when all is well.
 

@@ -188,10 +188,7 @@ class DualCopy(TwoCopies):
 
     def load_full_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load what `full_state_dict` gave."""
-        for name, module in (
-            ("quantitative", self._quantitative),
-            ("structural", self._structural),
-        ):
+        for name, module in (("quantitative", self._quantitative), ("structural", self._structural)):
             prefix = f"{name}."
             module.load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
         self.structural_version += 1

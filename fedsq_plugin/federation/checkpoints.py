@@ -87,12 +87,7 @@ class SiloCheckpoints:
     """
 
     def __init__(
-        self,
-        folder: str | None,
-        run: Mapping[str, Any],
-        states: ClientStates,
-        silos: Sequence[int],
-        resume: bool,
+        self, folder: str | None, run: Mapping[str, Any], states: ClientStates, silos: Sequence[int], resume: bool
     ) -> None:
         self._states, self._silos, self._resume = states, silos, resume
         self._store: SiloSnapshots | None = None

@@ -34,11 +34,7 @@ class DeviceOptions(Options):
         None, "fedsq_args", "CPU threads of torch; default: torch's own", may_change=True, ge=1
     )
     channels_last: bool = option(
-        False,
-        "fedsq_args",
-        "keep weights and images with channels last in memory",
-        agree=True,
-        idle=runs_rounds,
+        False, "fedsq_args", "keep weights and images with channels last in memory", agree=True, idle=runs_rounds
     )
     compile: bool = option(
         False,

@@ -65,12 +65,7 @@ class LocalTraining(Options):
         "constant", "fedsq_args", "learning rate over rounds", agree=True, idle=runs_rounds
     )
     lr_decay: float = option(
-        0.1,
-        "fedsq_args",
-        "factor of the step schedule",
-        agree=True,
-        idle=(runs_rounds, _no_steps),
-        gt=0,
+        0.1, "fedsq_args", "factor of the step schedule", agree=True, idle=(runs_rounds, _no_steps), gt=0
     )
     lr_decay_rounds: int = option(
         10,
@@ -81,11 +76,7 @@ class LocalTraining(Options):
         ge=1,
     )
     augmentation: tuple[Literal["crop", "flip"], ...] = option(
-        (),
-        "fedsq_args",
-        "augmentation of training images, in order",
-        agree=True,
-        idle=_other_trainer,
+        (), "fedsq_args", "augmentation of training images, in order", agree=True, idle=_other_trainer
     )
 
     @field_validator("client_optimizer", mode="before")

@@ -3,14 +3,4 @@
 from .backbones import create, early, head, names, pretrained_state, smooth, ungated
 from .weights import load_weights, read_state
 
-__all__ = [
-    "create",
-    "early",
-    "head",
-    "load_weights",
-    "names",
-    "pretrained_state",
-    "read_state",
-    "smooth",
-    "ungated",
-]
+__all__ = ["create", "early", "head", "load_weights", "names", "pretrained_state", "read_state", "smooth", "ungated"]

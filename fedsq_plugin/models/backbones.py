@@ -157,11 +157,7 @@ def _build(row: Backbone, num_classes: int, small_images: bool, in_channels: int
     model = _made(row, num_classes, small_images, in_channels)
     old = model.get_submodule(row.stem)
     assert isinstance(old, nn.Conv2d)
-    geometry: dict[str, Any] = {
-        "kernel_size": old.kernel_size,
-        "stride": old.stride,
-        "padding": old.padding,
-    }
+    geometry: dict[str, Any] = {"kernel_size": old.kernel_size, "stride": old.stride, "padding": old.padding}
     if small_images and not row.for_small:
         geometry = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1)}
     if any(getattr(old, k) != v for k, v in {"in_channels": in_channels, **geometry}.items()):

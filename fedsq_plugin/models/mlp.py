@@ -22,12 +22,7 @@ class MLP(nn.Module):
     """
 
     def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        hidden: Sequence[int] = (64, 64),
-        sigmoid: bool = False,
-        norm: bool = False,
+        self, inputs: int, outputs: int, hidden: Sequence[int] = (64, 64), sigmoid: bool = False, norm: bool = False
     ) -> None:
         super().__init__()
         widths = (inputs, *hidden)

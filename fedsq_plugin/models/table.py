@@ -59,12 +59,7 @@ class Backbone:
 
 def _resnet(name: str) -> Backbone:
     return Backbone(
-        name,
-        head="fc",
-        stem="conv1",
-        initialise=he,
-        first_pooling="maxpool",
-        early=("conv1", "bn1", "layer1"),
+        name, head="fc", stem="conv1", initialise=he, first_pooling="maxpool", early=("conv1", "bn1", "layer1")
     )
 
 
@@ -80,12 +75,7 @@ BACKBONES: dict[str, Backbone] = {
         ),
         *map(_resnet, ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")),
         Backbone(
-            "convnext_tiny",
-            "classifier.2",
-            "features.0.0",
-            truncated,
-            smooth=True,
-            early=("features.0", "features.1"),
+            "convnext_tiny", "classifier.2", "features.0.0", truncated, smooth=True, early=("features.0", "features.1")
         ),
         Backbone(
             "vit_b_16",
@@ -107,12 +97,7 @@ BACKBONES: dict[str, Backbone] = {
             ungated=("features.*.scale_activation",),
         ),
         Backbone(
-            "gelunet",
-            head="fc",
-            stem="features.0",
-            ours=GeluNet,
-            smooth=True,
-            early=("features.0", "features.1"),
+            "gelunet", head="fc", stem="features.0", ours=GeluNet, smooth=True, early=("features.0", "features.1")
         ),
     )
 }

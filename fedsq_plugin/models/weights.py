@@ -97,12 +97,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], head: str | None
     return [_left_out(str(head), state, own)] if left_out else []
 
 
-def _compare(
-    state: Mapping[str, Tensor],
-    own: Mapping[str, Tensor],
-    may_differ: set[str],
-    may_lack: set[str],
-) -> None:
+def _compare(state: Mapping[str, Tensor], own: Mapping[str, Tensor], may_differ: set[str], may_lack: set[str]) -> None:
     missing = [f"{k} {_size(own[k])}" for k in own if k not in state and k not in may_lack]
     unexpected = [f"{k} {_size(state[k])}" for k in state if k not in own]
     differing = [k for k in own if k in state and state[k].shape != own[k].shape and k not in may_differ]

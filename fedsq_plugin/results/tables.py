@@ -27,10 +27,7 @@ _MEASURES = {
     "bytes_per_round": "MB\n/round",
 }
 
-_COMPARED = {
-    "best accuracy": ("best_accuracy", 100, "points"),
-    "rounds to best": ("rounds_to_best", 1, "rounds"),
-}
+_COMPARED = {"best accuracy": ("best_accuracy", 100, "points"), "rounds to best": ("rounds_to_best", 1, "rounds")}
 """The differences that are shown: per title the measure, a factor and its unit."""
 
 _COMPARED_OF_ONE_ROUND = {"accuracy": ("final_accuracy", 100, "points")}
@@ -97,10 +94,7 @@ def _means(runs: pd.DataFrame) -> dict[str, list[str]]:
     """Per algorithm: number of seeds, then a cell per measure of `_titles`."""
     titles = _titles(runs)
     return {
-        row["algorithm"]: [
-            str(row["seeds"]),
-            *(_with_deviation(m, row[f"{m}_mean"], row[f"{m}_std"]) for m in titles),
-        ]
+        row["algorithm"]: [str(row["seeds"]), *(_with_deviation(m, row[f"{m}_mean"], row[f"{m}_std"]) for m in titles)]
         for row in over_seeds(runs).to_dict("records")
     }
 
@@ -145,12 +139,7 @@ def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for number, title in enumerate(titles):
         # Where space is short the names fold; a number cut short would be another number.
-        table.add_column(
-            Text(title),
-            justify="right" if number else "left",
-            no_wrap=number > 0,
-            overflow="fold",
-        )
+        table.add_column(Text(title), justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
     for cells in rows:
         # Text, so that rich does not take an algorithm's [brackets] for markup.
         table.add_row(*(Text(cell) for cell in cells))

@@ -8,10 +8,7 @@ from ..federation.options import Rule
 
 
 def _silos(
-    client_num_per_round: int,
-    client_num_in_total: int,
-    dataset: str = "",
-    brings_silos: Collection[str] = (),
+    client_num_per_round: int, client_num_in_total: int, dataset: str = "", brings_silos: Collection[str] = ()
 ) -> str | None:
     if client_num_per_round <= client_num_in_total or dataset in brings_silos:
         return None

@@ -38,11 +38,7 @@ class Hardening(Options):
         0.01, "warm_start_args", "ε of the target λ* = √(2/π)/ε (GELU)", idle=_no_relu_ise, gt=0, lt=0.79
     )
     relu_ise_learning_rate: float | None = option(
-        None,
-        "warm_start_args",
-        "its learning rate; null: warm_start_learning_rate",
-        idle=_no_relu_ise,
-        gt=0,
+        None, "warm_start_args", "its learning rate; null: warm_start_learning_rate", idle=_no_relu_ise, gt=0
     )
     relu_ise_lr_factor: float = option(10.0, "warm_start_args", "factor of that for λ", idle=_no_relu_ise, ge=0)
     relu_ise_initial: float = option(1.01, "warm_start_args", "λ at the start", idle=_no_relu_ise, gt=1)

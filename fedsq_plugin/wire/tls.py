@@ -120,10 +120,7 @@ def _handshake(listener: ssl.SSLContext, caller: ssl.SSLContext, refused: str) -
     `refused` begins the line where a side refuses the certificate.
     """
     to_listener, to_caller = ssl.MemoryBIO(), ssl.MemoryBIO()
-    sides = [
-        caller.wrap_bio(to_caller, to_listener),
-        listener.wrap_bio(to_listener, to_caller, server_side=True),
-    ]
+    sides = [caller.wrap_bio(to_caller, to_listener), listener.wrap_bio(to_listener, to_caller, server_side=True)]
     waiting = list(sides)
     while waiting:
         side = waiting.pop(0)

@@ -61,9 +61,7 @@ def main() -> None:
         print(f"{name:<18} {median:8.1f} ms   / FedAvg {middle:.3f}   (quartiles {low:.3f} to {high:.3f})")
 
 
-def stepper(
-    model: nn.Module, forward: Callable[[], torch.Tensor], labels: torch.Tensor
-) -> Callable[[], None]:
+def stepper(model: nn.Module, forward: Callable[[], torch.Tensor], labels: torch.Tensor) -> Callable[[], None]:
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
 
     def step() -> None:

@@ -37,9 +37,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="through torch.compile")
     options = parser.parse_args()
     if not torch.cuda.is_available() or options.gpu >= torch.cuda.device_count():
-        sys.exit(
-            f"gpu.py: torch sees no GPU {options.gpu} on this machine; client_step.py measures on the CPU"
-        )
+        sys.exit(f"gpu.py: torch sees no GPU {options.gpu} on this machine; client_step.py measures on the CPU")
     device = torch.device("cuda", options.gpu)
     torch.cuda.set_device(device)
     if options.compile:
@@ -97,18 +95,11 @@ def rows(
                 if kind == "FedSQ gates kept":
                     forward = GateCache(view, passes=forward)
                 name, *rest = kind.split(maxsplit=1)
-                yield (
-                    " ".join([name, suffix, *rest]),
-                    stepper(view, forward or view, images, labels, precision),
-                )
+                yield (" ".join([name, suffix, *rest]), stepper(view, forward or view, images, labels, precision))
 
 
 def stepper(
-    model: nn.Module,
-    forward: Callable[..., object],
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    precision: str,
+    model: nn.Module, forward: Callable[..., object], images: torch.Tensor, labels: torch.Tensor, precision: str
 ) -> Callable[[], None]:
     """As `local_update` does it."""
     training = LocalTraining(momentum=0.9, precision=precision)

@@ -53,8 +53,7 @@ def test_federation_solves_the_task(name: str) -> None:
         ("FrozenBN", {"1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked"}),
         (
             "FrozenEarly",
-            {"0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var"}
-            | {"1.num_batches_tracked"},
+            {"0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var"} | {"1.num_batches_tracked"},
         ),
         ("FedAvg", set()),
     ],
@@ -70,9 +69,7 @@ def test_order_in_which_clients_are_visited_changes_nothing(name: str) -> None:
     forwards, backwards = (Federation(name).repeat(3, visits) for visits in (1, -1))
     for one, other in zip(forwards.answers, backwards.answers, strict=True):
         assert {c: fingerprint(s) for c, s in one.items()} == {c: fingerprint(s) for c, s in other.items()}
-    assert fingerprint(forwards.own_server.state.tensors()) == fingerprint(
-        backwards.own_server.state.tensors()
-    )
+    assert fingerprint(forwards.own_server.state.tensors()) == fingerprint(backwards.own_server.state.tensors())
 
 
 @pytest.mark.parametrize("name", ["FedAvg", "FedProx", "FedSQ", "FedMR", "FedRep", "FedNCM"])
@@ -200,9 +197,7 @@ def run(variant: str) -> Federation:
     return Federation(name, options=changed(epochs=1, **options), training=training)
 
 
-@pytest.mark.parametrize(
-    ("variant", "stop"), [(v, stop) for v in VARIANTS for stop in ([2] if v in EVERY else [1, 3])]
-)
+@pytest.mark.parametrize(("variant", "stop"), [(v, stop) for v in VARIANTS for stop in ([2] if v in EVERY else [1, 3])])
 def test_run_that_was_stopped_goes_on_bit_for_bit(variant: str, stop: int, tmp_path: Path) -> None:
     whole, first, second = (run(variant) for _ in range(3))
     for clients in CLIENTS:

@@ -67,10 +67,7 @@ def published(
 
 
 def stepped(
-    given: Mapping[int, Mapping[str, Tensor]],
-    server: ServerState | None = None,
-    seed: int = 0,
-    **options: Any,
+    given: Mapping[int, Mapping[str, Tensor]], server: ServerState | None = None, seed: int = 0, **options: Any
 ) -> ServerState:
     server = server or ServerState(random_state(99))
     return recombine(server, given, ROLES, AllOptions(**options), seed)
@@ -92,9 +89,7 @@ def gathered(server: Server, silos: Sequence[int], arrival: Mapping[int, float])
 
 def test_published_rule() -> None:
     found = stepped(trained(4), ServerState(random_state(99), round=3), seed=5)
-    mean, following = published(
-        list(trained(4).values()), np.random.default_rng(derive("recombination", 5, 3))
-    )
+    mean, following = published(list(trained(4).values()), np.random.default_rng(derive("recombination", 5, 3)))
     assert [fingerprint(slot) for slot in found.slots] == [fingerprint(slot) for slot in following]
     for key, value in found.model.items():
         expected = mean[key] if value.is_floating_point() else mean[key].round()
@@ -132,8 +127,7 @@ def test_mean_is_the_same_before_and_after(slots: int, unit: Unit, seed: int) ->
     # Small integers, so that a sum does not depend on its order.
     with isolated(seed):
         given = {
-            n: {k: torch.randint(-8, 8, v.shape).to(v.dtype) for k, v in random_state(0).items()}
-            for n in range(slots)
+            n: {k: torch.randint(-8, 8, v.shape).to(v.dtype) for k, v in random_state(0).items()} for n in range(slots)
         }
     found = stepped(given, seed=seed, fedmr_unit=unit).slots
     for key in KEYS:
@@ -144,10 +138,7 @@ def test_mean_is_the_same_before_and_after(slots: int, unit: Unit, seed: int) ->
 def sources(found: ServerState, given: Mapping[int, Mapping[str, Tensor]]) -> dict[str, list[int]]:
     """For every key, the trained slot that each slot's entry came from."""
     return {
-        key: [
-            next(n for n, state in given.items() if torch.equal(state[key], slot[key]))
-            for slot in found.slots
-        ]
+        key: [next(n for n, state in given.items() if torch.equal(state[key], slot[key])) for slot in found.slots]
         for key in KEYS
     }
 

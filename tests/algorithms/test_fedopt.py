@@ -142,9 +142,7 @@ def test_optimizers_follow_the_naive_ones(
     st.sampled_from(OPTIMIZERS),
     st.lists(st.tuples(st.floats(0, 100, width=32), st.integers(0, 1000)), min_size=1, max_size=5),
 )
-def test_buffers_and_counters_are_the_means_whatever_the_optimizer(
-    rule: str, rounds: list[tuple[float, int]]
-) -> None:
+def test_buffers_and_counters_are_the_means_whatever_the_optimizer(rule: str, rounds: list[tuple[float, int]]) -> None:
     # A step along a variance that shrinks overshoots: with momentum it would become negative.
     found = server(rule, AllOptions(server_lr=2.0))
     for variance, count in rounds:
@@ -177,11 +175,7 @@ def test_memory_is_of_the_parameters_alone(rule: str, names: list[str]) -> None:
 
 def test_momentums_memory_by_hand() -> None:
     # Δ of the means above: 3 - 100, 7 - 100, 2 - 100.
-    assert plain(step(server("momentum"), *SILOS).memory["momentum"]) == {
-        "weight": -97.0,
-        "norm": -93.0,
-        "head": -98.0,
-    }
+    assert plain(step(server("momentum"), *SILOS).memory["momentum"]) == {"weight": -97.0, "norm": -93.0, "head": -98.0}
 
 
 @pytest.mark.parametrize("rule", OPTIMIZERS)
@@ -217,7 +211,5 @@ def test_options_of_the_algorithm_are_those_that_its_rule_reads(name: str) -> No
     rule = algorithm(name).server.name
     other = {"server_lr": 0.3, "server_momentum": 0.3, "server_beta2": 0.3, "server_tau": 0.3}
     default = weights(rule, AllOptions(), 0, 3, 1)
-    reads = {
-        key for key, value in other.items() if weights(rule, AllOptions(**{key: value}), 0, 3, 1) != default
-    }
+    reads = {key for key, value in other.items() if weights(rule, AllOptions(**{key: value}), 0, 3, 1) != default}
     assert reads == set(algorithm(name).option_names)

@@ -61,13 +61,7 @@ def test_frozen_path_is_no_prefix_of_a_name() -> None:
     assert still == {"layer1.weight", "layer1.bias"}
 
 
-@pytest.mark.parametrize(
-    "head",
-    [
-        None,
-        "1",
-    ],
-)
+@pytest.mark.parametrize("head", [None, "1"])
 def test_norm_layer_of_the_head_stays_without_norm_layers(head: str | None) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 3)))
     start = state_of(model)

@@ -84,13 +84,7 @@ def test_group_layer_and_rms_norm_stay() -> None:
     assert found == {"second.weight", "second.bias", "third.weight", "third.bias", "fourth.weight"}
 
 
-@pytest.mark.parametrize(
-    "head",
-    [
-        None,
-        "1",
-    ],
-)
+@pytest.mark.parametrize("head", [None, "1"])
 def test_norm_layer_of_the_head_stays_without_norm_layers(head: str | None) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.LayerNorm(2), nn.Linear(2, 2)))
     assert stays(model, "without norm layers", head) == {"1.0.weight", "1.0.bias"}
@@ -126,9 +120,7 @@ def test_exchanges_have_their_names() -> None:
     assert set(EXCHANGES) == {"all", "without norm layers", "body only"}
 
 
-@pytest.mark.parametrize(
-    ("exchange", "expected"), [("all", False), ("without norm layers", True), ("body only", True)]
-)
+@pytest.mark.parametrize(("exchange", "expected"), [("all", False), ("without norm layers", True), ("body only", True)])
 def test_personal_where_something_stays(exchange: str, expected: bool) -> None:
     assert Algorithm("Own", "nowhere", exchange=EXCHANGES[exchange]).personal is expected
 

@@ -30,9 +30,7 @@ from .task import OPTIONS, Batches, Federation, changed, corners, mlp, silos
 CLASSES, FEATURES = 3, 2
 Sample = tuple[tuple[int, int], int]
 samples = st.lists(
-    st.tuples(st.tuples(st.integers(-9, 9), st.integers(-9, 9)), st.integers(0, CLASSES - 1)),
-    min_size=1,
-    max_size=20,
+    st.tuples(st.tuples(st.integers(-9, 9), st.integers(-9, 9)), st.integers(0, CLASSES - 1)), min_size=1, max_size=20
 )
 
 
@@ -218,9 +216,7 @@ def test_update_with_sums_alone_counts() -> None:
 def test_expected_sums_are_like_those_that_silos_send(bias: bool) -> None:
     net = model(bias)
     sent, wanted = collect("1")(net, [batch([((1, 2), 0)])], "cpu"), expected("1")(state_of(net))
-    assert [(k, v.shape, v.dtype) for k, v in sent.items()] == [
-        (k, v.shape, v.dtype) for k, v in wanted.items()
-    ]
+    assert [(k, v.shape, v.dtype) for k, v in sent.items()] == [(k, v.shape, v.dtype) for k, v in wanted.items()]
 
 
 def test_sums_are_expected_in_the_first_round_alone() -> None:
@@ -250,9 +246,7 @@ def naive_head(features: list[list[float]], labels: list[int], classes: int) -> 
     rows = []
     for c in range(classes):
         own = [feature for feature, label in zip(features, labels, strict=True) if label == c]
-        mean = (
-            [sum(column) / len(own) for column in zip(*own, strict=True)] if own else [0.0] * len(features[0])
-        )
+        mean = [sum(column) / len(own) for column in zip(*own, strict=True)] if own else [0.0] * len(features[0])
         length = sum(value**2 for value in mean) ** 0.5
         rows.append([value / length if length else 0.0 for value in mean])
     return rows
@@ -262,17 +256,12 @@ def test_class_means_by_hand() -> None:
     # The features are the inputs. Class 0: (3, 0), (3, 8): mean (3, 4), length 5. Class 1: (0, -2).
     # Class 2: none.
     model = nn.Sequential(nn.Identity(), nn.Linear(2, 3))
-    data = [
-        (torch.tensor([[3.0, 0], [0, -2]]), torch.tensor([0, 1])),
-        (torch.tensor([[3.0, 8]]), torch.tensor([0])),
-    ]
+    data = [(torch.tensor([[3.0, 0], [0, -2]]), torch.tensor([0, 1])), (torch.tensor([[3.0, 8]]), torch.tensor([0]))]
     sums = collect("1")(model, data, "cpu")
     found = apply("1")(state_of(model), sums)
     assert torch.allclose(found["1.weight"], torch.tensor([[0.6, 0.8], [0, -1], [0, 0]]))
     assert found["1.bias"].tolist() == [0.0, 0.0, 0.0]
-    assert {name: value.tolist() for name, value in sums.items()} == {
-        "class sums": [[6, 8], [0, -2], [0, 0]],
-    }
+    assert {name: value.tolist() for name, value in sums.items()} == {"class sums": [[6, 8], [0, -2], [0, 0]]}
 
 
 def test_class_means_follow_the_naive_ones_over_the_pooled_data() -> None:
@@ -303,8 +292,7 @@ def test_everything_is_trained_after_the_first_round() -> None:
 
 
 @pytest.mark.parametrize(
-    ("probe_rounds", "heads"),
-    [(0, [False, False, False]), (1, [True, False, False]), (2, [True, True, False])],
+    ("probe_rounds", "heads"), [(0, [False, False, False]), (1, [True, False, False]), (2, [True, True, False])]
 )
 def test_head_alone_for_the_probe_rounds(probe_rounds: int, heads: list[bool]) -> None:
     options = changed(probe_rounds=probe_rounds)

@@ -79,11 +79,7 @@ def test_options_that_an_algorithm_reads(name: str, options: tuple[str, ...]) ->
 def test_algorithm_has_its_own_name_and_a_source(name: str) -> None:
     source = builtin()[name].source
     ablation = name.startswith("Frozen")
-    assert (builtin()[name].name, "arXiv" in source, source.startswith("ablation: ")) == (
-        name,
-        not ablation,
-        ablation,
-    )
+    assert (builtin()[name].name, "arXiv" in source, source.startswith("ablation: ")) == (name, not ablation, ablation)
 
 
 def test_no_two_algorithms_are_the_same() -> None:
@@ -92,13 +88,7 @@ def test_no_two_algorithms_are_the_same() -> None:
 
 @pytest.mark.parametrize(
     ("name", "nearest"),
-    [
-        ("FedSq", "FedSQ"),
-        ("fedavg", "FedAvg"),
-        ("FedProxx", "FedProx"),
-        ("LPFT", "LP-FT"),
-        ("fedyogy", "FedYogi"),
-    ],
+    [("FedSq", "FedSQ"), ("fedavg", "FedAvg"), ("FedProxx", "FedProx"), ("LPFT", "LP-FT"), ("fedyogy", "FedYogi")],
 )
 def test_unknown_name_gives_the_nearest(name: str, nearest: str) -> None:
     with pytest.raises(ConfigError, match=rf"unknown algorithm '{name}'; did you mean '{nearest}'\?"):
@@ -149,14 +139,10 @@ def test_three_parts_are_named_in_their_order() -> None:
     [
         ("FedAdam+FedYogi", "FedAdam and FedYogi do not go together: both choose server (adam; yogi)"),
         ("FedMR+FedAvgM", "FedMR and FedAvgM do not go together: both choose server (recombine; momentum)"),
-        (
-            "FedRep+FedBABU",
-            "FedRep and FedBABU do not go together: both choose phases (head then body; body only)",
-        ),
+        ("FedRep+FedBABU", "FedRep and FedBABU do not go together: both choose phases (head then body; body only)"),
         (
             "FedSQ+FedBN+FedRep",
-            "FedSQ+FedBN and FedRep do not go together: both choose exchange "
-            "(without norm layers; body only)",
+            "FedSQ+FedBN and FedRep do not go together: both choose exchange (without norm layers; body only)",
         ),
     ],
 )
@@ -208,14 +194,7 @@ def test_order_of_the_parts_does_not_matter(names: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [
-        ("FedSQ", True),
-        ("FedSQ+FedMR", True),
-        ("FedSq", False),
-        ("FedSQ+x", False),
-        ("", False),
-        ("FedSQ+", False),
-    ],
+    [("FedSQ", True), ("FedSQ+FedMR", True), ("FedSq", False), ("FedSQ+x", False), ("", False), ("FedSQ+", False)],
 )
 def test_known_names(name: str, expected: bool) -> None:
     assert known(name) is expected

@@ -72,18 +72,11 @@ class _Pass:
         return self.activate(input, _leaky(negative_slope), inplace)
 
     def rrelu(
-        self,
-        input: Tensor,
-        lower: float = 1 / 8,
-        upper: float = 1 / 3,
-        training: bool = False,
-        inplace: bool = False,
+        self, input: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False
     ) -> Tensor:
         return self.activate(input, _leaky((lower + upper) / 2), inplace)
 
-    def hardtanh(
-        self, input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
-    ) -> Tensor:
+    def hardtanh(self, input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
         return self.activate(input, _clipped(min_val, max_val), inplace)
 
     def threshold(self, input: Tensor, threshold: float, value: float, inplace: bool = False) -> Tensor:

@@ -130,9 +130,7 @@ def test_model_that_cannot_be_taken_whole_is_refused_in_one_line() -> None:
             return super().forward(x if x.sum().item() > 0 else -x)
 
     dual = DualCopy(Branches(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2)))
-    with pytest.raises(
-        ConfigError, match=r"^torch.compile does not take this model as a whole: .*compile: false$"
-    ):
+    with pytest.raises(ConfigError, match=r"^torch.compile does not take this model as a whole: .*compile: false$"):
         Compiled(dual, "aot_eager")(torch.randn(3, 6))
 
 

@@ -47,13 +47,7 @@ BY_HAND: dict[str, tuple[nn.Module, list[float], list[float], list[float], float
     # low low linear high high; the saturated ones are the bounds 0 and 6, whatever z is
     "relu6": (nn.ReLU6(), [-1, 0, 2, 6, 9], [0, 0, 12, 6, 6], [0, 0, -8, 6, 6], 1.0),
     # likewise with the bounds -1 and 2
-    "hardtanh": (
-        nn.Hardtanh(-1, 2),
-        [-3, -1, 0.5, 2, 5],
-        [-1, -1, 10.5, 2, 2],
-        [-1, -1, -9.5, 2, 2],
-        1.0,
-    ),
+    "hardtanh": (nn.Hardtanh(-1, 2), [-3, -1, 0.5, 2, 5], [-1, -1, 10.5, 2, 2], [-1, -1, -9.5, 2, 2], 1.0),
     # up to 1: the constant 20; above: z
     "threshold": (nn.Threshold(1, 20), [0, 1, 1.5], [20, 20, 11.5], [20, 20, -8.5], 1.0),
 }
@@ -139,9 +133,7 @@ def test_gradient_at_not_a_number_is_torchs(name: str) -> None:
     assert torch.equal(grad, expected)
 
 
-@pytest.mark.parametrize(
-    "f", [nn.Hardtanh(0.0, INF), nn.Hardtanh(-INF, 0.5), nn.Threshold(0.1, -INF)], ids=str
-)
+@pytest.mark.parametrize("f", [nn.Hardtanh(0.0, INF), nn.Hardtanh(-INF, 0.5), nn.Threshold(0.1, -INF)], ids=str)
 def test_infinite_bounds(f: nn.Module) -> None:
     x = tiny([-2.0, 0.0, 0.3, 4.0])
     assert torch.equal(DualCopy(nn.Sequential(f))(x), f(x))
@@ -392,9 +384,7 @@ def test_autograd_keeps_one_byte_per_activation(name: str, inplace: bool) -> Non
 def test_autograd_keeps_the_preactivation_for_prelu_only_once() -> None:
     z, weight = torch.randn(5, 7, requires_grad=True), torch.full((1,), 0.2, requires_grad=True)
     kept = saved(lambda: gates.apply(Pieces(z, slope=weight), gates.regions(Pieces(z))))
-    assert sorted(kept, key=str) == sorted(
-        [(torch.float32, 35), (torch.uint8, 35), (torch.float32, 1)], key=str
-    )
+    assert sorted(kept, key=str) == sorted([(torch.float32, 35), (torch.uint8, 35), (torch.float32, 1)], key=str)
 
 
 def test_a_gated_forward_keeps_no_more_floats_than_the_plain_one() -> None:

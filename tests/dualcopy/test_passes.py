@@ -601,9 +601,7 @@ def test_second_derivative_against_the_naive_implementation() -> None:
     assert_close(own, expected, **EXACT)
 
 
-ignore_checkpoint_warning = pytest.mark.filterwarnings(
-    "ignore:None of the inputs have requires_grad:UserWarning"
-)
+ignore_checkpoint_warning = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
 
 
 def checkpointed(reentrant: bool) -> DualCopy:

@@ -51,11 +51,7 @@ BY_HAND: dict[str, tuple[nn.Module, Tensor, Tensor]] = {
     # windows 2 9 | 9 4 1 | 1 5, of 2, 3 and 2 entries
     "adaptive": (nn.AdaptiveMaxPool1d(3), line(2, 9, 4, 1, 5), line(-9, -9, -5)),
     # one sample of (1 channel, 2 rows, 4 columns); windows 1 2 4 0 | 0 3 5 1
-    "2d": (
-        nn.MaxPool2d(2),
-        torch.tensor([[[[1.0, 2, 0, 3], [4, 0, 5, 1]]]]),
-        torch.tensor([[[[-4.0, -5]]]]),
-    ),
+    "2d": (nn.MaxPool2d(2), torch.tensor([[[[1.0, 2, 0, 3], [4, 0, 5, 1]]]]), torch.tensor([[[[-4.0, -5]]]])),
     # upper rows, left and right columns: 1 9 4 5 | 9 3 5 6; lower rows: 4 5 7 2 | 5 6 2 8
     "2d adaptive": (
         nn.AdaptiveMaxPool2d(2),
@@ -63,11 +59,7 @@ BY_HAND: dict[str, tuple[nn.Module, Tensor, Tensor]] = {
         torch.tensor([[[[-9.0, -9], [-7, -8]]]]),
     ),
     # all eight entries
-    "3d": (
-        nn.MaxPool3d(2),
-        torch.arange(8.0).reshape(1, 1, 2, 2, 2),
-        torch.tensor([[[[[-7.0]]]]]),
-    ),
+    "3d": (nn.MaxPool3d(2), torch.arange(8.0).reshape(1, 1, 2, 2, 2), torch.tensor([[[[[-7.0]]]]])),
     # (1 channel, 4), without a batch
     "unbatched": (nn.MaxPool1d(2), line(1, 5, 2, 0)[0], line(-5, -2)[0]),
 }
@@ -133,10 +125,7 @@ def test_unpooling_puts_values_where_the_structural_copy_took_them() -> None:
 # Each gives maxima of (1, 1, 4, 4), (1, 1, 4) or (1, 1, 4, 4, 4) input that are negated when routed.
 SPELLINGS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
     "F keyword": (2, lambda x: F.max_pool2d(input=x, kernel_size=2)),
-    "F every option": (
-        2,
-        lambda x: F.max_pool2d(x, (3, 2), [2, 1], (1, 1), (1, 1), ceil_mode=True),
-    ),
+    "F every option": (2, lambda x: F.max_pool2d(x, (3, 2), [2, 1], (1, 1), (1, 1), ceil_mode=True)),
     "F one-element lists": (2, lambda x: F.max_pool2d(x, [2], [1], [1], [1])),
     "F indices": (2, lambda x: F.max_pool2d(x, 2, return_indices=True)[0]),
     "F with_indices": (2, lambda x: F.max_pool2d_with_indices(x, 2)[0]),
@@ -194,12 +183,7 @@ def geometries(draw: st.DrawFn) -> Geometry:
         kernel, dilation = each(st.integers(1, 4)), each(st.integers(1, 3))
         padding = tuple(draw(st.integers(0, k // 2)) for k in kernel)
         stride = draw(st.none() | st.tuples(*[st.integers(1, 3)] * dims))
-        assume(
-            all(
-                d * (k - 1) + 1 <= n + 2 * p
-                for n, k, d, p in zip(sizes, kernel, dilation, padding, strict=True)
-            )
-        )
+        assume(all(d * (k - 1) + 1 <= n + 2 * p for n, k, d, p in zip(sizes, kernel, dilation, padding, strict=True)))
         options = {
             "kernel_size": kernel,
             "stride": stride,
@@ -361,9 +345,7 @@ def test_gates_of_another_input_size_are_refused(size: int) -> None:
 
 
 def test_pooled_values_may_be_written_into() -> None:
-    net = nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.MaxPool2d(2), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(36, 2)
-    )
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.MaxPool2d(2), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(36, 2))
     x, outputs = torch.randn(3, 1, 8, 8), []
     for model in (net, DualCopy(net)):
         net.zero_grad()

@@ -55,9 +55,7 @@ def test_without_a_precision_of_their_own_gates_depend_on_it() -> None:
 def test_gates_are_those_of_the_plain_model_in_that_precision(precision: Any, dtype: torch.dtype) -> None:
     net, x = network(), images(256)
     dual, found = DualCopy(net, structural_precision=precision), []
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, a: found.append(a[0] > 0)) for layer in (net[2], net[5])
-    ]
+    hooks = [layer.register_forward_pre_hook(lambda _, a: found.append(a[0] > 0)) for layer in (net[2], net[5])]
     with torch.autocast("cpu", dtype):
         net(x)
     for hook in hooks:
@@ -179,9 +177,7 @@ def test_precision_that_a_device_lacks_is_refused_in_one_line(monkeypatch: pytes
 
 def test_a_gpu_that_would_emulate_bf16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
-    with pytest.raises(
-        ConfigError, match="which cuda:0 does not do: it has no bf16 arithmetic; use fp16 or fp32"
-    ):
+    with pytest.raises(ConfigError, match="which cuda:0 does not do: it has no bf16 arithmetic; use fp16 or fp32"):
         refuse_unsupported("bf16", "cuda:0", "fedsq_args.structural_precision")
 
 

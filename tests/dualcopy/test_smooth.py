@@ -197,11 +197,7 @@ def test_gradient_reaches_the_parameter(kind: Kind) -> None:
 GREATEST: dict[Kind, float] = {"gelu": 0.17, "gelu_tanh": 0.171, "silu": 0.2785, "hardswish": 0.375}
 
 
-@given(
-    kind=st.sampled_from(KINDS),
-    lam=st.floats(1, 1e4),
-    x=st.floats(-1e6, 1e6, width=32),
-)
+@given(kind=st.sampled_from(KINDS), lam=st.floats(1, 1e4), x=st.floats(-1e6, 1e6, width=32))
 def test_distance_to_relu_is_bounded(kind: Kind, lam: float, x: float) -> None:
     value = lambda_activation(torch.tensor(x), lam, kind).item()
     # Rounding of float32, relative to x, comes on top.
@@ -281,10 +277,7 @@ def test_lambda_of_a_parameter_by_hand() -> None:
     assert module.lam.item() == pytest.approx(2.313261688, rel=1e-6)
 
 
-@given(
-    value=st.floats(1e-12, 1e4).map(lambda excess: 1 + excess),
-    temperature=st.floats(0.01, 10),
-)
+@given(value=st.floats(1e-12, 1e4).map(lambda excess: 1 + excess), temperature=st.floats(0.01, 10))
 def test_set_lambda_inverts_the_parameterisation(value: float, temperature: float) -> None:
     module = LambdaActivation("gelu", temperature=temperature).double()
     module.set_lambda(value)

@@ -305,12 +305,7 @@ def test_output_activation_inside_an_object_is_fine() -> None:
 
 @pytest.mark.parametrize(
     "f",
-    [
-        lambda x: x.sigmoid() * 2,
-        lambda x: 1 - x.sigmoid(),
-        lambda x: (x.sigmoid() * x, x),
-        lambda x: x.sigmoid().log(),
-    ],
+    [lambda x: x.sigmoid() * 2, lambda x: 1 - x.sigmoid(), lambda x: (x.sigmoid() * x, x), lambda x: x.sigmoid().log()],
 )
 def test_activation_that_is_computed_with_is_hidden(f: Callable[[Tensor], Any]) -> None:
     assert [finding.what for finding in validate(nn.Sequential(nn.ReLU(), Shifted(f)), X)] == [
@@ -426,9 +421,7 @@ def test_accepted_activation_is_the_quantitative_copys() -> None:
 # No gate at all, and modules that cannot be looked into
 
 
-@pytest.mark.parametrize(
-    "model", [nn.Linear(4, 2), nn.Sequential(nn.Linear(4, 2), nn.Softmax(-1)), nn.Identity()]
-)
+@pytest.mark.parametrize("model", [nn.Linear(4, 2), nn.Sequential(nn.Linear(4, 2), nn.Softmax(-1)), nn.Identity()])
 def test_no_gate_is_refused_at_the_first_forward(model: nn.Module) -> None:
     dual = DualCopy(model)
     with pytest.raises(GateError, match="no gate"):

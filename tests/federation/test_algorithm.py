@@ -144,10 +144,7 @@ def test_settings_out_of_range_are_refused() -> None:
 
 
 def test_settings_of_a_group_that_extends_anothers_are_its_own() -> None:
-    assert algorithm("FedAdam").option_names == (
-        *("server_lr", "server_momentum"),
-        *("server_beta2", "server_tau"),
-    )
+    assert algorithm("FedAdam").option_names == (*("server_lr", "server_momentum"), *("server_beta2", "server_tau"))
 
 
 def test_groups_together_have_each_option_once() -> None:

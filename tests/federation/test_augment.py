@@ -30,10 +30,7 @@ def naive_crop(batch: Tensor, rows: Tensor, columns: Tensor, top: int, left: int
     for n in range(count):
         for i in range(height):
             for j in range(width):
-                source = (
-                    reflected(i + int(rows[n]) - top, height),
-                    reflected(j + int(columns[n]) - left, width),
-                )
+                source = (reflected(i + int(rows[n]) - top, height), reflected(j + int(columns[n]) - left, width))
                 result[n, :, i, j] = batch[n, :, source[0], source[1]]
     return result
 

@@ -43,10 +43,7 @@ def test_loss_and_accuracy_by_hand() -> None:
 def test_batches_count_by_their_samples() -> None:
     # Three right in the first batch, one wrong in the second: (3·ln(4/3) + ln 4) / 4, not the mean of
     # the two batches' means.
-    batches = [
-        (torch.stack([RIGHT] * 3), torch.tensor([1, 1, 1])),
-        (torch.stack([WRONG]), torch.tensor([1])),
-    ]
+    batches = [(torch.stack([RIGHT] * 3), torch.tensor([1, 1, 1])), (torch.stack([WRONG]), torch.tensor([1]))]
     found = evaluate(nn.Identity(), batches)
     assert found.loss == pytest.approx((3 * math.log(4 / 3) + math.log(4)) / 4, rel=1e-6)
     assert (found.accuracy, found.samples) == (0.75, 4)

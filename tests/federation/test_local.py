@@ -177,14 +177,7 @@ def test_epochs_of_a_shuffled_loader_differ_in_order() -> None:
 def test_no_step_leaves_the_model_and_gives_a_nan_loss(batches: Batches, epochs: int) -> None:
     model = Weight()
     found = local_update(
-        model,
-        batches,
-        LocalTraining(),
-        [Phase(epochs, ALL)],
-        roles(model),
-        round=0,
-        seed=0,
-        loss=half_square,
+        model, batches, LocalTraining(), [Phase(epochs, ALL)], roles(model), round=0, seed=0, loss=half_square
     )
     assert (found.steps, found.loss != found.loss, model.w.item()) == (0, True, 1.0)
 
@@ -337,8 +330,7 @@ def test_sums_see_the_model_as_the_phase_before_left_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("parts", "expected"),
-    [([], False), ([SUMS], False), ([Phase(0, ALL)], True), ([SUMS, Phase(1, ALL)], True)],
+    ("parts", "expected"), [([], False), ([SUMS], False), ([Phase(0, ALL)], True), ([SUMS, Phase(1, ALL)], True)]
 )
 def test_whether_parts_train(parts: list[Phase | Statistics], expected: bool) -> None:
     assert trains(parts) is expected

@@ -11,15 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedsq_plugin.errors import UpdateError
-from fedsq_plugin.federation.messages import (
-    RESERVED,
-    Announcement,
-    Assignment,
-    packed,
-    unpacked,
-    update_of,
-    with_sums,
-)
+from fedsq_plugin.federation.messages import RESERVED, Announcement, Assignment, packed, unpacked, update_of, with_sums
 from fedsq_plugin.federation.state import State, fingerprint, nbytes, state_of
 
 tensors = st.one_of(
@@ -28,14 +20,11 @@ tensors = st.one_of(
     st.booleans().map(torch.tensor),
 )
 # A state dict's keys: attribute names joined by dots, but also what a parametrisation may add.
-keys = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12).filter(
-    lambda k: not k.startswith(RESERVED)
-)
+keys = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12).filter(lambda k: not k.startswith(RESERVED))
 states = st.dictionaries(keys, tensors, max_size=5).map(OrderedDict)
 hexadecimal = st.text("0123456789abcdef", min_size=64, max_size=64)
 announcements = st.one_of(
-    st.just(Announcement(None)),
-    st.builds(Announcement, hexadecimal, st.one_of(st.none(), states.filter(bool))),
+    st.just(Announcement(None)), st.builds(Announcement, hexadecimal, st.one_of(st.none(), states.filter(bool)))
 )
 
 

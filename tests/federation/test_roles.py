@@ -58,9 +58,7 @@ def test_head_is_matched_by_whole_path_components() -> None:
 
 
 def test_norm_parameters_inside_the_head_have_a_role_of_their_own() -> None:
-    model = nn.ModuleDict(
-        {"body": nn.Linear(2, 2), "head": nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1))}
-    )
+    model = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1))})
     assert roles(model, "head") == {
         "body.weight": Role.BODY,
         "body.bias": Role.BODY,
@@ -91,13 +89,7 @@ def test_parameter_is_no_head() -> None:
 
 @pytest.mark.parametrize(
     "norm",
-    [
-        nn.GroupNorm(2, 4),
-        nn.LayerNorm(4),
-        nn.RMSNorm(4),
-        nn.InstanceNorm2d(4, affine=True),
-        nn.LazyBatchNorm2d(),
-    ],
+    [nn.GroupNorm(2, 4), nn.LayerNorm(4), nn.RMSNorm(4), nn.InstanceNorm2d(4, affine=True), nn.LazyBatchNorm2d()],
     ids=lambda norm: type(norm).__name__,
 )
 def test_other_normalisations_are_found_by_type(norm: nn.Module) -> None:

@@ -149,9 +149,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("what", sorted(WRONG))
-def test_bad_update_is_refused_by_name_and_the_round_goes_on(
-    what: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_bad_update_is_refused_by_name_and_the_round_goes_on(what: str, caplog: pytest.LogCaptureFixture) -> None:
     answer, reason = WRONG[what]
     server, without = served(), served()
     with caplog.at_level(logging.WARNING):

@@ -14,10 +14,7 @@ from fedsq_plugin.federation.seeding import derive, isolated, sample_clients
 
 @pytest.mark.parametrize(
     ("keys", "text", "literal"),
-    [
-        (("clients", 0, 3), b"str:clients/int:0/int:3", 463_031_427),
-        ((1, "1"), b"int:1/str:1", 1_467_293_484),
-    ],
+    [(("clients", 0, 3), b"str:clients/int:0/int:3", 463_031_427), ((1, "1"), b"int:1/str:1", 1_467_293_484)],
 )
 def test_derive_is_the_same_on_every_machine(keys: tuple[int | str, ...], text: bytes, literal: int) -> None:
     # The first four bytes of SHA-256, big endian, by the definition and as a number written down once.

@@ -47,9 +47,7 @@ def test_kept_buffers_and_counters_are_the_servers() -> None:
 @pytest.mark.parametrize("buffers", ["average", "keep"])
 def test_order_and_types_are_the_states(buffers: Buffers, rule: str) -> None:
     found = step(server(rule, AllOptions(buffers=buffers)), *SILOS).model
-    assert [(key, value.dtype) for key, value in found.items()] == [
-        (key, value.dtype) for key, value in SERVER.items()
-    ]
+    assert [(key, value.dtype) for key, value in found.items()] == [(key, value.dtype) for key, value in SERVER.items()]
 
 
 @pytest.mark.parametrize("rule", sorted(RULES))
@@ -180,9 +178,7 @@ def median(
 ) -> ServerState:
     """The middle update, and how often it was asked for; a value of another package."""
     middle = {
-        key: torch.stack([update[key].double() for update in trained.values()])
-        .median(0)
-        .values.to(kept.dtype)
+        key: torch.stack([update[key].double() for update in trained.values()]).median(0).values.to(kept.dtype)
         for key, kept in server.model.items()
     }
     rounds = server.memory.get("rounds", OrderedDict(count=torch.tensor(0)))
@@ -232,9 +228,7 @@ GATED = {"weight": Role.BODY, "count": Role.COUNTER, "head": Role.HEAD}
 
 def model(value: float) -> State:
     return OrderedDict(
-        weight=torch.tensor([float(value)]),
-        count=torch.tensor(int(value)),
-        head=torch.tensor([float(value)]),
+        weight=torch.tensor([float(value)]), count=torch.tensor(int(value)), head=torch.tensor([float(value)])
     )
 
 

@@ -44,16 +44,10 @@ FULL = ServerState(
 def assert_same(one: ServerState, other: ServerState) -> None:
     assert fingerprint(one.tensors()) == fingerprint(other.tensors())
     assert one.about() == other.about()
-    assert (one.round, one.structural_version, one.told) == (
-        other.round,
-        other.structural_version,
-        other.told,
-    )
+    assert (one.round, one.structural_version, one.told) == (other.round, other.structural_version, other.told)
     assert fingerprint(one.model) == fingerprint(other.model)
     assert [fingerprint(slot) for slot in one.slots] == [fingerprint(slot) for slot in other.slots]
-    assert {k: fingerprint(v) for k, v in one.memory.items()} == {
-        k: fingerprint(v) for k, v in other.memory.items()
-    }
+    assert {k: fingerprint(v) for k, v in one.memory.items()} == {k: fingerprint(v) for k, v in other.memory.items()}
     assert (one.structural is None) == (other.structural is None)
     assert fingerprint(one.structural or {}) == fingerprint(other.structural or {})
 

@@ -123,8 +123,7 @@ def test_refused_update_is_noted_and_the_run_goes_on() -> None:
     broken(found, 1)
     found.run_rounds()
     assert [record.notes for record in found.records] == [
-        [f"round {round}: the update of silo 1 is refused: 0.weight has NaN or infinite values"]
-        for round in (1, 2, 3)
+        [f"round {round}: the update of silo 1 is refused: 0.weight has NaN or infinite values"] for round in (1, 2, 3)
     ]
     assert all(torch.isfinite(value).all() for value in found.state.values())
 
@@ -154,9 +153,7 @@ def test_fine_tuning_of_the_head_leaves_the_body() -> None:
     client = Client(mlp(), federation.algorithm, options, LocalTraining(learning_rate=0.1), 0)
     found = LocalSilos(client, data, data, head_only=True)
     found.test(0, Assignment(federation.state), 2)
-    moved = {
-        key for key, value in client.model.state_dict().items() if not torch.equal(value, federation.state[key])
-    }
+    moved = {key for key, value in client.model.state_dict().items() if not torch.equal(value, federation.state[key])}
     assert moved == {"3.weight", "3.bias"}
 
 

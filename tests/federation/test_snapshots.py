@@ -38,10 +38,7 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     ServerSnapshots(tmp_path, RUN).save(given, silos)
     found = ServerSnapshots(tmp_path, RUN).newest()
     assert found is not None
-    assert (found[0].about(), fingerprint(found[0].tensors())) == (
-        given.about(),
-        fingerprint(given.tensors()),
-    )
+    assert (found[0].about(), fingerprint(found[0].tensors())) == (given.about(), fingerprint(given.tensors()))
     assert fingerprint(found[1]) == fingerprint(silos)
 
 

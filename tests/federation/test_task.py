@@ -42,9 +42,7 @@ def test_a_metric_of_all_predictions_sees_them_together() -> None:
 
 def test_targets_come_first_and_keep_their_shape() -> None:
     seen = []
-    task = Task(
-        squares, OfPredictions("seen", lambda targets, outputs: seen.append((targets, outputs)) or 0.5)
-    )
+    task = Task(squares, OfPredictions("seen", lambda targets, outputs: seen.append((targets, outputs)) or 0.5))
     evaluate(nn.Identity(), [(torch.ones(2, 1), torch.zeros(2, 1)), (torch.ones(1, 1), torch.zeros(1, 1))],
              "cpu", *task)  # fmt: skip
     assert (seen[0][0] == 0).all() and (seen[0][1] == 1).all() and seen[0][0].shape == (3, 1)
@@ -69,16 +67,14 @@ def test_a_metric_without_comparable_samples_is_nan() -> None:
 
 
 def test_a_worker_trains_on_the_tasks_loss() -> None:
-    
+
     from fedsq_plugin.algorithms import algorithm
     from fedsq_plugin.federation.client import Client
     from fedsq_plugin.federation.training import LocalTraining
 
     model = nn.Linear(1, 1, bias=False)
     nn.init.ones_(model.weight)
-    client = Client(
-        model, algorithm("FedAvg"), AllOptions(), LocalTraining(learning_rate=0.1), seed=0, loss=squares
-    )
+    client = Client(model, algorithm("FedAvg"), AllOptions(), LocalTraining(learning_rate=0.1), seed=0, loss=squares)
     client.train(0, [(torch.tensor([[2.0]]), torch.tensor([[1.0]]))], 0)
     # d/dw (2w - 1)² = 4 (2w - 1) = 4 at w = 1
     assert model.weight.item() == pytest.approx(1 - 0.1 * 4)

@@ -97,14 +97,8 @@ def test_adam_and_adamw_decay_differently() -> None:
     [
         (LocalTraining(learning_rate=0.2), [0.2, 0.2, 0.2, 0.2]),
         # 0.2·(1 + cos(πr/4))/2 for r = 0 … 3; cos(π/4) = 0.70710678
-        (
-            LocalTraining(learning_rate=0.2, lr_schedule="cosine", comm_round=4),
-            [0.2, 0.170710678, 0.1, 0.029289322],
-        ),
-        (
-            LocalTraining(learning_rate=0.8, lr_schedule="step", lr_decay=0.5, lr_decay_rounds=2),
-            [0.8, 0.8, 0.4, 0.4],
-        ),
+        (LocalTraining(learning_rate=0.2, lr_schedule="cosine", comm_round=4), [0.2, 0.170710678, 0.1, 0.029289322]),
+        (LocalTraining(learning_rate=0.8, lr_schedule="step", lr_decay=0.5, lr_decay_rounds=2), [0.8, 0.8, 0.4, 0.4]),
     ],
     ids=["constant", "cosine", "step"],
 )
@@ -125,14 +119,7 @@ def gradient_step(clip_norm: float | None) -> list[float]:
     batches = [(torch.tensor([[3.0, 4.0]]), torch.zeros(1))]
     training = LocalTraining(learning_rate=1.0, clip_norm=clip_norm)
     local_update(
-        model,
-        batches,
-        training,
-        [Phase(1, ALL)],
-        roles(model),
-        round=0,
-        seed=0,
-        loss=lambda output, _: output.sum(),
+        model, batches, training, [Phase(1, ALL)], roles(model), round=0, seed=0, loss=lambda output, _: output.sum()
     )
     return list(model.weight[0].tolist())
 

@@ -9,14 +9,7 @@ import torch
 from torch import Tensor
 
 from fedsq_plugin.federation.messages import Update
-from fedsq_plugin.federation.updates import (
-    brief,
-    changed_count,
-    counts_problem,
-    metrics_of,
-    metrics_problem,
-    problem,
-)
+from fedsq_plugin.federation.updates import brief, changed_count, counts_problem, metrics_of, metrics_problem, problem
 
 
 def template() -> OrderedDict[str, Tensor]:

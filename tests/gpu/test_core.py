@@ -52,9 +52,7 @@ def share_that_differs(a: list[Gate], b: list[Gate]) -> float:
 def train(model: nn.Module, device: Any, forward: Any = None, **options: Any) -> LocalResult:
     training, phase = LocalTraining(learning_rate=0.01, **options), Phase(1, frozenset(Role))
     known = roles(model)
-    return local_update(
-        model, batches(), training, [phase], known, round=0, seed=0, device=device, forward=forward
-    )
+    return local_update(model, batches(), training, [phase], known, round=0, seed=0, device=device, forward=forward)
 
 
 def test_output_is_the_plain_models_bit_for_bit(gpu: torch.device) -> None:
@@ -95,12 +93,7 @@ def test_local_update_follows_the_cpus(gpu: torch.device, optimizer: Any) -> Non
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
     there, here = copy.deepcopy(net), net
-    options = {
-        "optimizer": optimizer,
-        "momentum": 0.9,
-        "weight_decay": 1e-3,
-        "augmentation": ("crop", "flip"),
-    }
+    options = {"optimizer": optimizer, "momentum": 0.9, "weight_decay": 1e-3, "augmentation": ("crop", "flip")}
     far, near = train(there, gpu, **options), train(here, "cpu", **options)
     assert far.loss == pytest.approx(near.loss, rel=1e-4)
     for key, value in state_of(here).items():

@@ -19,9 +19,7 @@ def fedsq(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*PYTHON, *arguments], capture_output=True, text=True, timeout=500)
 
 
-@pytest.mark.parametrize(
-    "options", [(), ("precision=bf16", "channels_last=true"), ("precision=fp16", "compile=true")]
-)
+@pytest.mark.parametrize("options", [(), ("precision=bf16", "channels_last=true"), ("precision=fp16", "compile=true")])
 def test_two_silos_in_one_process(tmp_path: Path, options: tuple[str, ...]) -> None:
     out = tmp_path / "run"
     settings = [part for option in (*TWO_SILOS, *options) for part in ("--set", option)]
@@ -40,8 +38,6 @@ def test_two_silos_over_mpi(tmp_path: Path) -> None:
 
 
 def test_gpu_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    done = fedsq(
-        "run", str(RECIPE), "--set", "using_gpu=true", "--set", "gpu_id=99", "--out", str(tmp_path / "run")
-    )
+    done = fedsq("run", str(RECIPE), "--set", "using_gpu=true", "--set", "gpu_id=99", "--out", str(tmp_path / "run"))
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "gpu_id is 99, but this machine has" in done.stderr

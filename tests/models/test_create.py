@@ -261,9 +261,7 @@ def test_imagenet_without_a_network_says_what_and_offers_a_file(hub):
     )
 
 
-@pytest.mark.parametrize(
-    "fault", [TimeoutError("timed out"), RuntimeError('invalid hash value (expected "f37072fd")')]
-)
+@pytest.mark.parametrize("fault", [TimeoutError("timed out"), RuntimeError('invalid hash value (expected "f37072fd")')])
 def test_a_download_that_breaks_off_is_one_line(hub, monkeypatch, fault):
     def broken(*args, **kwargs):
         raise fault
@@ -301,8 +299,7 @@ def test_a_broken_file_in_the_download_folder_is_one_line(hub, content):
 
 
 @pytest.mark.parametrize(
-    ("options", "remedy"),
-    [({"small_images": True}, "small_images: false"), ({"in_channels": 1}, "in_channels: 3")],
+    ("options", "remedy"), [({"small_images": True}, "small_images: false"), ({"in_channels": 1}, "in_channels: 3")]
 )
 @pytest.mark.parametrize("name", ["alexnet", "vit_b_16"])
 def test_imagenet_needs_large_images_of_three_channels(hub, name, options, remedy):

@@ -132,9 +132,7 @@ def test_another_suffix_is_refused(tmp_path, name):
     assert "must end in .safetensors, .pt, .pth, .bin" in read_error(tmp_path / name)
 
 
-@pytest.mark.parametrize(
-    ("name", "reader"), [("w.pt", "torch.load"), ("w.safetensors", "safetensors.torch.load_file")]
-)
+@pytest.mark.parametrize(("name", "reader"), [("w.pt", "torch.load"), ("w.safetensors", "safetensors.torch.load_file")])
 def test_a_file_that_may_not_be_read_is_refused(tmp_path, monkeypatch, name, reader):
     def forbidden(*args, **kwargs):  # root, which tests may run as, could read any file
         raise PermissionError(13, "Permission denied")
@@ -236,9 +234,7 @@ def test_a_file_that_fits_is_loaded_whole_and_in_place():
 def test_a_head_of_another_size_keeps_its_new_values_and_is_reported():
     model = net(3)
     fresh = model[5].weight.clone(), model[5].bias.clone()
-    assert load_weights(model, state(200), HEAD) == [
-        "head 5: the file has 200 outputs, the model 3; newly initialised"
-    ]
+    assert load_weights(model, state(200), HEAD) == ["head 5: the file has 200 outputs, the model 3; newly initialised"]
     assert torch.equal(model[5].weight, fresh[0]) and torch.equal(model[5].bias, fresh[1])
     assert bool((model[0].weight == 4).all())
 
@@ -285,8 +281,7 @@ def test_missing_and_unknown_keys_are_named():
     file = state()
     del file["1.bias"]
     assert load_error(file) == (
-        "the file's tensors do not fit: 1 missing in the file (1.bias 2); "
-        "use the model that the file was made with"
+        "the file's tensors do not fit: 1 missing in the file (1.bias 2); use the model that the file was made with"
     )
     assert "1 unknown to the model (6.weight 3x1)" in load_error(state(**{"6_weight": torch.ones(3, 1)}))
     message = load_error({f"x{i}": torch.tensor(1.0) for i in range(5)})
@@ -329,9 +324,7 @@ def test_a_head_that_is_left_out_must_be_finite_too():
 
 def test_values_that_the_models_dtype_cannot_hold_are_refused():
     large = torch.full((2,), 1e300, dtype=torch.float64)
-    assert "1.bias has values in the file that are not finite in float32" in load_error(
-        state(**{"1_bias": large})
-    )
+    assert "1.bias has values in the file that are not finite in float32" in load_error(state(**{"1_bias": large}))
     for value in (float("nan"), 1e30):
         file = state(**{"1_num_batches_tracked": torch.tensor(value)})
         assert "1.num_batches_tracked" in load_error(file)

@@ -29,9 +29,7 @@ def row(**values: Any) -> dict[str, Any]:
     }
 
 
-def table(
-    accuracies: Mapping[tuple[str, int], Sequence[float]], split: str = "test", **values: Any
-) -> pd.DataFrame:
+def table(accuracies: Mapping[tuple[str, int], Sequence[float]], split: str = "test", **values: Any) -> pd.DataFrame:
     """Metrics of `split` with these accuracies per round, given per algorithm and seed."""
     rows = [
         row(algorithm=algorithm, seed=seed, round=number, accuracy=accuracy, split=split, **values)

@@ -12,12 +12,7 @@ from matplotlib.image import imread
 from fedsq_plugin.errors import ConfigError
 from fedsq_plugin.results.lambdas import lambda_profile
 
-HISTORY = [
-    {"b": 1.01, "a": 1.01},
-    {"b": 1.5, "a": 1.2},
-    {"b": 10.0, "a": 20.0},
-    {"b": 79.0, "a": 138.0},
-]
+HISTORY = [{"b": 1.01, "a": 1.01}, {"b": 1.5, "a": 1.2}, {"b": 10.0, "a": 20.0}, {"b": 79.0, "a": 138.0}]
 TARGET = {"a": 138.6, "b": 79.8}
 
 
@@ -37,9 +32,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def lines(figure: Any) -> dict[str, list[float]]:
     """Values of each line, by its label on one line."""
-    return {
-        line.get_label().replace("\n", " "): list(line.get_ydata()) for line in figure.axes[0].get_lines()
-    }
+    return {line.get_label().replace("\n", " "): list(line.get_ydata()) for line in figure.axes[0].get_lines()}
 
 
 def many(layers: int) -> tuple[list[dict[str, float]], dict[str, float]]:
@@ -88,9 +81,7 @@ def test_legend_names_the_lines(tmp_path: Path, drawn: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("layers", [1, 2, 12, 49])
-def test_layers_names_neither_overlap_nor_leave_the_picture(
-    layers: int, tmp_path: Path, drawn: list[Any]
-) -> None:
+def test_layers_names_neither_overlap_nor_leave_the_picture(layers: int, tmp_path: Path, drawn: list[Any]) -> None:
     history, target = many(layers)
     lambda_profile(history, 1, target, tmp_path / "a.png")
     boxes = [label.get_window_extent() for label in drawn[0].axes[0].get_xticklabels()]
@@ -100,9 +91,7 @@ def test_layers_names_neither_overlap_nor_leave_the_picture(
 
 
 @pytest.mark.parametrize("layers", [1, 49])
-def test_legend_lies_within_the_picture_beside_the_axes(
-    layers: int, tmp_path: Path, drawn: list[Any]
-) -> None:
+def test_legend_lies_within_the_picture_beside_the_axes(layers: int, tmp_path: Path, drawn: list[Any]) -> None:
     history, target = many(layers)
     lambda_profile(history, 1, target, tmp_path / "a.png")
     legend = drawn[0].legends[0].get_window_extent()

@@ -16,20 +16,10 @@ from fedsq_plugin.results.rundir import RunDirectory
 
 from .rows import NAN, table
 
-TWO = {
-    ("FedSQ", 0): [0.25, 0.75],
-    ("FedSQ", 1): [0.5, NAN],
-    ("FedAvg", 0): [0.5, 0.5],
-    ("FedAvg", 1): [0.25, 0.25],
-}
+TWO = {("FedSQ", 0): [0.25, 0.75], ("FedSQ", 1): [0.5, NAN], ("FedAvg", 0): [0.5, 0.5], ("FedAvg", 1): [0.25, 0.25]}
 
 
-SILOS = {
-    ("FedSQ", 0): [0.25, 0.75],
-    ("FedSQ", 1): [0.75, 0.25],
-    ("FedAvg", 0): [0.5, 0.5],
-    ("FedAvg", 1): [0.25, 0.5],
-}
+SILOS = {("FedSQ", 0): [0.25, 0.75], ("FedSQ", 1): [0.75, 0.25], ("FedAvg", 0): [0.5, 0.5], ("FedAvg", 1): [0.25, 0.5]}
 TUNED = {("FedSQ", 0): [1.0], ("FedSQ", 1): [0.5], ("FedRep", 1): [0.75]}
 
 
@@ -134,10 +124,7 @@ def test_every_split_has_its_table_under_a_line(tmp_path: Path) -> None:
 
 def test_a_single_run_has_a_row_in_every_table(tmp_path: Path) -> None:
     run = directory(
-        tmp_path,
-        {("FedSQ", 3): [0.5, 0.25]},
-        silos={("FedSQ", 3): [0.625, 0.75]},
-        silos_tuned={("FedSQ", 3): [1]},
+        tmp_path, {("FedSQ", 3): [0.5, 0.25]}, silos={("FedSQ", 3): [0.625, 0.75]}, silos_tuned={("FedSQ", 3): [1]}
     )
     shown = text(write_report(run))
     rows = [line.split() for line in shown.splitlines() if line.startswith("FedSQ")]
@@ -220,8 +207,7 @@ def test_the_plots_get_what_the_runner_stored(tmp_path: Path, monkeypatch: pytes
     module = "fedsq_plugin.results.report"
     monkeypatch.setattr(f"{module}.accuracy_over_rounds", lambda *_, **options: given.update(options))
     monkeypatch.setattr(
-        f"{module}.label_distribution",
-        lambda counts, _, classes: given.update(counts=counts, classes=classes),
+        f"{module}.label_distribution", lambda counts, _, classes: given.update(counts=counts, classes=classes)
     )
     run = directory(tmp_path, TWO)
     # (.25 + .5) / 2 = .375; seed 2 had none

@@ -125,9 +125,7 @@ def test_path_for_stays_inside(tmp_path: Path) -> None:
         run.path_for("../other")
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "x.json"
     atomic_write(target, b"old")
 

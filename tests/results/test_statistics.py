@@ -16,10 +16,7 @@ from .rows import NAN, row, table
 
 ACCURACIES = st.lists(st.floats(0, 1) | st.just(NAN), min_size=1, max_size=4)
 TABLES = st.dictionaries(
-    st.tuples(st.sampled_from(["FedAvg", "FedSQ", "FedBN"]), st.integers(0, 3)),
-    ACCURACIES,
-    min_size=1,
-    max_size=8,
+    st.tuples(st.sampled_from(["FedAvg", "FedSQ", "FedBN"]), st.integers(0, 3)), ACCURACIES, min_size=1, max_size=8
 ).map(table)
 
 # Best accuracies: FedAvg .5 .6 .7, FedSQ .6 .5 .9, for the seeds 0 1 2.
@@ -66,13 +63,7 @@ def test_one_run_by_hand() -> None:
 def test_other_splits_have_accuracies_only() -> None:
     metrics = table({("FedSQ", 0): [0.25, 0.75, 0.5], ("FedAvg", 0): [0.5]}, "silos")
     fedsq, average = runs(metrics, "silos").to_dict("records")
-    assert fedsq == {
-        "algorithm": "FedSQ",
-        "seed": 0,
-        "best_accuracy": 0.75,
-        "rounds_to_best": 2,
-        "final_accuracy": 0.5,
-    }
+    assert fedsq == {"algorithm": "FedSQ", "seed": 0, "best_accuracy": 0.75, "rounds_to_best": 2, "final_accuracy": 0.5}
     # One round only, but the split has several.
     assert (average["best_accuracy"], average["final_accuracy"]) == (0.5, 0.5)
 
@@ -96,11 +87,7 @@ def test_a_split_of_one_round_has_one_accuracy() -> None:
 
 def test_algorithms_by_appearance_and_seeds_ascending() -> None:
     of = runs(table({("FedSQ", 2): [0.1], ("FedAvg", 1): [0.1], ("FedSQ", 0): [0.1]}))
-    assert list(zip(of["algorithm"], of["seed"], strict=True)) == [
-        ("FedSQ", 0),
-        ("FedSQ", 2),
-        ("FedAvg", 1),
-    ]
+    assert list(zip(of["algorithm"], of["seed"], strict=True)) == [("FedSQ", 0), ("FedSQ", 2), ("FedAvg", 1)]
 
 
 def test_a_diverged_run_keeps_its_best_and_has_no_final() -> None:
@@ -193,9 +180,7 @@ def test_the_order_of_rows_changes_no_bit(metrics: pd.DataFrame, shuffle: object
     one, two = runs(metrics), runs(metrics.iloc[order])
     keys = ["algorithm", "seed"]
     assert_frame_equal(
-        one.sort_values(keys, ignore_index=True),
-        two.sort_values(keys, ignore_index=True),
-        check_exact=True,
+        one.sort_values(keys, ignore_index=True), two.sort_values(keys, ignore_index=True), check_exact=True
     )
     assert_frame_equal(
         over_seeds(one).sort_values("algorithm", ignore_index=True),

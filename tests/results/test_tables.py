@@ -76,12 +76,7 @@ def test_one_seed_has_differences_without_deviation() -> None:
 
 
 def test_silos_by_hand() -> None:
-    silos = {
-        ("FedAvg", 0): [0.5, 0.6],
-        ("FedAvg", 1): [0.7, 0.6],
-        ("FedRep", 0): [0.8, 0.7],
-        ("FedRep", 1): [0.7, 0.7],
-    }
+    silos = {("FedAvg", 0): [0.5, 0.6], ("FedAvg", 1): [0.7, 0.6], ("FedRep", 0): [0.8, 0.7], ("FedRep", 1): [0.7, 0.7]}
     lines = rendered(compare_table(runs(table(silos, "silos"), "silos"), "FedAvg"))
     # best 60 70 and 80 70; rounds to best 2 1 and 1 1; final 60 60 and 70 70
     (average,) = cells(lines, "FedAvg")
@@ -99,10 +94,7 @@ def test_one_round_has_one_accuracy_and_its_difference() -> None:
     assert lines[0].split() == ["algorithm", "seeds", "accuracy", "%"]
     assert cells(lines, "FedAvg") == [["FedAvg", "2", "55.0 ± 7.1"]]
     # points 20 0
-    assert cells(lines, "FedRep") == [
-        ["FedRep", "2", "65.0 ± 7.1"],
-        ["FedRep", "+10.0 ± 14.1 points (1/2 seeds)"],
-    ]
+    assert cells(lines, "FedRep") == [["FedRep", "2", "65.0 ± 7.1"], ["FedRep", "+10.0 ± 14.1 points (1/2 seeds)"]]
     assert cells(rendered(run_table(of.iloc[:1])), "FedAvg") == [["FedAvg", "50.0"]]
 
 
@@ -122,16 +114,7 @@ def test_one_algorithm_has_no_differences() -> None:
 
 
 def test_a_diverged_seed_shows_how_many_others_won() -> None:
-    of = runs(
-        table(
-            {
-                ("FedAvg", 0): [0.5],
-                ("FedAvg", 1): [0.5],
-                ("FedSQ", 0): [0.6],
-                ("FedSQ", 1): [NAN],
-            }
-        )
-    )
+    of = runs(table({("FedAvg", 0): [0.5], ("FedAvg", 1): [0.5], ("FedSQ", 0): [0.6], ("FedSQ", 1): [NAN]}))
     assert cells(rendered(compare_table(of, "FedAvg")), "FedSQ")[1][1] == "– (1/2 seeds)"
 
 

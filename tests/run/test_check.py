@@ -63,10 +63,7 @@ def folder(root: Path, sizes: tuple[int, ...] = (8,)) -> Path:
             {"federated_optimizer": "FrozenEarly", "frozen_modules": ["nope"]},
             "fedsq_args.frozen_modules: the model has no 'nope'",
         ),
-        (
-            {"federated_optimizer": "FedSQ+FedMRR"},
-            "unknown algorithm 'FedMRR' in 'FedSQ+FedMRR'; did",
-        ),
+        ({"federated_optimizer": "FedSQ+FedMRR"}, "unknown algorithm 'FedMRR' in 'FedSQ+FedMRR'; did"),
         ({"federated_optimizer": "FedRep+FedBABU"}, "both choose phases"),
         ({"model": "gelunet"}, "set warm_start_args.relu_ise: true"),
         ({"relu_ise": True}, "no nn.GELU, nn.SiLU or nn.Hardswish"),
@@ -172,9 +169,7 @@ def test_weights_for_other_channels_name_no_option_that_recipes_lack(tmp_path: P
 
 
 @pytest.mark.parametrize("weights", ["imagenet", "none.pt"])
-def test_weights_that_cannot_be_had_advise_the_recipes_keys(
-    weights: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_that_cannot_be_had_advise_the_recipes_keys(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: Any, **__: Any) -> Any:
         raise OSError("no network")
 

@@ -316,12 +316,7 @@ def reluised(trained: nn.Module, digits: tuple[TensorDataset, Any]) -> Callable[
         loader = DataLoader(digits[0], 64, shuffle=True)
         training = LocalTraining(client_optimizer="adam", learning_rate=0.001)
         done = relu_ise(
-            model,
-            loader,
-            training,
-            SCHEDULE,
-            seed=seed,
-            evaluate=lambda model: evaluate(model, digits[1]).accuracy,
+            model, loader, training, SCHEDULE, seed=seed, evaluate=lambda model: evaluate(model, digits[1]).accuracy
         )
         return model, done
 

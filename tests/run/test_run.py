@@ -163,9 +163,7 @@ def test_a_run_that_ends_early_does_not_end_the_comparison(told: Any, tmp_path: 
     assert metrics.groupby("algorithm").size().to_dict() == {"FedAvg": 3, "FedProx": 1, "FedSQ": 3}
     assert "difference to FedAvg" in out.getvalue()
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["ended_early"] == [
-        "FedProx seed 0 ended early: no update is left to aggregate: round 2: NaN"
-    ]
+    assert summary["ended_early"] == ["FedProx seed 0 ended early: no update is left to aggregate: round 2: NaN"]
 
 
 def test_the_same_command_may_be_given_again_after_a_mistake(told: Any, tmp_path: Path) -> None:
@@ -202,9 +200,7 @@ def test_silos_own_models_have_rows_of_their_own(told: Any, tmp_path: Path) -> N
     by_split = metrics[metrics["round"] == 3].set_index("split")
     assert by_split.loss.to_dict() == {"test": 1.0, "silos": 0.7, "silos_tuned": 0.5}
     assert by_split.accuracy.to_dict() == {"test": 0.5, "silos": 0.6, "silos_tuned": 0.8}
-    assert by_split.accuracy_released.notna().to_dict() == {
-        **{"test": True, "silos": False, "silos_tuned": False}
-    }
+    assert by_split.accuracy_released.notna().to_dict() == {**{"test": True, "silos": False, "silos_tuned": False}}
     assert set(by_split.bytes_up) == {10}
 
 
@@ -238,12 +234,7 @@ def test_what_relu_isation_did_is_in_the_summary_and_a_picture(told: Any, tmp_pa
     ],
 )
 def test_a_comparison_evaluates_and_tunes_all_alike(
-    names: list[str],
-    given: dict[str, Any],
-    evaluates: bool | None,
-    epochs: int | None,
-    told: Any,
-    tmp_path: Path,
+    names: list[str], given: dict[str, Any], evaluates: bool | None, epochs: int | None, told: Any, tmp_path: Path
 ) -> None:
     seen: dict[str, tuple[Any, Any]] = {}
 
@@ -357,11 +348,7 @@ def test_algorithms_are_listed_with_choices_options_and_source(
     ],
 )
 def test_a_name_that_is_none_is_one_line_and_status_2(
-    command: list[str],
-    line: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
+    command: list[str], line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert fedsq(monkeypatch, *command, "--out", str(tmp_path / "out")) == 2
     assert capsys.readouterr().err == f"fedsq: error: {line}\n"

@@ -117,8 +117,7 @@ def test_family_that_is_no_mapping_of_names(tmp_path: Path, value: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "shown"),
-    [("1", "1"), ("on", "True"), ("~", "None"), ("2024-01-01", "datetime.date(2024, 1, 1)")],
+    ("name", "shown"), [("1", "1"), ("on", "True"), ("~", "None"), ("2024-01-01", "datetime.date(2024, 1, 1)")]
 )
 def test_family_whose_name_is_no_text(tmp_path: Path, name: str, shown: str) -> None:
     assert unreadable(written(tmp_path, f"{name}: {{a: 1}}")) == f"{shown} is no name of a family"
@@ -176,8 +175,7 @@ def test_setting_replaces_the_value_where_the_recipe_has_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "family"),
-    [("epochs", "train_args"), ("buffers", "fedsq_args"), ("warm_start_epochs", "warm_start_args")],
+    ("key", "family"), [("epochs", "train_args"), ("buffers", "fedsq_args"), ("warm_start_epochs", "warm_start_args")]
 )
 def test_new_setting_goes_to_the_family_of_its_option(key: str, family: str) -> None:
     assert overridden({"data_args": {"dataset": "digits"}}, [f"{key}=5"])[family] == {key: 5}
@@ -279,10 +277,7 @@ def test_fedmls_reading_keeps_the_last_of_two_equal_keys_and_lists_them_all(tmp_
     text = "train_args:\n  epochs: 1\n  epochs: 2\ndata_args: {dataset: a, dataset: b}\n"
     found, repeated = read_loosely(written(tmp_path, text))
     assert found == {"train_args": {"epochs": 2}, "data_args": {"dataset": "b"}}
-    assert [(finding.kind, finding.key) for finding in repeated] == [
-        ("repeated", "epochs"),
-        ("repeated", "dataset"),
-    ]
+    assert [(finding.kind, finding.key) for finding in repeated] == [("repeated", "epochs"), ("repeated", "dataset")]
 
 
 def test_a_family_twice_is_listed(tmp_path: Path) -> None:

@@ -52,17 +52,7 @@ def test_without_the_package_one_line_and_nothing_written(tmp_path: Path, monkey
 
 @needed
 def test_the_command_says_who_needs_which_file(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "fedsq_plugin.cli",
-        "certificates",
-        "tls",
-        "--clients",
-        "1",
-        "--days",
-        "3",
-    ]
+    command = [sys.executable, "-m", "fedsq_plugin.cli", "certificates", "tls", "--clients", "1", "--days", "3"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == (

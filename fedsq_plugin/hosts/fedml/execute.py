@@ -25,10 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def execute(
-    families: Families,
-    log_file: Path,
-    on_start: Callable[[Start], None],
-    on_round: Callable[[RoundRecord], None],
+    families: Families, log_file: Path, on_start: Callable[[Start], None], on_round: Callable[[RoundRecord], None]
 ) -> Outcome:
     """Run a recipe by FedML's own five lines, with our FedAvg and FedProx in place of its own: all of it, or the
     server process of it where the recipe's road has several.
@@ -97,10 +94,7 @@ def _runner(path: Path, arguments: list[str]) -> _Ready:
 
 
 def _run(
-    path: Path,
-    on_start: Callable[[Start], None],
-    on_round: Callable[[RoundRecord], None],
-    arguments: list[str],
+    path: Path, on_start: Callable[[Start], None], on_round: Callable[[RoundRecord], None], arguments: list[str]
 ) -> Outcome:
     ready = _runner(path, arguments)
     args, dataset, made, main = ready.args, ready.dataset, ready.runner, ready.runner.runner

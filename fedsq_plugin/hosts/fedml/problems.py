@@ -12,14 +12,7 @@ from ...dualcopy.precision import refuse_unsupported
 from ...errors import ConfigError
 from ...settings.config import family_of
 from .devices import UNMAPPED, device_name, gpus
-from .names import (
-    FEDML_DATASETS,
-    FEDML_MODELS,
-    NO_COLOUR_IMAGES,
-    OTHER_LOSSES,
-    WITHOUT_GATES,
-    refused_road,
-)
+from .names import FEDML_DATASETS, FEDML_MODELS, NO_COLOUR_IMAGES, OTHER_LOSSES, WITHOUT_GATES, refused_road
 
 HOST_DEVICE = ("device_type", "gpu_util_parse")
 """Options of FedML's that name a device, beside ours."""

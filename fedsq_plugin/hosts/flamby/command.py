@@ -22,9 +22,7 @@ def command() -> None:
 @click.option("--backbone", default="baseline", show_default=True, help="mlp, resnet18, alexnet, …")
 @click.option("--weights", metavar="FILE", help="What the backbone begins with; or imagenet.")
 @click.option(
-    "--only",
-    metavar="NAME,…",
-    help="Run these of the configuration's strategies; --strategy leaves out their options.",
+    "--only", metavar="NAME,…", help="Run these of the configuration's strategies; --strategy leaves out their options."
 )
 @click.option(
     *("--results", "--results-file-path", "-rfp"),

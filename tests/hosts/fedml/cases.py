@@ -55,9 +55,7 @@ NOBODY = "silo 1 has no samples and is skipped"
 CASES: dict[str, Case] = {
     **{name: _row(name) for name in algorithms()},
     "one round": _row("FedSQ", comm_round=1),
-    **{
-        f"{name} partial": _row(name, **PARTIAL) for name in ("FedSQ", "FedSQ+FedMR", "FedSQ+FedBN", "FedRep")
-    },
+    **{f"{name} partial": _row(name, **PARTIAL) for name in ("FedSQ", "FedSQ+FedMR", "FedSQ+FedBN", "FedRep")},
     **{
         f"structural copy {how}": _row("FedSQ", structural_copy=how, structural_rounds=2, **PARTIAL)
         for how in ("refresh", "ema", "unfreeze")
@@ -74,11 +72,7 @@ CASES: dict[str, Case] = {
         {"federated_optimizer": "FedSQ"}, (16, 0, 40), notes=(f"round 1: {NOBODY}", f"round 2: {NOBODY}")
     ),
     "tested every second round": _row("FedSQ", frequency_of_the_test=2, comm_round=4),
-    **{
-        f"{name}, {security}": _secured(name, security)
-        for name in ("FedAvg", "FedSQ")
-        for security in ATTACKED
-    },
+    **{f"{name}, {security}": _secured(name, security) for name in ("FedAvg", "FedSQ") for security in ATTACKED},
     "with all that FedML's MPI recipes have": _row(
         "FedSQ",
         **{"gpu_mapping_file": "config/gpu_mapping.yaml", "gpu_mapping_key": "mapping_default"},

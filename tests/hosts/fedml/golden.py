@@ -42,8 +42,7 @@ def main() -> None:
     fedsq_plugin.register()
     with tempfile.TemporaryDirectory() as folder:
         found: dict[str, Any] = {
-            name: script(case, Path(folder), number=number)
-            for number, (name, case) in enumerate(CASES.items())
+            name: script(case, Path(folder), number=number) for number, (name, case) in enumerate(CASES.items())
         }
     FILE.write_text(json.dumps({"machine": machine(), "runs": found}, indent=0) + "\n")
     print(f"{FILE}: {len(found)} runs", file=sys.stderr)

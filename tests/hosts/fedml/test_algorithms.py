@@ -67,9 +67,7 @@ def test_algorithms_that_should_differ_do(fedml: Any, make_args: MakeArgs) -> No
 
 
 @pytest.mark.parametrize("name", ["FedRep", "FedBABU", "LP-FT", "FedNCM"])
-def test_an_unknown_head_is_one_line_where_the_algorithm_needs_it(
-    name: str, fedml: Any, make_args: MakeArgs
-) -> None:
+def test_an_unknown_head_is_one_line_where_the_algorithm_needs_it(name: str, fedml: Any, make_args: MakeArgs) -> None:
     with pytest.raises(ConfigError, match=rf"^{name} .* set fedsq_args\.head to the module path.*$"):
         simulate(fedml, args_for(make_args, name, head=None))
 
@@ -90,9 +88,7 @@ def test_fedmr_sends_what_fedavg_sends(fedml: Any, make_args: MakeArgs) -> None:
 
 @pytest.mark.parametrize("name", ["FedMR", "FedSQ+FedMR"])
 @pytest.mark.parametrize("schedule", [[[0, 1, 2]] * 4, [[0, 1], [1, 2], [0, 2], [0, 1]]])
-def test_a_silo_begins_with_its_slot(
-    schedule: list[list[int]], name: str, fedml: Any, make_args: MakeArgs
-) -> None:
+def test_a_silo_begins_with_its_slot(schedule: list[list[int]], name: str, fedml: Any, make_args: MakeArgs) -> None:
     """The i-th silo of a round has slot i, whoever trained it before; and the slots are what the round
     before sent, each key permuted by itself."""
     args = args_for(make_args, name, comm_round=4, client_num_per_round=len(schedule[0]))
@@ -190,9 +186,7 @@ def test_a_refused_update_leaves_its_slot_on_both_ways_of_gathering(
 # The head first, or parts of the model frozen
 
 
-def test_fedncms_first_round_gives_the_closed_form_head_over_all_data(
-    fedml: Any, make_args: MakeArgs
-) -> None:
+def test_fedncms_first_round_gives_the_closed_form_head_over_all_data(fedml: Any, make_args: MakeArgs) -> None:
     data = silos()
     runner = prepare(fedml, args_for(make_args, "FedNCM"), data)
     models = watch_rounds(runner.runner, final)
@@ -208,11 +202,7 @@ def test_fedncms_first_round_gives_the_closed_form_head_over_all_data(
     assert changed(models[0], start.state_dict()) == {"4"}
     assert changed(models[1], models[0]) == {"0", "1", "4"}
     # In the first round 3 x 16 sums go up, in eight bytes each; down goes the model.
-    assert [record.bytes_up for record in runner.runner.records] == [
-        3 * 3 * 16 * 8,
-        3 * WHOLE,
-        3 * WHOLE,
-    ]
+    assert [record.bytes_up for record in runner.runner.records] == [3 * 3 * 16 * 8, 3 * WHOLE, 3 * WHOLE]
     assert [record.bytes_down for record in runner.runner.records] == [3 * WHOLE] * 3
 
 
@@ -238,9 +228,7 @@ def test_fedncm_counts_the_silos_that_take_part(fedml: Any, make_args: MakeArgs)
 
 
 @pytest.mark.parametrize("rows_sent", [None, 1, 2])
-def test_sums_of_another_shape_are_refused_by_name(
-    rows_sent: int | None, fedml: Any, make_args: MakeArgs
-) -> None:
+def test_sums_of_another_shape_are_refused_by_name(rows_sent: int | None, fedml: Any, make_args: MakeArgs) -> None:
     """Missing ones, and ones that broadcast, would count for nothing or for every class."""
     runner = prepare(fedml, args_for(make_args, "FedNCM"))
     trainer = runner.runner.model_trainer

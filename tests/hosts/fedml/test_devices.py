@@ -34,11 +34,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 @pytest.fixture
 def mapping(tmp_path: Path) -> str:
     path = tmp_path / "gpu_mapping.yaml"
-    content = {
-        "three": {"host1": [1, 1], "host2": [0, 1]},
-        "far": {"host1": [1, 1, 1]},
-        "odd": {"host1": [1, -1]},
-    }
+    content = {"three": {"host1": [1, 1], "host2": [0, 1]}, "far": {"host1": [1, 1, 1]}, "odd": {"host1": [1, -1]}}
     path.write_text(yaml.safe_dump({**content, "list": [1, 2]}))
     return str(path)
 
@@ -52,9 +48,7 @@ def refused(values: dict[str, Any], *place: int) -> str:
 
 @pytest.mark.parametrize(("gpu_id", "expected"), [(None, "cuda:0"), (0, "cuda:0"), (1, "cuda:1")])
 @pytest.mark.parametrize("backend", ["sp", "MPI"])
-def test_gpu_id_is_every_processes_gpu(
-    two_gpus: Any, backend: str, gpu_id: int | None, expected: str
-) -> None:
+def test_gpu_id_is_every_processes_gpu(two_gpus: Any, backend: str, gpu_id: int | None, expected: str) -> None:
     values = {"training_type": "simulation", "backend": backend, "using_gpu": True, "gpu_id": gpu_id}
     assert [device_name(values, rank, 3) for rank in range(3)] == [expected] * 3
 
@@ -91,10 +85,7 @@ def test_without_using_gpu_it_is_the_cpu(two_gpus: Any) -> None:
     ("options", "line"),
     [
         ({"gpu_id": 2}, "device_args: gpu_id is 2, but this machine has 2 GPUs, 0 to 1"),
-        (
-            {"device_type": "cpu"},
-            "device_args.using_gpu is true and device_type is 'cpu'; set using_gpu: false",
-        ),
+        ({"device_type": "cpu"}, "device_args.using_gpu is true and device_type is 'cpu'; set using_gpu: false"),
         ({"gpu_mapping_file": "no.yaml"}, "device_args.gpu_mapping_file no.yaml: No such file or directory"),
         ({"gpu_util_parse": "host1"}, "device_args.gpu_util_parse: 'host1' must be a host and its processes"),
     ],
@@ -108,14 +99,8 @@ def test_what_is_not_there_is_one_line(two_gpus: Any, options: Any, line: str) -
     [
         ("thre", "device_args.gpu_mapping_key 'thre' is not in {}; did you mean 'three'?"),
         ("list", "device_args.gpu_mapping_file {}: list must be a mapping of hosts to numbers of processes"),
-        (
-            "odd",
-            "device_args.gpu_mapping_file {}: odd: host1 has [1, -1]; it must list the number of processes",
-        ),
-        (
-            "three",
-            "device_args.gpu_mapping_file {}: three has places for 3 processes, this run has 5 (the server",
-        ),
+        ("odd", "device_args.gpu_mapping_file {}: odd: host1 has [1, -1]; it must list the number of processes"),
+        ("three", "device_args.gpu_mapping_file {}: three has places for 3 processes, this run has 5 (the server"),
     ],
 )
 def test_wrong_mapping_is_one_line(two_gpus: Any, mapping: str, key: str, line: str) -> None:
@@ -174,8 +159,7 @@ def test_what_gates_depend_on_must_agree_and_precision_need_not() -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"precision": "bf16"}, {"precision": "fp16"}, {"structural_precision": "bf16"}, {"channels_last": True}],
+    "options", [{"precision": "bf16"}, {"precision": "fp16"}, {"structural_precision": "bf16"}, {"channels_last": True}]
 )
 def test_a_run_with_options_of_a_gpu_node(fedml: Any, make_args: MakeArgs, options: Any) -> None:
     run = simulate(fedml, make_args(comm_round=2, **options))

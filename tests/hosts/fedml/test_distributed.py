@@ -31,9 +31,7 @@ ALGORITHMS = ("FedSQ", "FedRep")
 ROADS = {"GRPC": "cross_silo", "MPI": "simulation"}
 FINGERPRINT = 64
 """Bytes of a structural copy's announcement."""
-WRONG_WORLD = (
-    "train_args.worker_num is 3, and this run has 2 client processes: start it with mpirun -np worker_num + 1"
-)
+WRONG_WORLD = "train_args.worker_num is 3, and this run has 2 client processes: start it with mpirun -np worker_num + 1"
 LIMIT_S = 150
 """For any one step of a test; nothing may hang."""
 FEDSQ = ("-m", "fedsq_plugin.cli")
@@ -121,9 +119,7 @@ def test_the_figures_are_those_of_one_process(
 ) -> None:
     """On two client processes, recipes of `fedsq run` and scripts of a user's own, under the launcher."""
     for number, name in enumerate(ALGORITHMS):
-        families = recipe(
-            cache, federated_optimizer=name, backend=backend, training_type=ROADS[backend], worker_num=2
-        )
+        families = recipe(cache, federated_optimizer=name, backend=backend, training_type=ROADS[backend], worker_num=2)
         if backend == "GRPC":
             table = tmp_path / f"{number}.csv"
             table.write_text(free_addresses(3))
@@ -139,9 +135,7 @@ def test_the_figures_are_those_of_one_process(
         commands = [(str(MPIRUN), *options, *command)]
     said = tmp_path / "said.txt"  # a pipe that nobody reads would fill, and stop its process
     with said.open("w") as out:
-        processes = [
-            subprocess.Popen(command, env=environment(), stdout=out, stderr=out) for command in commands
-        ]
+        processes = [subprocess.Popen(command, env=environment(), stdout=out, stderr=out) for command in commands]
     with ended(*processes):
         for process in processes:
             process.wait(timeout=3 * LIMIT_S)  # over sixty runs
@@ -156,9 +150,7 @@ def test_the_figures_are_those_of_one_process(
         expected = json.loads(json.dumps(rounds))
         notes = [note for record in expected for note in record["notes"]]
         assert (name, notes) == (name, list(case.notes))
-        more = [
-            there["bytes"].pop() - here["bytes"].pop() for there, here in zip(found, expected, strict=True)
-        ]
+        more = [there["bytes"].pop() - here["bytes"].pop() for there, here in zip(found, expected, strict=True)]
         assert (name, found) == (name, expected)
         assert (name, more) == (name, more_bytes_down(case))
     for rank in range(3):
@@ -224,10 +216,7 @@ def test_launch_over_mpi(in_one_process: dict[str, Any], cache: Path, tmp_path: 
     assert "round 2/2" in said and wrong == ""
     metrics = pd.read_csv(out / "metrics.csv", float_precision="round_trip")
     expected = [[row[1][1], row[1][0]] for row in in_one_process["FedSQ"]]
-    assert metrics[["accuracy", "loss"]].to_numpy().tolist() in (
-        expected,
-        [pair[::-1] for pair in expected],
-    )
+    assert metrics[["accuracy", "loss"]].to_numpy().tolist() in (expected, [pair[::-1] for pair in expected])
     assert {"client-1.log", "fedml.log", "summary.json", "FedSQ-seed0.safetensors"} <= {
         path.name for path in out.iterdir()
     }

@@ -106,9 +106,7 @@ def test_a_model_that_does_not_run_on_the_data_is_one_line(fedml: Any, make_args
         prepare(fedml, args, model=nn.Sequential(nn.Linear(5, 3), nn.ReLU()))
 
 
-def test_a_test_set_without_a_batch_is_said(
-    fedml: Any, make_args: MakeArgs, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_test_set_without_a_batch_is_said(fedml: Any, make_args: MakeArgs, caplog: pytest.LogCaptureFixture) -> None:
     content = silos()
     few = TensorDataset(torch.zeros(4, 6), torch.zeros(4, dtype=torch.long))
     content[3] = DataLoader(few, batch_size=8, drop_last=True)
@@ -116,9 +114,7 @@ def test_a_test_set_without_a_batch_is_said(
     assert "the test set gives no batch: accuracies will be nan" in caplog.text
 
 
-def test_what_goes_together_is_not_mentioned(
-    fedml: Any, make_args: MakeArgs, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_goes_together_is_not_mentioned(fedml: Any, make_args: MakeArgs, caplog: pytest.LogCaptureFixture) -> None:
     prepare(fedml, make_args(model="mine", dataset="cifar10"))
     assert caplog.text == ""
 

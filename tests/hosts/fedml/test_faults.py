@@ -216,14 +216,7 @@ ABSENT = "silo 1 is not there"
 
 def lost(fault: str, why: str, rounds: int | None, ends: Any = (2, 2, -9), **options: Any) -> Row:
     """Without a quorum."""
-    return Row(
-        "GRPC",
-        {2: fault},
-        ends,
-        {0: why, 1: TOLD + why},
-        rounds,
-        options=options,
-    )
+    return Row("GRPC", {2: fault}, ends, {0: why, 1: TOLD + why}, rounds, options=options)
 
 
 def server(fault: str, rounds: int | None, says: str = GONE, ends: Any = (-9, 2, 2), **options: Any) -> Row:

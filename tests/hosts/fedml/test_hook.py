@@ -72,9 +72,7 @@ def test_a_road_that_cannot_be_gone_is_one_clear_line(
         fedml.FedMLRunner(args, "cpu", silos(), network())
 
 
-@pytest.mark.parametrize(
-    "options", [{"backend": "NCCL"}, {"training_type": "cross_silo", "scenario": "hierarchical"}]
-)
+@pytest.mark.parametrize("options", [{"backend": "NCCL"}, {"training_type": "cross_silo", "scenario": "hierarchical"}])
 def test_a_road_that_fedml_cannot_go_ends_before_its_start(
     options: dict[str, str], fedml: Any, make_args: MakeArgs
 ) -> None:
@@ -123,12 +121,8 @@ def test_fedmls_own_recipe_may_have_a_key_twice(fedml: Any, init: Any) -> None:
     fedml.FedMLRunner(args, "cpu", silos(), network())
 
 
-@pytest.mark.parametrize(
-    ("added", "name"), [(TWICE, "FedSQ"), (TWICE + "fedsq_args: {threads: 1}\n", "FedAvg")]
-)
-def test_a_key_twice_is_an_error_where_something_of_ours_runs(
-    added: str, name: str, fedml: Any, init: Any
-) -> None:
+@pytest.mark.parametrize(("added", "name"), [(TWICE, "FedSQ"), (TWICE + "fedsq_args: {threads: 1}\n", "FedAvg")])
+def test_a_key_twice_is_an_error_where_something_of_ours_runs(added: str, name: str, fedml: Any, init: Any) -> None:
     with pytest.raises(ConfigError, match=r"^a stands twice, again at line \d+, column 3$"):
         fedml.FedMLRunner(init(added, federated_optimizer=name), "cpu", silos(), network())
 
@@ -139,9 +133,7 @@ def test_a_misspelt_family_of_ours_is_an_error_under_fedmls_own_optimizer(fedml:
         fedml.FedMLRunner(args, "cpu", silos(), network())
 
 
-def test_keys_that_are_fedmls_business_are_warnings(
-    fedml: Any, init: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_keys_that_are_fedmls_business_are_warnings(fedml: Any, init: Any, caplog: pytest.LogCaptureFixture) -> None:
     args = init("more_args: {epochs: 1, learning_rte: 3}\n")
     fedml.FedMLRunner(args, "cpu", silos(), network())
     assert "epochs stands in train_args and in more_args; FedML keeps one of them" in caplog.messages
@@ -174,9 +166,7 @@ def test_threads_count_under_fedmls_own_optimizer(fedml: Any, make_args: MakeArg
         torch.set_num_threads(before)
 
 
-def test_a_second_runner_on_the_same_arguments_runs_the_same_algorithm(
-    fedml: Any, make_args: MakeArgs
-) -> None:
+def test_a_second_runner_on_the_same_arguments_runs_the_same_algorithm(fedml: Any, make_args: MakeArgs) -> None:
     args = make_args()
     for _ in range(2):
         runner = fedml.FedMLRunner(args, torch.device("cpu"), silos(), network())
@@ -210,9 +200,7 @@ def test_gate_options_reach_a_dualcopy_model(fedml: Any, make_args: MakeArgs) ->
     assert model._accept == ("layer1.*",)
 
 
-def test_a_dualcopy_model_starts_from_the_same_weights_as_the_plain_one(
-    fedml: Any, make_args: MakeArgs
-) -> None:
+def test_a_dualcopy_model_starts_from_the_same_weights_as_the_plain_one(fedml: Any, make_args: MakeArgs) -> None:
     plain, dual = (fedml.model.create(make_args(model=name), 3) for name in ("resnet18", "dualcopy_resnet18"))
     for key, value in plain.state_dict().items():
         assert torch.equal(dual.state_dict()[key], value)
@@ -245,9 +233,7 @@ def test_a_model_that_cannot_be_gated_advises_the_recipes_key(fedml: Any, make_a
         fedml.FedMLRunner(make_args(), "cpu", silos(), model)
 
 
-def test_weights_that_do_not_fit_advise_the_recipes_key(
-    fedml: Any, make_args: MakeArgs, tmp_path: Path
-) -> None:
+def test_weights_that_do_not_fit_advise_the_recipes_key(fedml: Any, make_args: MakeArgs, tmp_path: Path) -> None:
     path = tmp_path / "small.pt"
     torch.save(models.create("resnet18", 3, small_images=True).state_dict(), path)
     args = make_args(warm_start="file", warm_start_file=str(path))
@@ -329,9 +315,7 @@ def test_a_missing_recipe_is_not_swallowed(fedml: Any, monkeypatch: pytest.Monke
         fedml.init()
 
 
-def test_a_broken_recipe_is_not_swallowed(
-    fedml: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_broken_recipe_is_not_swallowed(fedml: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "broken.yaml"
     path.write_text("common_args: {training_type: simulation\ntrain_args: ]")
     monkeypatch.setattr(sys, "argv", ["main.py", "--cf", str(path)])
@@ -374,12 +358,7 @@ def test_mpi_that_is_not_installed_is_one_line(make_args: MakeArgs, monkeypatch:
     ],
 )
 def test_a_wrong_table_of_addresses_is_found_before_the_warm_start(
-    table: str | None,
-    line: str,
-    fedml: Any,
-    make_args: MakeArgs,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    table: str | None, line: str, fedml: Any, make_args: MakeArgs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path = tmp_path / "none.csv"
     if table and "," in table:
@@ -392,9 +371,7 @@ def test_a_wrong_table_of_addresses_is_found_before_the_warm_start(
         fedml.FedMLRunner(args, "cpu", silos(), network())
 
 
-def test_logging_and_printing_survive_fedml_init(
-    make_args: MakeArgs, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_logging_and_printing_survive_fedml_init(make_args: MakeArgs, capsys: pytest.CaptureFixture[str]) -> None:
     """FedML replaces logging.root, which silences named loggers, and sys.stdout.write."""
     root, seen = logging.root, []
     root.handlers, root.level = [], logging.WARNING  # as in a main.py that sets up no logging

@@ -120,9 +120,7 @@ def personal(fedml: Any, make_args: MakeArgs, name: str, data: Any, **options: A
 
 
 @pytest.mark.parametrize("name", STAYS)
-def test_personal_models_equal_a_loop_with_a_model_per_silo(
-    name: str, fedml: Any, make_args: MakeArgs
-) -> None:
+def test_personal_models_equal_a_loop_with_a_model_per_silo(name: str, fedml: Any, make_args: MakeArgs) -> None:
     data = silos_with_own_tests()
     run = personal(fedml, make_args, name, data)
     shared, models = loop(name, data, AWAY)
@@ -138,9 +136,7 @@ def test_personal_models_equal_a_loop_with_a_model_per_silo(
 
 
 @pytest.mark.parametrize("name", STAYS)
-def test_silos_are_tested_with_their_own_models_over_all_samples(
-    name: str, fedml: Any, make_args: MakeArgs
-) -> None:
+def test_silos_are_tested_with_their_own_models_over_all_samples(name: str, fedml: Any, make_args: MakeArgs) -> None:
     data = silos_with_own_tests()
     run = personal(fedml, make_args, name, data)
     for round, record in enumerate(run.records):
@@ -181,9 +177,7 @@ def tune(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], trained: Se
     epoch(model, (batch for _ in range(2) for batch in batches), trained)
 
 
-def test_the_fine_tuning_is_fedbabus_own_and_the_recipes_where_it_says_so(
-    fedml: Any, make_args: MakeArgs
-) -> None:
+def test_the_fine_tuning_is_fedbabus_own_and_the_recipes_where_it_says_so(fedml: Any, make_args: MakeArgs) -> None:
     tuned = {}
     for epochs in (None, 5, 0):
         run = simulate(fedml, args_for(make_args, "FedBABU", comm_round=2, finetune_epochs=epochs))
@@ -223,9 +217,7 @@ def test_testing_the_silos_changes_nothing(name: str, fedml: Any, make_args: Mak
 
 
 @pytest.mark.parametrize("name", [*STAYS, "FedMR", "FedNCM"])
-def test_a_silo_without_training_data_is_tested_all_the_same(
-    name: str, fedml: Any, make_args: MakeArgs
-) -> None:
+def test_a_silo_without_training_data_is_tested_all_the_same(name: str, fedml: Any, make_args: MakeArgs) -> None:
     options = {"silo_evaluation": True, "finetune_epochs": 1}
     run = simulate(fedml, args_for(make_args, name, **options), silos((16, 0, 40)))
     last = run.records[-1]
@@ -233,12 +225,8 @@ def test_a_silo_without_training_data_is_tested_all_the_same(
     assert last.silos.samples == last.silos_tuned.samples == 3 * 60
 
 
-@pytest.mark.parametrize(
-    ("name", "key"), [("FedRep", "0.weight"), ("FedMR", "0.weight"), ("FedNCM", "class sums")]
-)
-def test_an_update_that_is_not_finite_is_refused_by_name(
-    name: str, key: str, fedml: Any, make_args: MakeArgs
-) -> None:
+@pytest.mark.parametrize(("name", "key"), [("FedRep", "0.weight"), ("FedMR", "0.weight"), ("FedNCM", "class sums")])
+def test_an_update_that_is_not_finite_is_refused_by_name(name: str, key: str, fedml: Any, make_args: MakeArgs) -> None:
     data = silos()
     data[5][1].dataset.tensors[0][0, 0] = float("nan")
     run = simulate(fedml, args_for(make_args, name), data)
@@ -275,10 +263,7 @@ def test_silos_are_tested_where_the_recipe_asks_for_it(fedml: Any, make_args: Ma
     model.load_state_dict(final(run))
     loss, accuracy, samples = over_samples([model] * 3, data)
     assert run.records[-1].silos.loss == pytest.approx(loss, rel=1e-5)
-    assert (run.records[-1].silos.accuracy, run.records[-1].silos.samples) == (
-        pytest.approx(accuracy),
-        samples,
-    )
+    assert (run.records[-1].silos.accuracy, run.records[-1].silos.samples) == (pytest.approx(accuracy), samples)
     unasked = simulate(fedml, args_for(make_args, "FedBN", silo_evaluation=False), data)
     assert all(record.silos is None for record in unasked.records)
 

@@ -105,9 +105,7 @@ def everything(outcome: Outcome | None) -> str:
     """Of the model with its structural copy, and of what stayed with the silos."""
     assert outcome is not None
     model = outcome.model
-    whole: dict[str, Tensor] = dict(
-        model.full_state_dict() if isinstance(model, DualCopy) else model.state_dict()
-    )
+    whole: dict[str, Tensor] = dict(model.full_state_dict() if isinstance(model, DualCopy) else model.state_dict())
     return fingerprint({**whole, **outcome.silos})
 
 

@@ -24,9 +24,7 @@ def test_fedmls_security_is_in_force_with_batch_normalisation(
     sizes = (16, 16, 24, 24, 40)[: SECURITY[name].get("client_num_in_total", 3)]
     np.random.seed(0)
     plain = simulate(
-        fedml,
-        make_args(comm_round=1, **{k: v for k, v in SECURITY[name].items() if "client" in k}),
-        silos(sizes),
+        fedml, make_args(comm_round=1, **{k: v for k, v in SECURITY[name].items() if "client" in k}), silos(sizes)
     )
     secured = simulate(fedml, make_args(comm_round=1, **SECURITY[name]), silos(sizes))
     state = final(secured)
@@ -56,14 +54,10 @@ def test_norm_clipping_bounds_the_update(fedml: Any, make_args: MakeArgs, unsecu
         ({**BYZANTINE}, "FedMLAttacker cannot start: the option byzantine_client_num is missing"),
         ({**DEFENDED, "defense_type": "krum"}, "FedMLDefender cannot start: .*byzantine_client_num is miss"),
         (
-            {**PRIVATE, "dp_solution_type": "cdp", "mechanism_type": "gaussian", "sensitivity": 1.0}
-            | {"epsilon": 2.0},
+            {**PRIVATE, "dp_solution_type": "cdp", "mechanism_type": "gaussian", "sensitivity": 1.0} | {"epsilon": 2.0},
             "FedMLDifferentialPrivacy cannot start: Epsilon cannot be greater than 1",
         ),
-        (
-            {**PRIVATE, "dp_solution_type": "cdp", "enable_rdp_accountant": True},
-            "FedML 0.9.6's accountant",
-        ),
+        ({**PRIVATE, "dp_solution_type": "cdp", "enable_rdp_accountant": True}, "FedML 0.9.6's accountant"),
     ],
 )
 def test_security_options_that_would_do_nothing_or_end_in_a_trace(
@@ -91,11 +85,7 @@ def test_an_update_that_a_defence_gives_no_weight_is_left_out() -> None:
 
 @pytest.mark.parametrize("sizes", [(16, 16, 16), (16, 24, 24)])
 def test_what_fedmls_rfa_makes_of_silos_of_one_size_is_said(
-    sizes: tuple[int, ...],
-    fedml: Any,
-    make_args: MakeArgs,
-    unsecured: Any,
-    caplog: pytest.LogCaptureFixture,
+    sizes: tuple[int, ...], fedml: Any, make_args: MakeArgs, unsecured: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It keeps one weight per count, so that the last silos have none, whatever they send."""
     results = []

@@ -64,9 +64,7 @@ def test_a_part_that_would_replace_a_choice_is_refused(
 
 
 @pytest.mark.parametrize(("name", "server"), [("FedMR", "recombine"), ("FedAdam", "adam")])
-def test_the_server_rule_needs_our_aggregator_alone(
-    name: str, server: str, fedml: Any, make_args: MakeArgs
-) -> None:
+def test_the_server_rule_needs_our_aggregator_alone(name: str, server: str, fedml: Any, make_args: MakeArgs) -> None:
     args = args_for(make_args, name)
     with pytest.raises(ConfigError, match=rf"^{name} has server '{server}'.*server_aggregator"):
         simulate(fedml, args, server_aggregator=foreign(args)["server_aggregator"])
@@ -149,9 +147,7 @@ def test_a_subclass_may_aggregate_by_itself(fedml: Any, make_args: MakeArgs) -> 
             return state
 
     args, model = args_for(make_args, "LP-FT"), network()
-    runner = prepare(
-        *(fedml, args), model=model, server_aggregator=First(model, args, plan_of(config_of(args), model))
-    )
+    runner = prepare(*(fedml, args), model=model, server_aggregator=First(model, args, plan_of(config_of(args), model)))
     seen = watched(runner.runner)
     models = watch_rounds(runner.runner, final)
     runner.run()
@@ -197,9 +193,7 @@ class Life:
 
     def __init__(self, base: type, calls: list[str]) -> None:
         self.calls = calls
-        self.cls = type(
-            "Spy", (base,), {name: self.wrap(base, name) for name in NAMES if hasattr(base, name)}
-        )
+        self.cls = type("Spy", (base,), {name: self.wrap(base, name) for name in NAMES if hasattr(base, name)})
 
     def wrap(self, base: type, name: str) -> Any:
         def call(self_: Any, *args: Any, **kwargs: Any) -> Any:
@@ -298,9 +292,7 @@ def test_a_users_trainer_does_not_depend_on_the_order_of_clients(fedml: Any, mak
         weights = {}
         train = runner.runner.silos.train
 
-        def spy(
-            client: int, round_idx: int, state: State, train: Any = train, weights: Any = weights
-        ) -> State:
+        def spy(client: int, round_idx: int, state: State, train: Any = train, weights: Any = weights) -> State:
             weights[client] = train(client, round_idx, state)
             return weights[client]
 

@@ -71,11 +71,7 @@ def test_weight_decay_and_momentum_act(fedml: Any, make_args: MakeArgs) -> None:
     """FedML's SGD ignores both."""
     results = {
         name: fingerprint(final(simulate(fedml, make_args(comm_round=1, **options))))
-        for name, options in {
-            "plain": {},
-            "decay": {"weight_decay": 0.1},
-            "momentum": {"momentum": 0.9},
-        }.items()
+        for name, options in {"plain": {}, "decay": {"weight_decay": 0.1}, "momentum": {"momentum": 0.9}}.items()
     }
     assert len(set(results.values())) == 3
 
@@ -101,9 +97,7 @@ def test_the_order_of_clients_changes_nothing_in_their_updates(fedml: Any, make_
         follow(simulation, [order])
         train = simulation.silos.train
 
-        def spy(
-            client: int, round_idx: int, weights: State, train: Any = train, updates: Any = updates
-        ) -> State:
+        def spy(client: int, round_idx: int, weights: State, train: Any = train, updates: Any = updates) -> State:
             state: State = train(client, round_idx, weights)
             updates[client] = fingerprint(state)
             return state
@@ -115,9 +109,7 @@ def test_the_order_of_clients_changes_nothing_in_their_updates(fedml: Any, make_
     assert seen[0] == seen[1]
 
 
-def test_partial_participation_reaches_every_silo_and_follows_its_own_seed(
-    fedml: Any, make_args: MakeArgs
-) -> None:
+def test_partial_participation_reaches_every_silo_and_follows_its_own_seed(fedml: Any, make_args: MakeArgs) -> None:
     args = make_args(client_num_per_round=1, comm_round=12, frequency_of_the_test=100)
     runner = fedml.FedMLRunner(args, torch.device("cpu"), silos(), network())
     drawn = [runner.runner.draw(round)[0] for round in range(12)]
@@ -180,9 +172,7 @@ def test_buffers_are_kept_where_the_option_says_so(fedml: Any, make_args: MakeAr
     assert int(state["1.num_batches_tracked"]) == 0
 
 
-def test_wandb_is_used_only_when_asked_for(
-    fedml: Any, make_args: MakeArgs, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_is_used_only_when_asked_for(fedml: Any, make_args: MakeArgs, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 
     logged: list[Any] = []

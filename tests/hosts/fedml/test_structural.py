@@ -80,9 +80,7 @@ def test_server_and_clients_have_the_same_structural_copy_in_every_round(
     )
 
 
-def test_a_refreshed_copy_is_the_global_model_and_an_average_follows_it(
-    fedml: Any, make_args: MakeArgs
-) -> None:
+def test_a_refreshed_copy_is_the_global_model_and_an_average_follows_it(fedml: Any, make_args: MakeArgs) -> None:
     """refresh: s_r = w_{r-1}; ema: s_r = .75·s_{r-1} + .25·w_{r-1}, counters those of w."""
     for options in ({"structural_copy": "refresh"}, {"structural_copy": "ema", "structural_decay": 0.75}):
         runner = prepare(fedml, args_for(make_args, "FedSQ", comm_round=4, **options))
@@ -112,9 +110,7 @@ def test_a_refresh_costs_its_announcement(fedml: Any, make_args: MakeArgs) -> No
     assert down(fedml, make_args, "FedAvg") == [plain] * 4
     assert down(fedml, make_args) == [plain] * 4
     assert down(fedml, make_args, structural_copy="refresh") == [plain, told, told, told]
-    assert down(fedml, make_args, structural_copy="refresh", structural_rounds=2) == [
-        *(plain, plain, told, plain)
-    ]
+    assert down(fedml, make_args, structural_copy="refresh", structural_rounds=2) == [*(plain, plain, told, plain)]
 
 
 def test_an_average_costs_one_model_more(fedml: Any, make_args: MakeArgs) -> None:
@@ -219,8 +215,7 @@ def test_unfrozen_gates_are_fedavg_from_the_same_weights(fedml: Any, make_args: 
                 sums[key] += data[4][client] * value.double()
         means = {key: value / 80 for key, value in sums.items()}
         shared = State(
-            (k, (means[k] if v.is_floating_point() else means[k].round()).to(v.dtype))
-            for k, v in shared.items()
+            (k, (means[k] if v.is_floating_point() else means[k].round()).to(v.dtype)) for k, v in shared.items()
         )
         assert fingerprint(models[round]) == fingerprint(shared)
 
@@ -240,8 +235,7 @@ def test_gates_that_are_kept_follow_the_structural_copy(
 ) -> None:
     options = {"structural_copy": way, "comm_round": 4, "client_num_per_round": per_round}
     states = [
-        final(simulate(fedml, args_for(make_args, "FedSQ", keep_gates=keep, **options)))
-        for keep in (False, True)
+        final(simulate(fedml, args_for(make_args, "FedSQ", keep_gates=keep, **options))) for keep in (False, True)
     ]
     torch.testing.assert_close(states[1], states[0])
 

@@ -28,9 +28,7 @@ pytestmark = pytest.mark.skipif(
 
 def test_every_rank_reads_its_own_files(ours: Path) -> None:
     read = [credentials(config(ours), rank) for rank in range(3)]
-    assert [one and one.key for one in read] == [
-        (ours / f"rank-{rank}-key.pem").read_bytes() for rank in range(3)
-    ]
+    assert [one and one.key for one in read] == [(ours / f"rank-{rank}-key.pem").read_bytes() for rank in range(3)]
 
 
 def test_no_keys_no_tls() -> None:
@@ -67,9 +65,7 @@ def test_a_key_with_a_password_is_refused_and_nobody_is_asked(ours: Path, tmp_pa
     secret = form.BestAvailableEncryption(b"secret")
     path = tmp_path / "secret.pem"
     path.write_bytes(key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, secret))
-    with pytest.raises(
-        ConfigError, match=r"tls_key .*secret.pem is no private key in PEM without a password"
-    ):
+    with pytest.raises(ConfigError, match=r"tls_key .*secret.pem is no private key in PEM without a password"):
         credentials(config(ours, tls_key=str(path)), 1)
 
 
@@ -77,10 +73,7 @@ def test_a_key_with_a_password_is_refused_and_nobody_is_asked(ours: Path, tmp_pa
     ("changes", "line"),
     [
         ({"tls_key": "{ours}/rank-2-key.pem"}, "fedsq_args.tls_key {ours}/rank-2-key.pem is not the key of "),
-        (
-            {"tls_ca": "{others}/ca.pem"},
-            "fedsq_args.tls_cert {ours}/rank-1.pem is refused under tls_ca {others}",
-        ),
+        ({"tls_ca": "{others}/ca.pem"}, "fedsq_args.tls_cert {ours}/rank-1.pem is refused under tls_ca {others}"),
         (
             {"tls_cert": "{ours}/rank-2.pem", "tls_key": "{ours}/rank-2-key.pem"},
             "fedsq_args.tls_cert {ours}/rank-2.pem is not issued for rank 1: it needs the DNS name rank-1, "
@@ -105,8 +98,7 @@ def test_an_expired_certificate_is_refused(expired: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         credentials(config(expired), 1)
     assert str(caught.value) == (
-        f"fedsq_args.tls_cert {expired}/rank-1.pem is refused under tls_ca {expired}/ca.pem: "
-        "certificate has expired"
+        f"fedsq_args.tls_cert {expired}/rank-1.pem is refused under tls_ca {expired}/ca.pem: certificate has expired"
     )
 
 
@@ -118,9 +110,7 @@ def test_all_three_or_none() -> None:
 def test_tls_on_a_road_without_it_is_an_error_and_not_believed() -> None:
     paths = dict.fromkeys(certificates.OPTIONS, "a")
     _, found = parse({**NEEDED, "backend": "MPI", **paths})
-    assert [str(one) for one in found] == [
-        "tls_cert is given, but only backend GRPC has TLS, and backend is MPI"
-    ]
+    assert [str(one) for one in found] == ["tls_cert is given, but only backend GRPC has TLS, and backend is MPI"]
     one_process = {**NEEDED, "backend": "sp", **paths}
     assert parse(one_process)[1] == []
     assert "fedsq_args.tls_cert has no effect: backend sp is one process" in unused(one_process, facts_of(one_process))
@@ -131,11 +121,7 @@ def test_tls_asks_for_our_rows_where_fedml_has_its_own(fedml: Any) -> None:
 
     def args(name: str, **options: str) -> Any:
         return SimpleNamespace(
-            federated_optimizer=name,
-            training_type="cross_silo",
-            backend="GRPC",
-            dataset="digits",
-            **options,
+            federated_optimizer=name, training_type="cross_silo", backend="GRPC", dataset="digits", **options
         )
 
     assert not is_ours(args("FedAvg"), custom=False)
@@ -144,9 +130,7 @@ def test_tls_asks_for_our_rows_where_fedml_has_its_own(fedml: Any) -> None:
         is_ours(args("FedOpt", tls_cert="a"), custom=False)
 
 
-@pytest.mark.skipif(
-    shutil.which("openssl") is None, reason="needs the command openssl: apt-get install openssl"
-)
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the command openssl: apt-get install openssl")
 def test_certificates_by_the_readmes_openssl_commands(tmp_path: Path) -> None:
     """Every silo keeps its key; the authority signs a request."""
     text = (Path(__file__).parents[3] / "README.md").read_text()

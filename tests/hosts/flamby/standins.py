@@ -127,10 +127,7 @@ def tcga(datasets: Path, folder: Path) -> None:
     package = datasets / "fed_tcga_brca"
     table = pd.read_csv(package / "brca.csv")
     generator = np.random.default_rng(0)
-    random: dict[str, Any] = {
-        "E": generator.integers(0, 2, len(table)),
-        "T": generator.integers(1, 999, len(table)),
-    }
+    random: dict[str, Any] = {"E": generator.integers(0, 2, len(table)), "T": generator.integers(1, 999, len(table))}
     for column in table.columns[1:]:
         if column not in random:
             random[column] = generator.integers(0, 2, len(table))

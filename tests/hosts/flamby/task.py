@@ -60,14 +60,7 @@ def made(
     cls = cls or strategy_class(name)
     torch.manual_seed(2)
     return cls(
-        loaders(classes)[:centres],
-        net or model(),
-        loss or nn.BCELoss(),
-        optimizer,
-        0.05,
-        UPDATES,
-        rounds,
-        **options,
+        loaders(classes)[:centres], net or model(), loss or nn.BCELoss(), optimizer, 0.05, UPDATES, rounds, **options
     )
 
 
@@ -83,9 +76,7 @@ def on_classes(name: str, **options: Any) -> Strategy:
 
 
 def equal(one: nn.Module, other: nn.Module) -> bool:
-    return all(
-        torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True)
-    )
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
 
 
 def naive_fedavg(optimizer: Any, net: nn.Module) -> list[Tensor]:
@@ -112,9 +103,7 @@ def naive_fedavg(optimizer: Any, net: nn.Module) -> list[Tensor]:
                 nn.functional.binary_cross_entropy(one(x), y).backward()
                 optimizers[i].step()
                 optimizers[i].zero_grad()
-            differences.append(
-                [p.detach().numpy() - b for p, b in zip(one.parameters(), before, strict=True)]
-            )
+            differences.append([p.detach().numpy() - b for p, b in zip(one.parameters(), before, strict=True)])
         for one in nets:
             for k, p in enumerate(one.parameters()):
                 step = sum(d[k] * n for d, n in zip(differences, SIZES, strict=True)) / float(sum(SIZES))

@@ -63,10 +63,7 @@ IMAGES = [
 @pytest.mark.parametrize("row", IMAGES, ids=lambda row: row[0])
 @pytest.mark.timeout(1800)
 def test_a_round_of_every_strategy_of_a_recipe(
-    checkout: Path,
-    plain_path: Path,
-    tmp_path: Path,
-    row: tuple[str, Callable[[Path, Path], None], str, str, int],
+    checkout: Path, plain_path: Path, tmp_path: Path, row: tuple[str, Callable[[Path, Path], None], str, str, int]
 ) -> None:
     dataset, make, recipe, backbone, centres = row
     datasets, data = checkout / "flamby" / "datasets", plain_path / "data"

@@ -32,8 +32,7 @@ HEART = Path(os.environ.get("FLAMBY_HEART", "/work/shared/data/heart_disease"))
 """The UCI's four processed.*.data files."""
 LIMIT_S = 200
 needs_heart = pytest.mark.skipif(
-    not HEART.is_dir(),
-    reason="needs the Heart Disease files: FLAMBY_HEART=the folder that FLamby's download.py filled",
+    not HEART.is_dir(), reason="needs the Heart Disease files: FLAMBY_HEART=the folder that FLamby's download.py filled"
 )
 
 
@@ -100,9 +99,7 @@ def heart_recipe(folder: Path, **options: Any) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def in_one_process(
-    datasets: Path, heart: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[list[Any], Any]:
+def in_one_process(datasets: Path, heart: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], Any]:
     package("fed_heart_disease")
     return run(heart_recipe(heart), tmp_path_factory.mktemp("sp"))
 
@@ -230,10 +227,7 @@ STANDINS: dict[str, tuple[Callable[[Path, Path], None], bool, dict[str, Any]]] =
         standins.kits,
         False,
         # 31 million weights: two of the six sites train, and none tests by itself
-        {
-            **{"model": "flamby/baseline", "client_num_in_total": 6, "client_num_per_round": 2},
-            "silo_evaluation": False,
-        },
+        {**{"model": "flamby/baseline", "client_num_in_total": 6, "client_num_per_round": 2}, "silo_evaluation": False},
     ),
     "fed_camelyon16": (standins.camelyon, True, {"model": "flamby/baseline", "client_num_in_total": 2}),
     "fed_tcga_brca": (standins.tcga, False, {"model": "mlp", "client_num_in_total": 6}),

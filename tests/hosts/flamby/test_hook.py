@@ -103,11 +103,7 @@ def found(df: pd.DataFrame, values: dict[str, Any], name: str) -> list[int]:
 
 def test_results_are_found_by_name_and_options() -> None:
     df = pd.DataFrame(
-        {
-            "Method": ["FedAvg100", "FedSQ100", "FedSQ100", "FedSQ200"],
-            "seed": [0.0, 0.0, 1.0, 0.0],
-            "mu": [np.nan] * 4,
-        }
+        {"Method": ["FedAvg100", "FedSQ100", "FedSQ100", "FedSQ200"], "seed": [0.0, 0.0, 1.0, 0.0], "mu": [np.nan] * 4}
     )
     assert found(df, {"seed": 0.0, "mu": None}, "FedSQ") == [1]
     assert found(df, {"seed": 0.0, "mu": None}, "FedAvg") == [0]
@@ -123,12 +119,7 @@ def test_an_experiment_with_an_option_is_not_the_one_without() -> None:
     hook.register()
     imported("flamby.strategies")
     df = pd.DataFrame(
-        {
-            "Method": ["FedSQ100"] * 2,
-            "Metric": [0.5, 0.6],
-            "structural_copy": ["ema", np.nan],
-            "seed": [0.0] * 2,
-        }
+        {"Method": ["FedSQ100"] * 2, "Metric": [0.5, 0.6], "structural_copy": ["ema", np.nan], "seed": [0.0] * 2}
     )
     assert found(df, {"seed": 0.0}, "FedSQ") == [1]
 

@@ -25,19 +25,7 @@ from fedsq_plugin.hosts.flamby.privacy import Privacy
 from fedsq_plugin.hosts.flamby.strategy import Strategy, strategy_class
 from fedsq_plugin.models.mlp import MLP
 
-from .task import (
-    ROUNDS,
-    SIZES,
-    UPDATES,
-    equal,
-    loaders,
-    made,
-    model,
-    naive_fedavg,
-    normalised,
-    on_classes,
-    run,
-)
+from .task import ROUNDS, SIZES, UPDATES, equal, loaders, made, model, naive_fedavg, normalised, on_classes, run
 
 OPTIONS: dict[str, Any] = {"FrozenEarly": {"frozen_modules": ["conv"]}}
 
@@ -192,10 +180,7 @@ def test_fedncm_takes_its_head_from_all_data_once() -> None:
 def test_options_are_named_parameters_with_the_recipes_defaults() -> None:
     prox = inspect.signature(strategy_class("FedProx")).parameters
     assert prox["fedprox_mu"].default == 0.01
-    assert (
-        "options" not in prox
-        and "fedprox_mu" not in inspect.signature(strategy_class("FedAvg")).parameters
-    )
+    assert "options" not in prox and "fedprox_mu" not in inspect.signature(strategy_class("FedAvg")).parameters
     assert list(prox)[:7] == [
         *("training_dataloaders", "model", "loss", "optimizer_class", "learning_rate"),
         *("num_updates", "nrounds"),
@@ -208,20 +193,12 @@ def test_options_are_named_parameters_with_the_recipes_defaults() -> None:
         ("FedProx", {"fedprox_nu": 1}, "FedProx has no option 'fedprox_nu'; did you mean 'fedprox_mu'?"),
         ("FedProx", {"fedprox_mu": -1}, "fedprox_mu is -1"),
         ("FedSQ", {"structural_copy": "thawed"}, "structural_copy is 'thawed'"),
-        (
-            "FedRep",
-            {},
-            "set head to the module path of the model's last layer (linear layers: features.0",
-        ),
+        ("FedRep", {}, "set head to the module path of the model's last layer (linear layers: features.0"),
         ("FedRep", {"head": "fx"}, "head 'fx' is no module of the model"),
         ("FedBN", {}, "the model has none: use another algorithm"),
         ("FrozenEarly", {}, "set frozen_modules"),
         ("FrozenEarly", {"frozen_modules": ["conv9"]}, "the model has no 'conv9'"),
-        (
-            "FedAvg",
-            {"dp_target_epsilon": 1.0},
-            "needs dp_target_epsilon, dp_target_delta and",
-        ),
+        ("FedAvg", {"dp_target_epsilon": 1.0}, "needs dp_target_epsilon, dp_target_delta and"),
         (
             "FedProx",
             {"dp_target_epsilon": 1.0, "dp_target_delta": 0.1, "dp_max_grad_norm": 1.0},
@@ -229,10 +206,7 @@ def test_options_are_named_parameters_with_the_recipes_defaults() -> None:
         ),
         (
             "FedAvg",
-            {
-                **{"dp_target_epsilon": 1.0, "dp_target_delta": 0.1, "dp_max_grad_norm": 1.0},
-                "num_fine_tuning_steps": 3,
-            },
+            {**{"dp_target_epsilon": 1.0, "dp_target_delta": 0.1, "dp_max_grad_norm": 1.0}, "num_fine_tuning_steps": 3},
             "set num_fine_tuning_steps to 0",
         ),
     ],

@@ -100,14 +100,7 @@ def test_without_a_seed_every_client_has_noise_of_its_own(
     seeds: list[int] = []
 
     def optimizer(
-        self: Privacy,
-        model: nn.Module,
-        cls: Any,
-        rate: float,
-        loader: Any,
-        rounds: int,
-        seed: int,
-        device: Any,
+        self: Privacy, model: nn.Module, cls: Any, rate: float, loader: Any, rounds: int, seed: int, device: Any
     ) -> Any:
         seeds.append(seed)
         return cls(model.parameters(), lr=rate)
@@ -209,28 +202,15 @@ def test_logs_have_flambys_names(strategies: Any, tmp_path: Path, capsys: pytest
 
 @pytest.fixture
 def config(strategies: Any, tmp_path: Path) -> Path:
-    rows = {
-        "FedAvg": SGD,
-        "PluginFedAvg": SGD,
-        "FedSQ": SGD,
-        "FedSQ+FedMR": {**SGD, "structural_copy": "ema"},
-    }
+    rows = {"FedAvg": SGD, "PluginFedAvg": SGD, "FedSQ": SGD, "FedSQ+FedMR": {**SGD, "structural_copy": "ema"}}
     file = tmp_path / "config.json"
-    content = {
-        "dataset": "fed_heart_disease",
-        "results_file": str(tmp_path / "results.csv"),
-        "strategies": rows,
-    }
+    content = {"dataset": "fed_heart_disease", "results_file": str(tmp_path / "results.csv"), "strategies": rows}
     file.write_text(json.dumps(content))
     return file
 
 
 def bench(
-    config: Path,
-    *arguments: str,
-    backbone: str = "mlp",
-    seeds: tuple[int, ...] = (0, 1),
-    only: tuple[str, ...] = (),
+    config: Path, *arguments: str, backbone: str = "mlp", seeds: tuple[int, ...] = (0, 1), only: tuple[str, ...] = ()
 ) -> Any:
     benchmark.fed_benchmark(config, ["--debug", *arguments], backbone, None, seeds, only=only)
     return pd.read_csv(config.with_name("results.csv"))
@@ -310,18 +290,12 @@ def test_wrong_arguments_are_one_line(config: Path, arguments: tuple[str, ...], 
         ({"strategies": {"FedSq2": {}}}, "unknown strategy 'FedSq2'; did you mean 'FedSQ'?"),
         ({"strategies": {"FedSQ": {"fedprox_mu": 1}}}, "FedSQ has no 'fedprox_mu'"),
         ({"strategies": []}, "'strategies' is missing or wrong"),
-        (
-            {"strategies": {"FedAvg": {"optimizer_class": "SGD"}}},
-            "optimizer_class is 'SGD', not as 'torch.op",
-        ),
+        ({"strategies": {"FedAvg": {"optimizer_class": "SGD"}}}, "optimizer_class is 'SGD', not as 'torch.op"),
         ({"strategies": {"FedSQ": None}}, "the options of FedSQ are no object, as {}"),
         ({"strategies": {"FedProx": {}}}, "you should provide a value for mu"),
         ({"strategies": {"FedSQ": {"optimizer_class": "torch.optim.SDG"}}}, "has no attribute 'SDG'"),
         ({"strategies": {"FedSQ": {"optimizer_class": "torch.float32"}}}, "is no class of torch.optim"),
-        (
-            {"strategies": {"PluginFedProx": {"dp_target_epsilon": 1.0}}},
-            "PluginFedProx: differential priv",
-        ),
+        ({"strategies": {"PluginFedProx": {"dp_target_epsilon": 1.0}}}, "PluginFedProx: differential priv"),
         ({"strategies": {"PluginFedProx": {**PRIVATE_OPTIONS}}}, "PluginFedProx: FedProx cannot train with"),
         ({"dataset": "fed_kits19"}, "flamby/fed_kits19: the data are not there; get them by: git clone"),
         ({"strategies": {"FedAvg": SGD, "FedSQ": {"structural_rounds": 0}}}, "FedSQ: structural_rounds is 0"),
@@ -344,9 +318,7 @@ def test_what_cannot_be_gated_is_said_before_any_other_strategy_runs(config: Pat
 
 
 @pytest.mark.parametrize("arguments", [("--strategy", "FedAvg"), ("-scb", "Pooled")])
-def test_a_typo_is_one_line_though_another_strategy_is_asked_for(
-    config: Path, arguments: tuple[str, ...]
-) -> None:
+def test_a_typo_is_one_line_though_another_strategy_is_asked_for(config: Path, arguments: tuple[str, ...]) -> None:
     content = json.loads(config.read_text())
     config.write_text(json.dumps({**content, "strategies": {"FedAvg": {}, "FedSW": {}}}))
     with pytest.raises(ConfigError, match="unknown strategy 'FedSW'; did you mean 'FedSQ'"):
@@ -398,9 +370,7 @@ def test_recipes_are_accepted(strategies: Any, name: str) -> None:
             found.check(strategies, net, inputs[..., :768], backbone, asked)
 
 
-def test_the_solver_for_benchopt_drives_rounds_by_itself(
-    strategies: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_solver_for_benchopt_drives_rounds_by_itself(strategies: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """On stand-ins for BenchOpt and its template: it makes the strategy, evaluates client 0, and calls
     perform_round."""
 
@@ -437,8 +407,7 @@ def test_the_solver_for_benchopt_drives_rounds_by_itself(
 
 
 @pytest.mark.parametrize(
-    ("dataset", "shape", "labels"),
-    [("fed_ixi", (1, 16, 16, 16), (2, 16, 16, 16)), ("fed_isic2019", (3, 64, 64), None)],
+    ("dataset", "shape", "labels"), [("fed_ixi", (1, 16, 16, 16), (2, 16, 16, 16)), ("fed_isic2019", (3, 64, 64), None)]
 )
 def test_fedsq_on_networks_for_images(
     strategies: Any, dataset: str, shape: tuple[int, ...], labels: tuple[int, ...] | None

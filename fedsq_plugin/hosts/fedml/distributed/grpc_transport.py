@@ -86,12 +86,7 @@ class GrpcTransport(Transport):
     shows_life = True
 
     def __init__(
-        self,
-        table: str | None,
-        rank: int,
-        peers: Collection[int],
-        limit_bytes: int,
-        tls: Credentials | None = None,
+        self, table: str | None, rank: int, peers: Collection[int], limit_bytes: int, tls: Credentials | None = None
     ) -> None:
         super().__init__(rank, limit_bytes)
         self.processes: dict[int, bytes] = {}
@@ -117,8 +112,7 @@ class GrpcTransport(Transport):
             else:
                 pair = [(tls.key, tls.certificate)]
                 self._server.add_secure_port(
-                    listening[rank],
-                    grpc.ssl_server_credentials(pair, tls.authority, require_client_auth=True),
+                    listening[rank], grpc.ssl_server_credentials(pair, tls.authority, require_client_auth=True)
                 )
         except RuntimeError as error:
             raise ConfigError(f"rank {rank} cannot listen on {listening[rank]}: {error}") from None

@@ -45,9 +45,7 @@ class Solver(FLambySolver):
         "gate_accept": [[]],  # Camelyon: [["attention_V.1", "attention_U.1"]]
     }
     # FLambySolver's own, but for the key: BenchOpt's default for it is another one since 1.8.
-    stopping_criterion = CustomSPC(
-        patience=100_000_000, strategy="callback", key_to_monitor="objective_value"
-    )
+    stopping_criterion = CustomSPC(patience=100_000_000, strategy="callback", key_to_monitor="objective_value")
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, strategy=FedSQ, **kwargs)
