@@ -12,7 +12,15 @@ from ...dualcopy.precision import refuse_unsupported
 from ...errors import ConfigError
 from ...settings.config import family_of
 from .devices import UNMAPPED, device_name, gpus
-from .names import FEDML_DATASETS, FEDML_MODELS, NO_COLOUR_IMAGES, OTHER_LOSSES, WITHOUT_GATES, refused_road
+from .names import (
+    FEDML_DATASETS,
+    FEDML_MODELS,
+    NO_COLOUR_IMAGES,
+    OTHER_LOSSES,
+    WITHOUT_GATES,
+    refused_road,
+    wrong_partition,
+)
 
 HOST_DEVICE = ("device_type", "gpu_util_parse")
 """Options of FedML's that name a device, beside ours."""
@@ -37,6 +45,8 @@ def problems(values: Mapping[str, Any], valid: Mapping[str, Any]) -> Iterator[st
         for key in ("data_cache_dir", "partition_method", "partition_alpha", "batch_size"):
             if key not in values:
                 yield f"{family_of(key)}.{key} is missing; FedML's loader of {dataset} has no default for it"
+    if partition := wrong_partition(dataset, valid.get("partition_method", "homo")):
+        yield partition
     if dataset and model in FEDML_MODELS and FEDML_MODELS[model] and dataset not in FEDML_MODELS[model]:
         homes = ", ".join(FEDML_MODELS[model])
         yield f"model_args.model {model} is FedML's for {homes}, not for {dataset}"
