@@ -149,7 +149,7 @@ def test_shared_values_are_merged_as_yaml_says(fedml: Any, init: Any, caplog: py
 
 def test_fedmls_loader_is_not_asked_for_a_partition_that_it_has_not(fedml: Any, make_args: MakeArgs) -> None:
     args = make_args(dataset="cifar10", partition_method="dirichlet")
-    with pytest.raises(ConfigError, match="^data_args.partition_method 'dirichlet' is unknown; known: hetero"):
+    with pytest.raises(ConfigError, match=r"^data_args\.partition_method 'dirichlet' is unknown; known: hetero"):
         fedml.data.load(args)
 
 
