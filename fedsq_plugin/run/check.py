@@ -176,7 +176,7 @@ def _missing_folders(config: Config) -> Iterator[str]:
 
 def _weights(config: Config, model: nn.Module | None) -> Iterator[str]:
     from ..dualcopy import DualCopy
-    from ..models import read_state
+    from ..models import open_weights
     from .plan import RECIPE
     from .warm_start import load_pretrained
 
@@ -187,7 +187,7 @@ def _weights(config: Config, model: nn.Module | None) -> Iterator[str]:
     try:
         if model is None:
             with worded(RECIPE):
-                read_state(file)
+                open_weights(file)
         else:
             load_pretrained(model.quantitative if isinstance(model, DualCopy) else model, config)
     except FedSQError as error:
