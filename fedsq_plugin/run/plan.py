@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -113,13 +112,12 @@ def _own_early_modules(chosen: Algorithm, config: Config, model: nn.Module) -> t
 def head_of(config: Config, model: nn.Module) -> str | None:
     """The head's module path: as given, or that of our own backbone. Where a script trains another model than
     the recipe names, it is None unless given."""
-    own = models.head if config.model in models.names() else None
+    if config.head is not None:
+        return config.head
+    known = models.head(config.model) if config.model in models.names() else None
     if config.model in flamby.MODELS:
-        own = partial(flamby.head, dataset=config.dataset)
-    if config.head is None and own is not None:
-        known = own(config.model)
-        return known if known in dict(model.named_modules()) else None
-    return config.head
+        known = flamby.head(config.model, config.dataset)
+    return known if known in dict(model.named_modules()) else None
 
 
 def accepted(config: Config) -> tuple[str, ...]:

@@ -92,8 +92,9 @@ def problems(families: Families, brings_silos: Collection[str] = ()) -> tuple[Co
 def misplaced(families: Families) -> list[Finding]:
     """What is wrong with the recipe's keys: unknown, misspelt (`key` is then the right one), or in two
     families."""
+    own = {family: [key for key in OPTIONS if family_of(key) == family] for family in OURS}
     found = [
-        Finding("unknown", key, f"{family}.{key} is unknown{nearest(key, _keys_of(family))}")
+        Finding("unknown", key, f"{family}.{key} is unknown{nearest(key, own[family])}")
         for family in OURS
         for key in families.get(family, {})
         if key not in OPTIONS
@@ -181,7 +182,3 @@ def _yaml(text: str) -> tuple[Any, list[Finding]]:
 
 def _place(mark: Any) -> str:
     return f"line {mark.line + 1}, column {mark.column + 1}"
-
-
-def _keys_of(family: str) -> list[str]:
-    return [key for key in OPTIONS if family_of(key) == family]
