@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..federation.algorithm import EVERYTHING, HEAD, Algorithm, FederationOption
 from ..federation.local import Part, Phase, Statistics
 from ..federation.options import Options, option
 from ..federation.state import State
+from ..federation.task import Batches
 
 
 class LpFtOptions(Options):
@@ -55,9 +56,7 @@ class ClassMeans:
     head: str
     """Its module path."""
 
-    def collect(
-        self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device | str
-    ) -> dict[str, Tensor]:
+    def collect(self, model: nn.Module, batches: Batches, device: torch.device | str) -> dict[str, Tensor]:
         """What a silo adds up: the head's inputs by label, as a tensor (classes, features)."""
         layer = model.get_submodule(self.head)
         if not isinstance(layer, nn.Linear):

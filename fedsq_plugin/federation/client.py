@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +18,8 @@ from .roles import roles, with_roles
 from .seeding import derive
 from .server_state import ServerState, load_state
 from .state import State, fingerprint, state_of
-from .task import CLASSIFICATION, Loss
+from .task import CLASSIFICATION, Batches, Loss
 from .training import LocalTraining
-
-Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 class Client:

@@ -19,7 +19,7 @@ from .evaluate import main_output
 from .roles import NORMALISATION, Role
 from .seeding import isolated
 from .state import State
-from .task import CLASSIFICATION, Loss
+from .task import CLASSIFICATION, Batches, Loss
 from .training import SCALE, LocalTraining
 
 Optimizers = MutableMapping[tuple[str, ...], torch.optim.Optimizer]
@@ -46,7 +46,7 @@ class Statistics(NamedTuple):
     """A part of a round in which nothing is trained: silos send sums over their data, and the server
     computes something from the totals."""
 
-    collect: Callable[[nn.Module, Iterable[tuple[Tensor, Tensor]], torch.device | str], dict[str, Tensor]]
+    collect: Callable[[nn.Module, Batches, torch.device | str], dict[str, Tensor]]
     """(model, batches, device) -> sums by name, to be added up over the silos."""
     apply: Callable[[State, Mapping[str, Tensor]], State]
     """(server's model, totals) -> server's next model."""
@@ -75,7 +75,7 @@ class LocalResult(NamedTuple):
 
 def local_update(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Batches,
     training: LocalTraining,
     phases: Sequence[Part],
     roles: Mapping[str, Role],
@@ -87,7 +87,7 @@ def local_update(
     device: torch.device | str = "cpu",
     forward: Callable[[Tensor], object] | None = None,
     factors: Mapping[str, float] | None = None,
-    data: Iterable[tuple[Tensor, Tensor]] | None = None,
+    data: Batches | None = None,
     optimizers: Optimizers | None = None,
     on_step: Callable[[Tensor], None] | None = None,
 ) -> LocalResult:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -13,6 +13,8 @@ from torch import Tensor
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(outputs (N, …), targets (N, …)) -> mean loss of the batch."""
+Batches = Iterable[tuple[Tensor, Tensor]]
+"""(inputs, targets) of a data set, batch by batch, anew in every pass."""
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import __version__, models
 from ..data.registry import OURS
@@ -23,6 +23,7 @@ from ..federation.local import Phase, local_update
 from ..federation.roles import Role, check_finite, roles
 from ..federation.seeding import derive
 from ..federation.state import fingerprint, state_of
+from ..federation.task import Batches
 from ..federation.training import LocalTraining
 from ..models.backbones import PREFIX
 from ..settings.config import Config
@@ -156,7 +157,7 @@ def with_public_split(data: SilosData | None, config: Config) -> SilosData:
 
 def public_warm_start(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Batches,
     content: str,
     training: LocalTraining,
     epochs: int,
