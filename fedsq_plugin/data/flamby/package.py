@@ -188,13 +188,11 @@ class FlambyPackage:
         try:
             with _quietly():
                 yield
-        except (AttributeError, TypeError, ImportError) as error:
-            raise _unfit(self.about.key, f"{what} cannot be had", error) from None
         except Exception as error:
-            remedy = f" {self._how()}" if what == "the data" else ""
-            raise ConfigError(
-                f"{self.about.key}: {what} cannot be had ({in_one_line(error)});{remedy}".rstrip(";")
-            ) from None
+            remedy = f"; {self._how()}" if what == "the data" else ""
+            if isinstance(error, (AttributeError, TypeError, ImportError)):
+                remedy = f"; {PINS}"  # FLamby uses a name that a later version of its dependencies does not have
+            raise ConfigError(f"{self.about.key}: {what} cannot be had ({in_one_line(error)}){remedy}") from None
 
 
 def import_flamby(module: str, why: str) -> Any:
@@ -214,12 +212,7 @@ def import_flamby(module: str, why: str) -> Any:
                 what = f"is incomplete (no {error.name}): {NO_FLAMBY.partition(': ')[2]}"
             raise ConfigError(f"{why}: FLamby {what}") from None
         except Exception as error:
-            raise _unfit(why, "it does not import here", error) from None
-
-
-def _unfit(who: str, what: str, error: Exception) -> ConfigError:
-    """An error for names that FLamby uses and that later versions of its dependencies do not have."""
-    return ConfigError(f"{who}: {what} ({in_one_line(error)}); {PINS}")
+            raise ConfigError(f"{why}: it does not import here ({in_one_line(error)}); {PINS}") from None
 
 
 _PACKAGES = {
