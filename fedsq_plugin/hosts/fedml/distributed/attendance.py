@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from enum import Enum
 
 from ....errors import RunError
-from .protocol import SILENCE_S
+from .transport import SILENCE_S
 
 
 class Lost(Enum):

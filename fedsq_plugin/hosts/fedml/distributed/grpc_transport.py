@@ -126,8 +126,8 @@ class GrpcTransport(Transport):
         self._server.start()
         self._stubs: dict[int, Any] = {}
 
-    def stop_receive_message(self) -> None:
-        super().stop_receive_message()
+    def stop(self) -> None:
+        super().stop()
         self._server.stop(grace=1.0).wait()
 
     def show_life(self, receiver: int, within: float) -> bytes | None:

@@ -14,16 +14,15 @@ from ....run.plan import Plan
 from ....settings.agreement import kept_options
 from ....settings.config import Config
 from ....wire.tls import credentials
-from ..adapters import FedSQAggregator, FedSQTrainer
+from ..adapters import FedSQAggregator, FedSQTrainer, is_ours, server_of
+from ..aggregation import restore
 from ..scoring import Scoring
-from ..sides import client_side, is_ours, server_side
 from ..silo import Silos
 from . import rounds
 from .addresses import addresses
 from .client import Client
-from .protocol import MARGIN_S
 from .server import Server
-from .transport import SEND_S, MpiTransport
+from .transport import MARGIN_S, SEND_S, MpiTransport
 
 MIB = 2**20
 
@@ -74,19 +73,18 @@ def node(
     ranks = _ranks(args)
     if is_client(args):
         trainer, mine = client_trainer or FedSQTrainer(model, args, plan), silos_of(args)
-        states, config = client_side(trainer).states, plan.config
-        saved = None
-        if states is not None:
+        config, saved = plan.config, None
+        if is_ours(trainer):
             run = kept_options(config)
-            saved = SiloCheckpoints(config.checkpoint_dir, run, states, mine, config.resume)
+            saved = SiloCheckpoints(config.checkpoint_dir, run, trainer.client.states, mine, config.resume)
         silos = Silos(plan, args, device, trainer, data, saved)
-        return Client(args, _transport(args, plan, model, [0]), silos, mine)
+        return Client(_transport(args, plan, model, [0]), silos, mine)
     assert checkpoints is not None
-    side = server_side(server_aggregator or FedSQAggregator(model, args, plan), plan)
-    side.restore(checkpoints)
-    scoring = Scoring(plan, args, device, side, data)
+    aggregator = server_aggregator or FedSQAggregator(model, args, plan)
+    server, scoring = server_of(aggregator, plan), Scoring(plan, args, device, aggregator, data)
+    restore(checkpoints, server, plan, None)
     transport = _transport(args, plan, model, range(1, ranks + 1))
-    return Server(args, transport, plan, side, scoring, ranks, checkpoints)
+    return Server(args, transport, plan, server, scoring, ranks, checkpoints)
 
 
 def _ranks(args: Any) -> int:

@@ -11,12 +11,13 @@ from ....federation.evaluate import Metrics, pooled
 from ....federation.messages import packed
 from ....federation.record import RoundRecord
 from ....federation.round import Round, note, skip_empty
+from ....federation.server import Server
 from ....federation.state import State
 from ....federation.updates import brief, changed_count, metrics_of, metrics_problem
 from ....run.plan import Plan
 from ....wire.message import Kind, Result, Task
+from ..aggregation import TheirServer
 from ..scoring import Scoring
-from ..sides import ServerSide
 from ..silo import draw_silos
 
 Stage = Literal["start", "train", "silos", "tune", "end"]
@@ -48,7 +49,7 @@ class Rounds:
         self,
         args: Any,
         plan: Plan,
-        side: ServerSide,
+        server: Server | TheirServer,
         scoring: Scoring,
         ranks: int,
         checkpoints: ServerCheckpoints,
@@ -56,7 +57,7 @@ class Rounds:
         is_there: Callable[[int], bool],
         on_end: Callable[[], None],
     ) -> None:
-        self._args, self._plan, self._side, self._scoring = args, plan, side, scoring
+        self._args, self._plan, self._server, self._scoring = args, plan, server, scoring
         self._ranks, self._checkpoints = ranks, checkpoints
         self._send, self._is_there, self._on_end = send, is_there, on_end
         self.on_round: Callable[[RoundRecord], None] = lambda record: None
@@ -156,7 +157,7 @@ class Rounds:
             note(record, f"from round {record.round} on, silo {silos} is not there")
         self._absent = (self._absent | absent) - set(there)
         silos_now = skip_empty(there, self.samples, record) if there else []
-        self.current = Round(self._side.server, silos_now, self.samples, record, self._plan.fatal)
+        self.current = Round(self._server, silos_now, self.samples, record, self._plan.fatal)
         self.stage = "train"
         self._give({silo: ("train", packed(sent)) for silo, sent in self.current.assignments.items()})
 
@@ -189,7 +190,7 @@ class Rounds:
         """Why an answer must be refused, whatever its values are."""
         if reason := changed_count(result.samples, self.samples[result.silo]):
             return reason
-        ours, theirs = self._side.server.structural_fingerprint, brief(result.structural)
+        ours, theirs = self._server.structural_fingerprint, brief(result.structural)
         if theirs == brief(ours):
             return None
         return f"it was made under the structural copy {theirs[:14]}…, the server has {brief(ours)[:14]}…"
@@ -206,7 +207,7 @@ class Rounds:
         """Let every silo test its own model."""
         self.stage, self._tested, self.since = stage, {}, time.monotonic()
         silos = self._there(sorted(self.samples))
-        shown = zip(silos, self._side.server.show(silos), strict=True)
+        shown = zip(silos, self._server.show(silos), strict=True)
         self._give({silo: (stage, packed(assignment)) for silo, assignment in shown})
 
     def _pooled(self) -> Metrics:
@@ -217,6 +218,6 @@ class Rounds:
         self.current = None
         self._scoring.report(record)
         self.on_round(record)
-        self._side.save(self._checkpoints)
+        self._checkpoints.save(self._server.state, {})
         self.number += 1
         self.start_next()
