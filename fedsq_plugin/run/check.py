@@ -129,9 +129,9 @@ def _trial(valid: dict[str, Any]) -> Iterator[str]:
     # Without the data set, nothing can be said of a model that is made for it.
     buildable = valid.get("model") in models.names()
     if valid.get("model") in MODELS:
-        row = find(valid.get("federated_optimizer", ""))
+        algorithm = find(valid.get("federated_optimizer", ""))
         # A model that would download its weights is built only to say that it has no gate.
-        gated = row is not None and row.gated
+        gated = algorithm is not None and algorithm.gated
         buildable = data is not None and (gated or not downloads_weights(config.model, config.dataset))
     if buildable and _all_in(valid, *MODEL):
         try:

@@ -19,18 +19,9 @@ class EightTuple(list[Any]):
 
 def to_tuple(data: SilosData) -> EightTuple:
     """FedML's form of the data: its own loops and a user's script find what they expect."""
-    found = EightTuple(
-        [
-            sum(data.sizes.values()),
-            data.global_test_size,
-            data.global_train,
-            data.global_test,
-            data.sizes,
-            data.train,
-            data.test,
-            data.outputs,
-        ]
-    )
+    sizes = (sum(data.sizes.values()), data.global_test_size)
+    whole = (data.global_train, data.global_test)
+    found = EightTuple([*sizes, *whole, data.sizes, data.train, data.test, data.outputs])
     found.silos = data
     return found
 

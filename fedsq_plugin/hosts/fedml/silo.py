@@ -60,17 +60,12 @@ class Silos:
         return int(data.sizes.get(silo) or 0) if data.train.get(silo) is not None else 0
 
     def resume(self, finished: int) -> None:
-        """Before a task that comes after so many finished rounds. Raises WeightsError where the silos' saved parts
-        are damaged."""
+        """Before a task that comes after so many finished rounds: see `SiloCheckpoints.restore`."""
         if self._checkpoints is not None:
             self._checkpoints.restore(finished)
 
     def rewind(self) -> None:
-        """The server was started anew, and goes on from its checkpoint, perhaps behind what the silos have done since.
-
-        Raises:
-            ConfigError: something stays with the silos, and none of it was saved.
-        """
+        """The server was started anew: see `SiloCheckpoints.rewind`."""
         if self._checkpoints is not None:
             self._checkpoints.rewind()
 

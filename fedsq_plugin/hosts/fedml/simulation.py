@@ -7,6 +7,7 @@ state of the global model to the first silo. Here the life-cycle is that of FedM
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 from fedml import mlops
@@ -32,6 +33,7 @@ class Simulation(simulation.Simulation):
     """One run in one process. `on_round` is called after every round."""
 
     server: Server | TheirServer
+    silos: Silos
 
     def __init__(
         self,
@@ -52,19 +54,17 @@ class Simulation(simulation.Simulation):
         self.model_trainer = client_trainer or FedSQTrainer(model, args, plan)
         self.aggregator = server_aggregator or FedSQAggregator(copy.deepcopy(model), args, plan)
         server, silos = server_of(self.aggregator, plan), Silos(plan, args, device, self.model_trainer, data)
-        self.client = silos.client
 
-        def draw(number: int) -> list[int]:
-            return draw_silos(plan, args, number)
-
+        draw = functools.partial(draw_silos, plan, args)
         super().__init__(server, silos, data.sizes, args.comm_round, draw, plan.fatal)
         self.scoring = Scoring(plan, args, device, self.aggregator, data)
-        restore(checkpoints, server, plan, self.client)
+        restore(checkpoints, server, plan, silos.client if checkpoints.resumes else None)
 
     @property
     def silo_parts(self) -> dict[str, Tensor]:
         """What stayed with each silo, as <silo>/<key>."""
-        return {} if self.client is None else self.client.states.tensors()
+        client = self.silos.client
+        return {} if client is None else client.states.tensors()
 
     def run(self) -> None:
         """FedMLRunner calls this."""

@@ -48,9 +48,6 @@ class Attendance:
     def hear(self, rank: int) -> None:
         self.heard[rank] = time.monotonic()
 
-    def is_online(self, rank: int) -> bool:
-        return rank in self.online
-
     def is_there(self, rank: int, process: str) -> bool:
         return rank in self.online and self._processes[rank] == process
 

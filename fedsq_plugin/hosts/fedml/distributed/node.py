@@ -32,7 +32,7 @@ def is_client(args: Any) -> bool:
     return int(args.rank) > 0
 
 
-def refuse_road(args: Any, config: Config) -> None:
+def refuse_unreachable(args: Any, config: Config) -> None:
     """Raise ConfigError for what keeps this process from its peers, before a warm start that takes long."""
     rank, ranks = int(args.rank), _ranks(args)
     if args.backend == "GRPC":
@@ -60,7 +60,7 @@ def node(
     """What FedMLRunner runs in this process; the arguments are FedMLRunner's and the plan.
 
     Raises:
-        ConfigError: the parts do not go together, or the road cannot be had.
+        ConfigError: the parts do not go together, or there is no way to the others.
     """
     if not (is_ours(client_trainer) and is_ours(server_aggregator)) and plan.algorithm.gated:
         raise ConfigError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Literal
 
 from ....federation.checkpoints import ServerCheckpoints
@@ -42,7 +42,7 @@ class Rounds:
     Args:
         ranks: number of client processes.
         send: sends a task. It does not raise: it takes a process that cannot be reached for lost (`lose`).
-        is_there: whether the client process of a rank is there.
+        online: the ranks whose client processes are there, as they come and go.
     """
 
     def __init__(
@@ -54,13 +54,13 @@ class Rounds:
         ranks: int,
         checkpoints: ServerCheckpoints,
         send: Callable[[Task], None],
-        is_there: Callable[[int], bool],
+        online: Collection[int],
+        on_round: Callable[[RoundRecord], None],
         on_end: Callable[[], None],
     ) -> None:
         self._args, self._plan, self._server, self._scoring = args, plan, server, scoring
         self._ranks, self._checkpoints = ranks, checkpoints
-        self._send, self._is_there, self._on_end = send, is_there, on_end
-        self.on_round: Callable[[RoundRecord], None] = lambda record: None
+        self._send, self._online, self._on_round, self._on_end = send, online, on_round, on_end
         self.samples: dict[int, int] = {}
         """Training samples of every silo that a client process announced."""
         self.stage: Stage = "start"
@@ -162,7 +162,7 @@ class Rounds:
         self._give({silo: ("train", packed(sent)) for silo, sent in self.current.assignments.items()})
 
     def _there(self, silos: Iterable[int]) -> list[int]:
-        return [silo for silo in silos if self._is_there(rank_of(silo, self._ranks))]
+        return [silo for silo in silos if rank_of(silo, self._ranks) in self._online]
 
     def _give(self, tasks: Mapping[int, tuple[Kind, State]]) -> None:
         self._waiting = {}
@@ -217,7 +217,7 @@ class Rounds:
     def _finish(self, record: RoundRecord) -> None:
         self.current = None
         self._scoring.report(record)
-        self.on_round(record)
+        self._on_round(record)
         self._checkpoints.save(self._server.state, {})
         self.number += 1
         self.start_next()

@@ -56,18 +56,13 @@ class Server:
         self.server, self.aggregator = server, scoring.aggregator
         self._transport, self._ranks = transport, ranks
         self._attendance = Attendance(ranks, plan.config.min_clients)
-        there, send = self._attendance.is_online, self._send_task
-        self.rounds = Rounds(args, plan, server, scoring, ranks, checkpoints, send, there, self._end)
+        self.on_round: Callable[[RoundRecord], None] = lambda record: None
+        self.rounds = Rounds(
+            args, plan, server, scoring, ranks, checkpoints, online=self._attendance.online,
+            send=self._send_task, on_round=lambda record: self.on_round(record), on_end=self._end,
+        )  # fmt: skip
         self._turned = self._greeted = time.monotonic()
         self._watch = Watch()
-
-    @property
-    def on_round(self) -> Callable[[RoundRecord], None]:
-        return self.rounds.on_round
-
-    @on_round.setter
-    def on_round(self, called: Callable[[RoundRecord], None]) -> None:
-        self.rounds.on_round = called
 
     def run(self) -> None:
         self.aggregator.set_id(0)
@@ -124,9 +119,9 @@ class Server:
             return
         if self._attendance.is_there(rank, process):
             return  # sent again, because its arrival was not confirmed in time
-        if self._attendance.is_online(rank) and rounds.stage == "start":
+        if rank in self._attendance.online and rounds.stage == "start":
             rounds.note(f"rank {rank} was started anew before the first round")
-        elif self._attendance.is_online(rank):  # a process that came back knows nothing of what it was told
+        elif rank in self._attendance.online:  # a process that came back knows nothing of what it was told
             self._lose(rank, "its process was started anew")
         rounds.samples.update(counts)
         self._welcome(rank, process)
@@ -135,7 +130,7 @@ class Server:
     def _refuse(self, rank: int, line: str, process: str) -> None:
         """Go on without a process that cannot take part, where there can still be a quorum."""
         log.error(line)
-        if self._attendance.is_online(rank):  # whoever this is, the rank's own process is there, and stays
+        if rank in self._attendance.online:  # whoever this is, the rank's own process is there, and stays
             self._farewell(rank, line, process)
             return
         self._attendance.refuse(rank)
@@ -175,7 +170,7 @@ class Server:
             self._welcome(result.sender)
 
     def _fail(self, failure: Failed) -> None:
-        if self._attendance.is_online(failure.sender):
+        if failure.sender in self._attendance.online:
             self._lose(failure.sender, brief(failure.reason, 500))
             self.rounds.advance()
 

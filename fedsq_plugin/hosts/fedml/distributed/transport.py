@@ -59,9 +59,9 @@ class Transport:
     def arrived(self, within: float = 0.0) -> Message | None:
         """The next message, where one comes within so many seconds; one that is refused is none."""
         came = self._next(within)
-        return None if came is None else self._decoded(*came)
-
-    def _decoded(self, source: int, data: bytes | bytearray) -> Message | None:
+        if came is None:
+            return None
+        source, data = came
         try:
             message = decode(data, self.limit_bytes)
             if message.receiver != self.rank:
