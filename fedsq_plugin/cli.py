@@ -230,8 +230,8 @@ def algorithms() -> None:
     tables = []
     for titles in (("name", *CHOICES), ("name", "options", "source")):
         table = Table(*titles, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-        for row in all_algorithms().values():
-            cells = {**row.described(), "options": ", ".join(row.option_names) or "–"}
+        for algorithm in all_algorithms().values():
+            cells = {**algorithm.described(), "options": ", ".join(algorithm.option_names) or "–"}
             table.add_row(*(cells[title] for title in titles))
         tables.append(table)
     console = _console()

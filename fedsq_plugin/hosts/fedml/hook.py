@@ -242,13 +242,14 @@ def is_ours(args: Any, custom: bool) -> bool:
         ConfigError: nobody knows the algorithm, or it cannot run as asked.
     """
     name, native = algorithm_of(args), _has_native(args)
-    if is_flamby(args.dataset) and native and not known(name):
-        raise ConfigError(
-            f"FedML's own {name} trains on cross-entropy, which is not the loss of {args.dataset}; "
-            f"use one of {', '.join(algorithms())}"
-        )
-    if _has_tls(args) and native and not known(name):
-        raise ConfigError(f"FedML's own {name} has no TLS (fedsq_args.tls_cert); use one of {', '.join(algorithms())}")
+    instead = f"use one of {', '.join(algorithms())}"
+    if native and not known(name):
+        if is_flamby(args.dataset):
+            raise ConfigError(
+                f"FedML's own {name} trains on cross-entropy, which is not the loss of {args.dataset}; {instead}"
+            )
+        if _has_tls(args):
+            raise ConfigError(f"FedML's own {name} has no TLS (fedsq_args.tls_cert); {instead}")
     if _is_native(args) and not (custom and _is_sp(args)):
         return False
     if "+" in name:
@@ -256,8 +257,7 @@ def is_ours(args: Any, custom: bool) -> bool:
     if not known(name):
         if native:
             raise ConfigError(
-                f"FedML's own {name} ignores client_trainer and server_aggregator in sp; "
-                f"pass none, or use one of {', '.join(algorithms())}"
+                f"FedML's own {name} ignores client_trainer and server_aggregator in sp; pass none, or {instead}"
             )
         names = {*algorithms(), *NATIVE_SP}
         raise ConfigError(f"train_args.federated_optimizer '{name}' is unknown{nearest(name, names)}")

@@ -27,12 +27,7 @@ HOST_DEVICE = ("device_type", "gpu_util_parse")
 
 
 def problems(values: Mapping[str, Any], valid: Mapping[str, Any]) -> Iterator[str]:
-    """One line per thing that is known to be refused.
-
-    Args:
-        values: all options of the recipe, flat.
-        valid: those of our options that are valid by themselves, with their defaults.
-    """
+    """See `run.host.Host.problems`."""
     dataset, model = valid.get("dataset", ""), valid.get("model", "")
     algorithm, backend = find(valid.get("federated_optimizer", "")), backend_of(valid)[1]
     if reason := refused_backend({**valid, "scenario": values.get("scenario", "horizontal")}):

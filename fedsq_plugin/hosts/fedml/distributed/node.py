@@ -34,17 +34,15 @@ def is_client(args: Any) -> bool:
 
 def refuse_unreachable(args: Any, config: Config) -> None:
     """Raise ConfigError for what keeps this process from its peers, before a warm start that takes long."""
-    rank, ranks = int(args.rank), _ranks(args)
+    peers = _peers(args)
     if args.backend == "GRPC":
-        peers = [0] if is_client(args) else range(1, ranks + 1)
-        addresses(getattr(args, "grpc_ipconfig_path", None), (rank, *peers))
-        credentials(config, rank)
+        addresses(getattr(args, "grpc_ipconfig_path", None), (int(args.rank), *peers))
+        credentials(config, int(args.rank))
 
 
 def silos_of(args: Any) -> list[int]:
     """The silos that this process serves; none, where it is the server."""
-    rank, ranks = int(args.rank), _ranks(args)
-    return rounds.silos_of(rank, range(args.client_num_in_total), ranks)
+    return rounds.silos_of(int(args.rank), range(args.client_num_in_total), _ranks(args))
 
 
 def node(
@@ -70,7 +68,6 @@ def node(
     for part in (client_trainer, server_aggregator):
         if part is not None:
             part.model = model
-    ranks = _ranks(args)
     if is_client(args):
         trainer, mine = client_trainer or FedSQTrainer(model, args, plan), silos_of(args)
         config, saved = plan.config, None
@@ -78,13 +75,12 @@ def node(
             run = kept_options(config)
             saved = SiloCheckpoints(config.checkpoint_dir, run, trainer.client.states, mine, config.resume)
         silos = Silos(plan, args, device, trainer, data, saved)
-        return Client(_transport(args, plan, model, [0]), silos, mine)
+        return Client(_transport(args, plan, model), silos, mine)
     assert checkpoints is not None
     aggregator = server_aggregator or FedSQAggregator(model, args, plan)
     server, scoring = server_of(aggregator, plan), Scoring(plan, args, device, aggregator, data)
     restore(checkpoints, server, plan, None)
-    transport = _transport(args, plan, model, range(1, ranks + 1))
-    return Server(args, transport, plan, server, scoring, ranks, checkpoints)
+    return Server(args, _transport(args, plan, model), plan, server, scoring, _ranks(args), checkpoints)
 
 
 def _ranks(args: Any) -> int:
@@ -97,7 +93,12 @@ def _ranks(args: Any) -> int:
     return ranks
 
 
-def _transport(args: Any, plan: Plan, model: nn.Module, peers: Any) -> Any:
+def _peers(args: Any) -> list[int]:
+    ranks = _ranks(args)
+    return [0] if is_client(args) else list(range(1, ranks + 1))
+
+
+def _transport(args: Any, plan: Plan, model: nn.Module) -> Any:
     # The most that is sent at once is the whole model with its structural copy.
     limit = 4 * nbytes(state_of(model)) + MIB
     if args.backend == "MPI":
@@ -108,6 +109,5 @@ def _transport(args: Any, plan: Plan, model: nn.Module, peers: Any) -> Any:
         from .grpc_transport import GrpcTransport
     except ImportError as error:
         raise ConfigError(f"comm_args.backend GRPC: {error}; pip install 'fedsq-plugin[grpc]'") from None
-    rank = int(args.rank)
-    table = getattr(args, "grpc_ipconfig_path", None)
-    return GrpcTransport(table, rank, list(peers), limit, credentials(plan.config, rank))
+    rank, table = int(args.rank), getattr(args, "grpc_ipconfig_path", None)
+    return GrpcTransport(table, rank, _peers(args), limit, credentials(plan.config, rank))

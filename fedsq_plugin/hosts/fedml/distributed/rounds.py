@@ -76,10 +76,6 @@ class Rounds:
         self._notes: list[str] = []
         self._absent: set[int] = set()
 
-    def silos_of(self, rank: int) -> list[int]:
-        """The silos that a client process serves, as far as they are known."""
-        return silos_of(rank, sorted(self.samples), self._ranks)
-
     def note(self, line: str) -> None:
         """Tell the user, in the record of the round that is under way or of the next one."""
         if self.current is None:
@@ -125,7 +121,11 @@ class Rounds:
         record = self.current.record
         due = self._scoring.is_due(record.round)
         if self.stage == "train":
-            self._close(self.current)
+            if self.current.missing == self.current.silos:  # there is a quorum, but none of its silos was drawn
+                note(record, f"round {record.round}: none of its silos answered, the model stays as it is")
+                self.current.pass_over()
+            else:
+                self.current.close()
             record.seconds = time.monotonic() - self._started
             self._started = time.monotonic()
             if due:
@@ -194,14 +194,6 @@ class Rounds:
         if theirs == brief(ours):
             return None
         return f"it was made under the structural copy {theirs[:14]}…, the server has {brief(ours)[:14]}…"
-
-    def _close(self, current: Round) -> None:
-        if current.missing == current.silos:  # there is a quorum, but none of its silos was drawn
-            record = current.record
-            note(record, f"round {record.round}: none of its silos answered, the model stays as it is")
-            current.pass_over()
-        else:
-            current.close()
 
     def _test(self, stage: Literal["silos", "tune"]) -> None:
         """Let every silo test its own model."""

@@ -149,7 +149,7 @@ class Server:
     def _welcome(self, rank: int, process: str | None = None) -> None:
         """A client process takes part from the next round on, and begins with the whole model."""
         self._attendance.come(rank, process)
-        mine = self.rounds.silos_of(rank)
+        mine = silos_of(rank, sorted(self.rounds.samples), self._ranks)
         self.server.forget(mine)
         log.info("rank %d is there with silos %s", rank, mine)
 
