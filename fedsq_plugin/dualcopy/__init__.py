@@ -1,4 +1,4 @@
-"""A plain network turned into a DualCopy: gates, wrapper, validation, gate cache, ReLU-isation."""
+"""DualCopy: a plain network under fixed gates. Also validation, a cache of gates, and ReLU-isation."""
 
 from .activations import GateKind
 from .cache import GateCache

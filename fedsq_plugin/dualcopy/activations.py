@@ -1,8 +1,8 @@
-"""Which functions are gated, and which activations cannot be.
+"""Tables of the torch functions that are gated, and of the activations that cannot be gated.
 
-Modules end in these functions (`nn.ReLU` calls `F.relu`), so one table serves modules, shared modules,
-functional calls and tensor methods. A function of the table takes the arguments of the torch functions it
-stands for and returns them normalised.
+An activation module calls one of these functions (`nn.ReLU` calls `F.relu`). One table is therefore enough
+for modules, functional calls and tensor methods. Each function below has the signature of a torch function
+and returns the arguments in one common form.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def rrelu(
     inplace: bool = False,
     generator: torch.Generator | None = None,
 ) -> Pieces:
-    """The slope of evaluation mode, whatever `training` says: a gate is not random."""
+    """Use the slope of evaluation mode, also if `training` is true: a gate must not be random."""
     return Pieces(input, inplace, slope=(lower + upper) / 2)
 
 
@@ -86,7 +86,7 @@ def _adaptive_max_pool(dims: int, indices: bool, input: Tensor, output_size: Any
     return Pool(input, dims, options, adaptive=True, return_indices=indices or return_indices)
 
 
-_nn: Any = torch._C._nn  # the C++ spellings that torch.nn.functional itself re-exports in part
+_nn: Any = torch._C._nn  # the C++ functions; torch.nn.functional exports only some of them
 
 _IN_PLACE_TOO: dict[Callable[..., Pieces], tuple[list[Any], list[Any]]] = {
     relu: ([F.relu, torch.relu, Tensor.relu], [torch.relu_, Tensor.relu_]),
@@ -98,83 +98,61 @@ _IN_PLACE_TOO: dict[Callable[..., Pieces], tuple[list[Any], list[Any]]] = {
 }
 
 GATED: dict[Any, Callable[..., Gated]] = {}
-"""torch function -> normaliser of its arguments."""
+"""torch function -> function that normalises its arguments."""
 
 for _normalise, (_plain, _inplace) in _IN_PLACE_TOO.items():
     GATED.update(dict.fromkeys(_plain, _normalise))
     GATED.update(dict.fromkeys(_inplace, partial(_normalise, inplace=True)))
-# torch.rrelu takes its in-place form as a function of its own, with a generator instead of a flag.
+# rrelu_ is a separate function: it has no flag `inplace`, but a generator.
 GATED.update({F.rrelu: rrelu, torch.rrelu: rrelu, torch.rrelu_: partial(rrelu, inplace=True)})
 for _d in (1, 2, 3):
     for _base, _parse in (("max_pool", _max_pool), ("adaptive_max_pool", _adaptive_max_pool)):
         _name = f"{_base}{_d}d"
         GATED[getattr(F, _name)] = partial(_parse, _d, False)
         GATED[getattr(F, f"{_name}_with_indices")] = partial(_parse, _d, True)
-        if hasattr(torch, _name):  # the C++ function; adaptive 1d returns indices as well
+        if hasattr(torch, _name):  # the C++ function; adaptive_max_pool1d also returns indices
             GATED[getattr(torch, _name)] = partial(_parse, _d, _name == "adaptive_max_pool1d")
 GATED[torch.max_pool1d_with_indices] = partial(_max_pool, 1, True)
 
-_NEVER: dict[str, list[Any]] = {
-    "gelu": [F.gelu],
-    "silu": [F.silu],
-    "elu": [F.elu, _nn.elu_],
-    "celu": [F.celu, torch.celu, torch.celu_],
-    "selu": [F.selu, torch.selu, torch.selu_],
-    "mish": [F.mish],
-    "softplus": [F.softplus],
-    "hardswish": [F.hardswish],
-    "hardsigmoid": [F.hardsigmoid],
-    "glu": [F.glu],
-    "logsigmoid": [F.logsigmoid],
-    "softsign": [F.softsign],
-    "tanhshrink": [F.tanhshrink],
-    "softshrink": [F.softshrink],
-    "hardshrink": [F.hardshrink, torch.hardshrink, Tensor.hardshrink],
-    "rnn": [torch.rnn_relu, torch.rnn_tanh, torch.rnn_relu_cell, torch.rnn_tanh_cell],
-    "lstm": [torch.lstm, torch.lstm_cell],
-    "gru": [torch.gru, torch.gru_cell],
-    "fractional_max_pool": [
-        getattr(F, f"fractional_max_pool{dims}d{indices}") for dims in (2, 3) for indices in ("", "_with_indices")
-    ],
+_NEVER: dict[str, tuple[list[type[nn.Module]], list[Any]]] = {
+    "gelu": ([nn.GELU], [F.gelu]),
+    "silu": ([nn.SiLU], [F.silu]),
+    "elu": ([nn.ELU], [F.elu, _nn.elu_]),
+    "celu": ([nn.CELU], [F.celu, torch.celu, torch.celu_]),
+    "selu": ([nn.SELU], [F.selu, torch.selu, torch.selu_]),
+    "mish": ([nn.Mish], [F.mish]),
+    "softplus": ([nn.Softplus], [F.softplus]),
+    "hardswish": ([nn.Hardswish], [F.hardswish]),
+    "hardsigmoid": ([nn.Hardsigmoid], [F.hardsigmoid]),
+    "glu": ([nn.GLU], [F.glu]),
+    "logsigmoid": ([nn.LogSigmoid], [F.logsigmoid]),
+    "softsign": ([nn.Softsign], [F.softsign]),
+    "tanhshrink": ([nn.Tanhshrink], [F.tanhshrink]),
+    "softshrink": ([nn.Softshrink], [F.softshrink]),
+    "hardshrink": ([nn.Hardshrink], [F.hardshrink, torch.hardshrink, Tensor.hardshrink]),
+    "lstm": ([nn.LSTM, nn.LSTMCell], [torch.lstm, torch.lstm_cell]),
+    "gru": ([nn.GRU, nn.GRUCell], [torch.gru, torch.gru_cell]),
+    # After lstm and gru, whose modules are subclasses of these: the first match gives the name.
+    "rnn": ([nn.RNNBase, nn.RNNCellBase], [torch.rnn_relu, torch.rnn_tanh, torch.rnn_relu_cell, torch.rnn_tanh_cell]),
+    "fractional_max_pool": (
+        [nn.FractionalMaxPool2d, nn.FractionalMaxPool3d],
+        [getattr(F, f"fractional_max_pool{dims}d{indices}") for dims in (2, 3) for indices in ("", "_with_indices")],
+    ),
+    "lambda_activation": ([LambdaActivation], []),
 }
-UNGATEABLE: dict[Any, str] = {function: name for name, functions in _NEVER.items() for function in functions}
-"""torch function -> name of an activation that has no fixed linear gate, wherever it stands."""
+UNGATEABLE: dict[Any, str] = {function: name for name, (_, functions) in _NEVER.items() for function in functions}
+"""torch function -> name of an activation that never has a fixed linear gate."""
+UNGATEABLE_MODULES: dict[type[nn.Module], str] = {cls: name for name, (found, _) in _NEVER.items() for cls in found}
+"""The same by module class."""
 
 _SIGMOID = (torch.sigmoid, torch.sigmoid_, Tensor.sigmoid, Tensor.sigmoid_, F.sigmoid, torch.special.expit)
 _TANH: tuple[Any, ...] = (torch.tanh, torch.tanh_, Tensor.tanh, Tensor.tanh_, F.tanh)
 OUTPUT_ONLY: dict[Any, str] = dict.fromkeys(_SIGMOID, "sigmoid") | dict.fromkeys(_TANH, "tanh")
-"""torch function -> name of an activation that is fine as the model's output, and nowhere else."""
-
-UNGATEABLE_MODULES: dict[type[nn.Module], str] = {
-    nn.GELU: "gelu",
-    nn.SiLU: "silu",
-    nn.ELU: "elu",
-    nn.CELU: "celu",
-    nn.SELU: "selu",
-    nn.Mish: "mish",
-    nn.Softplus: "softplus",
-    nn.Hardswish: "hardswish",
-    nn.Hardsigmoid: "hardsigmoid",
-    nn.GLU: "glu",
-    nn.LogSigmoid: "logsigmoid",
-    nn.Softsign: "softsign",
-    nn.Tanhshrink: "tanhshrink",
-    nn.Softshrink: "softshrink",
-    nn.Hardshrink: "hardshrink",
-    nn.LSTM: "lstm",
-    nn.LSTMCell: "lstm",
-    nn.GRU: "gru",
-    nn.GRUCell: "gru",
-    nn.RNNBase: "rnn",
-    nn.RNNCellBase: "rnn",
-    nn.FractionalMaxPool2d: "fractional_max_pool",
-    nn.FractionalMaxPool3d: "fractional_max_pool",
-    LambdaActivation: "lambda_activation",
-}
+"""torch function -> name of an activation that is allowed only as the model's output."""
 
 
 class GateKind(Enum):
-    """The form of a gate; the value is how it is shown."""
+    """The kind of a gate. The value is the text for messages."""
 
     TWO_REGIONS = "piecewise linear"
     THREE_REGIONS = "piecewise linear, 3 regions"
@@ -182,23 +160,25 @@ class GateKind(Enum):
     ADAPTIVE_POOLING = "adaptive max-pooling"
 
 
-def kind(call: Gated) -> tuple[GateKind, tuple[int, ...]]:
-    """The kind of a gated call, and for pooling the spatial size of its input, on which the windows depend.
-    Calls of the two copies match when these and their shapes do."""
+def classify(call: Gated) -> tuple[GateKind, tuple[int, ...]]:
+    """Return the kind of a gated call and, for pooling, the spatial size of its input (it defines the windows).
+
+    Calls of the two copies match if their kinds, sizes and shapes are equal.
+    """
     if isinstance(call, Pool):
         pooling = GateKind.ADAPTIVE_POOLING if call.adaptive else GateKind.POOLING
         return pooling, tuple(call.input.shape[-call.dims :])
     return (GateKind.TWO_REGIONS if call.upper is None else GateKind.THREE_REGIONS), ()
 
 
-def shown(kind: GateKind, size: tuple[int, ...]) -> str:
-    """What `kind` gives, in words."""
+def describe(kind: GateKind, size: tuple[int, ...]) -> str:
+    """Return the result of `classify` as text for messages."""
     return f"{kind.value} {len(size)}d of {'x'.join(map(str, size))}" if size else kind.value
 
 
 _RECURRENT = "recurrent cells have smooth gates of their own: use a convolutional or MLP backbone"
 _SMOOTH = ("replace it by nn.ReLU", Word("relu_ise"))
-_WAYS_OUT: dict[str, str | tuple[Part, ...]] = {
+_INSTEAD: dict[str, str | tuple[Part, ...]] = {
     "elu": "use nn.LeakyReLU or nn.ReLU in its place",
     "swish": ("use a backbone with nn.ReLU, or make it an nn.Hardswish or nn.SiLU and that a ReLU (relu_ise)"),
     **dict.fromkeys(("gelu", "silu", "hardswish"), _SMOOTH),
@@ -208,7 +188,7 @@ _WAYS_OUT: dict[str, str | tuple[Part, ...]] = {
 }
 
 
-def way_out(name: str) -> tuple[Part, ...]:
-    """What to use in place of an activation that cannot be gated."""
-    found = _WAYS_OUT.get(name, "replace it by nn.ReLU or another piecewise-linear activation")
+def suggest_instead(name: str) -> tuple[Part, ...]:
+    """Say what to use instead of the activation called `name`, which cannot be gated."""
+    found = _INSTEAD.get(name, "replace it by nn.ReLU or another piecewise-linear activation")
     return (found,) if isinstance(found, str) else found

@@ -1,8 +1,8 @@
-"""Gates of inputs that come again: the structural copy never changes, so they are known.
+"""A cache of gates. The structural copy is fixed, so an input that is seen again has the same gates.
 
-One bit per activation with two regions, one byte or more for the others, per sample. Inputs are
-recognised by content, so any loader and any order will do; only inputs that never repeat (augmented
-ones) gain nothing.
+Per sample the cache stores one bit per activation with two regions, and one byte or more for the others.
+It recognises an input by its content, so the order and the loader do not matter. It does not help if
+inputs never repeat, as with random augmentation.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from .wrapper import DualCopy
 
 Row = npt.NDArray[np.uint8]
 Layout = list[tuple[GateKind, tuple[int, ...], torch.dtype, torch.Size, bool, bool]]
-"""Of every gate: kind, size, dtype, shape per sample, whether a bit is enough, whether channels come last."""
+"""For each gate: kind, size, dtype, shape per sample, whether one bit is enough, whether channels are last."""
 
 
 class Passes(Protocol):
-    """The two passes of a DualCopy, its own or compiled."""
+    """The two passes of a DualCopy, plain or compiled."""
 
     def gates(self, x: Tensor) -> list[Gate]: ...
 
@@ -35,11 +35,14 @@ class Passes(Protocol):
 
 
 class GateCache:
-    """A DualCopy's forward for batches (N, ...) of samples that come again.
+    """Run a DualCopy on batches (N, ...) and keep the gates of each sample.
 
-    The structural copy runs for the samples that are new. Gates agree with those of `dual(x)` up to the
-    rounding of a forward with another batch size. `limit` is in bytes of main memory; beyond it nothing is
-    added. `passes` runs the two passes in place of the DualCopy.
+    The structural copy runs only on new samples. Gates equal those of `dual(x)`, except for rounding: the
+    batch of new samples can have another size.
+
+    Args:
+        limit: bytes of main memory. When they are used, no more gates are stored.
+        passes: runs the two passes instead of `dual`, for example a `Compiled`.
     """
 
     def __init__(self, dual: DualCopy, limit: int = 2**30, passes: Passes | None = None) -> None:
@@ -47,21 +50,21 @@ class GateCache:
         self._passes = dual if passes is None else passes
         self._rows: dict[tuple[Any, bytes], Row] = {}
         self._layouts: dict[Any, Layout] = {}
-        """By the shape and dtype of a sample: other sizes have other gates."""
+        """Key: shape and dtype of a sample, and the dtype of the gates' computation."""
         self._version = dual.structural_version
         self.hits = self.misses = self.nbytes = 0
 
     def __call__(self, x: Tensor) -> Any:
-        """The DualCopy's output for a batch."""
+        """Return the DualCopy's output for a batch."""
         if self._dual.unfrozen:
             return self._dual(x)
         return self._passes.gated(self.gates(x), x)
 
     def gates(self, x: Tensor) -> list[Gate]:
-        """The structural copy's decisions for a batch, as `DualCopy.gates` gives them.
+        """Return the gates of a batch, like `DualCopy.gates`.
 
         Raises:
-            GateError: a gated call of the model does not have one row per sample.
+            GateError: a gated tensor of the model does not have one entry per sample in its first dimension.
         """
         if self._version != self._dual.structural_version:
             self._rows, self.nbytes, self._version = {}, 0, self._dual.structural_version
@@ -81,7 +84,7 @@ class GateCache:
         gates = _unpack(rows, self._layouts[form], x.device)
         for key, row in fresh.items():
             if self.nbytes + row.nbytes <= self._limit:
-                self._rows[key] = row.copy()  # not a view, which would keep the whole batch
+                self._rows[key] = row.copy()  # a view would keep the whole batch in memory
                 self.nbytes += row.nbytes
         return gates
 
@@ -94,26 +97,26 @@ def _pack(gates: list[Gate], samples: int) -> tuple[Layout, npt.NDArray[np.uint8
                 "gates cannot be kept: a gated call of this model has not one row per sample "
                 f"({tuple(gate.region.shape)} for {samples} samples); set keep_gates: false"
             )
-        region, last = gate.region, _channels_last(gate.region)
+        region, last = gate.region, _is_channels_last(gate.region)
         flat = (region.movedim(1, -1) if last else region).reshape(samples, -1)
         binary = gate.kind is GateKind.TWO_REGIONS
         layout.append((gate.kind, gate.size, region.dtype, region.shape[1:], binary, last))
-        # Packed where it is: what leaves a GPU is an eighth.
-        values = (_packed(flat) if binary and flat.is_cuda else flat).cpu().numpy()
+        # Bits are packed on the GPU, so that only one eighth of the bytes leaves it.
+        values = (_pack_bits(flat) if binary and flat.is_cuda else flat).cpu().numpy()
         parts.append(np.packbits(values, axis=1) if binary and not flat.is_cuda else values.view(np.uint8))
     return layout, np.concatenate(parts, axis=1)
 
 
-def _channels_last(region: Tensor) -> bool:
+def _is_channels_last(region: Tensor) -> bool:
     return region.dim() == 4 and not region.is_contiguous() and region.movedim(1, -1).is_contiguous()
 
 
 _SHIFTS = (7, 6, 5, 4, 3, 2, 1, 0)
-"""Values of the bits of a byte, in numpy's order."""
+"""Positions of the bits of a byte, in numpy's order."""
 
 
-def _packed(flat: Tensor) -> Tensor:
-    """`np.packbits` along the second dimension, where the tensor is."""
+def _pack_bits(flat: Tensor) -> Tensor:
+    """Do what `np.packbits(flat, axis=1)` does, on the tensor's device."""
     eights = torch.nn.functional.pad(flat, (0, -flat.shape[1] % 8)).view(len(flat), -1, 8)
     packed = torch.zeros_like(eights[..., 0])
     for number, shift in enumerate(_SHIFTS):
@@ -121,8 +124,7 @@ def _packed(flat: Tensor) -> Tensor:
     return packed
 
 
-def _unpacked(packed: Tensor, count: int) -> Tensor:
-    """`np.unpackbits` along the second dimension, where the tensor is."""
+def _unpack_bits(packed: Tensor, count: int) -> Tensor:
     bits = torch.stack([(packed >> shift) & 1 for shift in _SHIFTS], dim=-1)
     return bits.flatten(1)[:, :count].contiguous()
 
@@ -139,7 +141,7 @@ def _unpack(rows: list[Row], layout: Layout, device: torch.device) -> list[Gate]
         elif device.type == "cpu":
             region = torch.from_numpy(np.unpackbits(part.numpy(), axis=1, count=count))
         else:
-            region = _unpacked(part, count)
+            region = _unpack_bits(part, count)
         inner = (*shape[1:], shape[0]) if last else shape
         region = region.view(len(rows), *inner)
         gates.append(Gate(kind, region.movedim(-1, 1) if last else region, size))

@@ -1,5 +1,4 @@
-"""A forward through torch.compile, beside the model rather than around it: the model stays what it is, with
-its own keys, to be loaded, sent and evaluated."""
+"""The forward through torch.compile. The model itself is not wrapped, so its state-dict keys do not change."""
 
 from __future__ import annotations
 
@@ -19,22 +18,22 @@ def _call(model: nn.Module, x: Tensor) -> Any:
 
 
 class Compiled:
-    """The forward of a model, of a DualCopy its two passes, each compiled as one graph or not at all.
+    """The compiled forward of a model. For a DualCopy, each of the two passes is compiled as one graph.
 
-    Gates agree with the model's own up to the rounding of fused kernels. There is one per process that
-    trains: a new one makes what others have compiled void.
+    Gates equal those of the model, except for the rounding of fused kernels. Use only one per process: a new
+    one resets torch.compile, and the code that others compiled is lost.
 
     Raises:
-        ConfigError: from a call, where torch.compile does not take the model as a whole.
+        ConfigError: on a call, if torch.compile cannot compile the whole model.
     """
 
     def __init__(self, model: nn.Module, backend: str = "inductor") -> None:
-        # torch keeps at most eight compilations of one function, and runs it uncompiled from then on.
+        # torch compiles one function at most eight times; after that it runs the function uncompiled.
         torch.compiler.reset()
         self._model = model
         self._gates: int | None = None
         self._capture, self._replay, self._plain = (
-            self._refusing(torch.compile(function, fullgraph=True, backend=backend))
+            self._raise_config_error(torch.compile(function, fullgraph=True, backend=backend))
             for function in (capture, replay, _call)
         )
 
@@ -46,12 +45,12 @@ class Compiled:
         return self.gated(self.gates(x), x)
 
     def gates(self, x: Tensor) -> list[Gate]:
-        """As `DualCopy.gates`."""
+        """Do what `DualCopy.gates` does."""
         assert isinstance(self._model, DualCopy)
         if self._gates is None:
             self._gates = len(self._model.gates(x))
-        found = self._model._captured(self._capture, (x,), {})
-        if len(found) != self._gates:  # what is passed over here would silently have its own gate
+        found = self._model._run_capture(self._capture, (x,), {})
+        if len(found) != self._gates:  # a call that the compiler does not see would silently use its own gate
             raise ConfigError(
                 f"torch.compile sees {len(found)} of the {self._gates} gated calls of this model (not those "
                 "of functions that write into their input, perhaps); set fedsq_args.compile: false"
@@ -59,12 +58,14 @@ class Compiled:
         return found
 
     def gated(self, gates: Sequence[Gate], x: Tensor) -> Any:
-        """As `DualCopy.gated`."""
+        """Do what `DualCopy.gated` does."""
         assert isinstance(self._model, DualCopy)
-        return self._model._replayed(self._replay, gates, (x,), {})
+        return self._model._run_replay(self._replay, gates, (x,), {})
 
     @staticmethod
-    def _refusing(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    def _raise_config_error(compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a compiled function so that errors of the compiler become a ConfigError."""
+
         def run(*args: Any) -> Any:
             from torch._dynamo.exc import TorchDynamoException
 

@@ -1,14 +1,14 @@
 """Piecewise-linear gates: the structural copy finds the region, the quantitative copy scales by it.
 
-For pre-activation z at one gated call, the region r(x) comes from the structural copy and the
-quantitative copy computes h = a(r)·z + b(r) (FedSQ, arXiv 2604.02990; the regions and coefficients of
-the activations other than ReLU are the piecewise-linear reading of that rule).
+At each gated call the structural copy gives the region r(x), and the quantitative copy computes
+h = a(r)·z + b(r) from its own pre-activation z. Source: FedSQ, arXiv 2604.02990. The paper gives the rule
+for ReLU; regions and coefficients of the other activations are our extension of it.
 
-A region costs one byte per activation. Autograd keeps that byte and nothing else, PReLU excepted, whose
-slope needs the pre-activation for its own gradient, as in the plain model.
+A region takes one byte per activation. Autograd saves only this byte. PReLU is the exception: the gradient
+of its slope also needs the pre-activation, as in the plain model.
 
-`threshold_backward` and `leaky_relu_backward` are used as "scale by a mask" kernels: on a CPU they run
-about ten times faster than `torch.where` or `masked_fill` with a bool mask, and like those they are exact.
+`threshold_backward` and `leaky_relu_backward` serve as kernels that scale by a mask. They are exact, and on
+a CPU about ten times faster than `torch.where` or `masked_fill` with a bool mask.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from torch import Tensor
 _aten: Any = torch.ops.aten
 
 LOW, LINEAR, HIGH = 0, 1, 2
-"""Region codes. With two regions, HIGH does not occur."""
+"""Region codes. An activation with two regions has no HIGH."""
 
 
 class Pieces(NamedTuple):
     """One call of a piecewise-linear activation, with its arguments normalised.
 
-    Below `lower`: slope·z + low. Between: z. From `upper` on (if any): the constant `high`.
+    For z ≤ lower the result is slope·z + low; for z ≥ upper (if given) the constant `high`; otherwise z.
     """
 
     input: Tensor
@@ -39,14 +39,14 @@ class Pieces(NamedTuple):
     high: float = 0.0
 
 
-def regions(pieces: Pieces) -> Tensor:
-    """Region of every pre-activation: uint8, same shape as the input.
+def find_regions(pieces: Pieces) -> Tensor:
+    """Return the region of every pre-activation: uint8, same shape as the input.
 
-    On a breakpoint the region is the one whose derivative PyTorch uses there.
+    A value on a breakpoint gets the region whose derivative PyTorch uses at this point.
     """
     z = pieces.input.detach()
     # relu and a cast are vectorised on every device; a comparison with a scalar is not.
-    # NaN is in the linear region, so that it is passed on as by the plain activation.
+    # NaN belongs to the linear region, so it passes through, as in the plain activation.
     above = torch.relu(z).to(torch.bool) if pieces.lower == 0.0 else ~(z <= pieces.lower)
     code = above.view(torch.uint8)
     if pieces.upper is None:
@@ -54,13 +54,13 @@ def regions(pieces: Pieces) -> Tensor:
     return code + (z >= pieces.upper).view(torch.uint8)
 
 
-def _linear(region: Tensor, upper: float | None) -> Tensor:
-    """1 where the region is the linear one, else 0 (uint8)."""
+def _mask_linear(region: Tensor, upper: float | None) -> Tensor:
+    """Return 1 in the linear region, else 0 (uint8)."""
     return region if upper is None else (region == LINEAR).view(torch.uint8)
 
 
 def _scale(z: Tensor, linear: Tensor, slope: float, inplace: bool) -> Tensor:
-    """z where `linear` is 1, slope·z elsewhere; exact, also for infinite z and slope 0."""
+    """Return z where `linear` is 1, else slope·z. Exact, also for infinite z and slope 0."""
     mask = linear.to(z.dtype)
     scaled: Tensor
     if slope == 0.0:
@@ -73,7 +73,7 @@ def _scale(z: Tensor, linear: Tensor, slope: float, inplace: bool) -> Tensor:
 
 
 class _Scale(torch.autograd.Function):
-    """`_scale` with a gradient. Saves one byte per activation."""
+    """`_scale` with a gradient. It saves one byte per activation."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, linear: Tensor, slope: float, inplace: bool) -> Tensor:
@@ -86,24 +86,24 @@ class _Scale(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (linear,) = ctx.saved_tensors
-        # Only a second derivative needs the gradient itself to be differentiable.
+        # The gradient must be differentiable only for second derivatives.
         scale = _Scale.apply if torch.is_grad_enabled() else _scale
         return scale(grad, linear, ctx.slope, False), None, None, None
 
 
 class _ScaleByWeight(torch.autograd.Function):
-    """PReLU under a given gate: the slope is a parameter (one value, or one per channel)."""
+    """PReLU under a given gate. Its slope is a parameter: one value, or one per channel."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, open_: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(z, open_, weight)
-        return _select(z, open_) + _per_channel(weight, z) * _select(z, 1 - open_)
+        return _select(z, open_) + _reshape_weight(weight, z) * _select(z, 1 - open_)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
         z, open_, weight = ctx.saved_tensors
         closed = 1 - open_
-        through = _select(grad, open_) + _per_channel(weight, z) * _select(grad, closed)
+        through = _select(grad, open_) + _reshape_weight(weight, z) * _select(grad, closed)
         slope = _select(z, closed) * grad
         if weight.numel() > 1:
             slope = slope.transpose(0, 1).flatten(1).sum(1) if z.dim() > 1 else slope
@@ -116,8 +116,8 @@ def _select(z: Tensor, mask: Tensor) -> Tensor:
     return _scale(z, mask, 0.0, inplace=False)
 
 
-def _per_channel(weight: Tensor, z: Tensor) -> Tensor:
-    """The PReLU weight, shaped to broadcast over z: (N, C, ...) for more than one value."""
+def _reshape_weight(weight: Tensor, z: Tensor) -> Tensor:
+    """Reshape the PReLU weight so that it broadcasts over z, which is (N, C, ...) for several values."""
     weight = weight.to(z.dtype)
     if weight.numel() == 1 or z.dim() < 2:
         return weight.reshape(-1) if z.dim() else weight.reshape(())
@@ -125,21 +125,21 @@ def _per_channel(weight: Tensor, z: Tensor) -> Tensor:
 
 
 def apply(pieces: Pieces, region: Tensor) -> Tensor:
-    """h = a(r)·z + b(r) for the pre-activation of `pieces` under a region found elsewhere.
+    """Return h = a(r)·z + b(r), where z is the input of `pieces` and r the given region.
 
-    Writes into the input when the call was an in-place one.
+    If the call is an in-place one, the result is written into the input.
     """
     z = pieces.input
     if isinstance(pieces.slope, Tensor):
         device = z.device.type
         if torch.is_autocast_enabled(device) and z.dtype != torch.float64:
-            z = z.to(torch.get_autocast_dtype(device))  # as autocast does with the plain prelu
+            z = z.to(torch.get_autocast_dtype(device))  # autocast casts the plain prelu in the same way
         scaled: Tensor = _ScaleByWeight.apply(z, region, pieces.slope)
         return scaled
-    # torch.compile takes no autograd function that writes into its input. A copy it elides itself.
+    # torch.compile does not support an autograd function that writes into its input. It removes the extra copy.
     compiling = torch.compiler.is_compiling()
     inplace = pieces.inplace and not compiling
-    linear = _linear(region, pieces.upper)
+    linear = _mask_linear(region, pieces.upper)
     h: Tensor = _Scale.apply(z, linear, pieces.slope, inplace)
     if pieces.low != 0.0 or pieces.upper is not None:
         offset = torch.zeros_like(z, requires_grad=False)

@@ -1,7 +1,7 @@
-"""The two passes of a gated forward: capture the structural copy's regions, then replay them.
+"""The two passes of a gated forward: capture the structural copy's gates, then replay them.
 
-Both watch the functions that a forward calls, in call order, on the current thread only; nothing is
-replaced in the modules, and nothing is left behind.
+Both passes intercept the torch functions that the forward calls, in call order, on the current thread. They
+change nothing in the modules.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from ..errors import GateError
 from . import gates, pooling
-from .activations import GATED, Gated, GateKind, kind, shown
+from .activations import GATED, Gated, GateKind, classify, describe
 from .pooling import Pool
 
 
 class Gate(NamedTuple):
-    """What the structural copy decided at one gated call."""
+    """The decision of the structural copy at one gated call."""
 
     kind: GateKind
     region: Tensor
-    """uint8 region per activation, or the pooling code per output entry."""
+    """uint8: the region of each activation. For pooling: the code of each output entry."""
     size: tuple[int, ...] = ()
     """For pooling, the spatial size of its input."""
 
 
 class _Watch(TorchFunctionMode):
-    """Calls `on_gated` for every gated function of the forward, the function itself otherwise."""
+    """Call `on_gated` for gated functions. Run all other functions unchanged."""
 
     def __init__(self, own_pooling: bool) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class _Watch(TorchFunctionMode):
 
 
 class Capture(_Watch):
-    """Run the structural copy as it is and keep its decisions."""
+    """Run the structural copy unchanged and record its gates."""
 
     def __init__(self, own_pooling: bool) -> None:
         super().__init__(own_pooling)
@@ -64,20 +64,20 @@ class Capture(_Watch):
         if isinstance(call, Pool):
             values, region = pooling.choose(call)
         else:
-            region = gates.regions(call)
-            # RReLU is random in training mode even when only the functional form says so.
+            region = gates.find_regions(call)
+            # RReLU with training=True would be random, also in a functional call.
             maybe_random = not isinstance(call.slope, Tensor) and call.slope != 0.0
             values = gates.apply(call, region) if maybe_random else run()
-        form, size = kind(call)
-        self.gates.append(Gate(form, region, size))
+        kind, size = classify(call)
+        self.gates.append(Gate(kind, region, size))
         return values
 
 
 class Replay(_Watch):
-    """Run the quantitative copy under the structural copy's decisions.
+    """Run the quantitative copy under the structural copy's gates.
 
-    `plan[k]` is the number of the structural gate for the k-th gated call; None leaves the call its own
-    gate. No plan means the calls correspond one to one.
+    `plan[k]` is the index of the structural gate that the k-th gated call uses; with None the call uses its
+    own gate. Without a plan, call k uses gate k.
     """
 
     def __init__(self, captured: Sequence[Gate], plan: Sequence[int | None] | None, own_pooling: bool) -> None:
@@ -94,7 +94,7 @@ class Replay(_Watch):
         source = self._plan[number]
         if source is None:
             return run()
-        if self._with_grad and not torch.is_grad_enabled() and _checkpointed():
+        if self._with_grad and not torch.is_grad_enabled() and _runs_in_checkpoint():
             raise GateError(
                 "activation checkpointing (use_reentrant=True) runs the model again in the backward pass, "
                 "where it would use its own gates: turn it off"
@@ -103,10 +103,10 @@ class Replay(_Watch):
         shape = call.input.shape
         gate_shape, free = gate.region.shape, call.dims if isinstance(call, Pool) else 0
         same_shape = gate_shape[: len(gate_shape) - free] == shape[: len(shape) - free]
-        if kind(call) != (gate.kind, gate.size) or not same_shape:
+        if classify(call) != (gate.kind, gate.size) or not same_shape:
             raise GateError(
-                f"{_MISALIGNED}: gated call {number} is {shown(*kind(call))} on shape {tuple(shape)}, the "
-                f"structural copy's was {shown(gate.kind, gate.size)} with gates of {tuple(gate_shape)}"
+                f"{_MISALIGNED}: gated call {number} is {describe(*classify(call))} on shape {tuple(shape)}, the "
+                f"structural copy's was {describe(gate.kind, gate.size)} with gates of {tuple(gate_shape)}"
             )
         if isinstance(call, Pool):
             return pooling.route(call, gate.region)
@@ -118,8 +118,8 @@ class Replay(_Watch):
             raise GateError(f"{_MISALIGNED}: {self._calls} gated calls instead of {len(self._plan)}")
 
 
-def _checkpointed() -> bool:
-    """Whether this is called inside a reentrant activation checkpoint."""
+def _runs_in_checkpoint() -> bool:
+    """Return whether the caller runs inside a reentrant activation checkpoint."""
     frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
         frame = frame.f_back
@@ -130,20 +130,20 @@ _MISALIGNED = "the quantitative copy does not follow the structural copy's path"
 
 
 def capture(model: torch.nn.Module, args: Any, kwargs: Any, own_pooling: bool) -> list[Gate]:
-    """Gates of one forward of the structural copy, without gradient.
+    """Run one forward of the structural copy without gradient and return its gates.
 
-    It runs outside inference mode, so that the gates can be used in training.
+    The forward leaves inference mode, so that training can use the gates.
     """
     watch = Capture(own_pooling)
     with torch.inference_mode(False), torch.no_grad():
-        args, kwargs = cloned(args, kwargs)
+        args, kwargs = clone_arguments(args, kwargs)
         with watch:
             model(*args, **kwargs)
     return watch.gates
 
 
-def cloned(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A model's arguments with tensors of their own: it may write into its input, but only once."""
+def clone_arguments(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Clone the tensors in a model's arguments. The model may write into its input, and a second run follows."""
     copies: tuple[tuple[Any, ...], dict[str, Any]]
     copies = tree_map_only(Tensor, lambda t: t.detach().clone(), (tuple(args), dict(kwargs)))
     return copies
@@ -157,7 +157,7 @@ def replay(
     kwargs: Any,
     own_pooling: bool,
 ) -> Any:
-    """One forward of the quantitative copy under given gates."""
+    """Run one forward of the quantitative copy under the given gates."""
     watch = Replay(captured, plan, own_pooling)
     with watch:
         output = model(*args, **kwargs)

@@ -1,7 +1,7 @@
-"""Max-pooling under the structural copy's choice: its argmax picks the quantitative copy's entry.
+"""Max-pooling gates: the structural copy's argmax selects the entry of the quantitative copy.
 
-The choice is kept as the position inside the pooling window, one byte for windows of up to 256 entries
-(two or four for larger ones), and turned into an index only while it is used.
+The argmax is stored as a code, the position inside the pooling window: one byte for windows of up to 256
+entries, two or four for larger ones. It is converted to an index only when it is used.
 """
 
 from __future__ import annotations
@@ -26,38 +26,38 @@ class Pool(NamedTuple):
 
 
 class Windows(NamedTuple):
-    """Where each output entry looks: the same in both copies.
+    """The pooling window of each output entry. It is the same in both copies.
 
-    A flat spatial input index is `base[output entry] + offset[position inside the window]`.
+    The flat spatial index of an input entry is `base[output entry] + offset[position inside the window]`.
     """
 
     base: Tensor
-    """int64, of the outputs' spatial shape. Negative where padding puts the window's start outside."""
+    """int64, spatial shape of the output. Negative if the window starts in the padding."""
     offset: Tensor
-    """int64, one element per position inside the largest window."""
+    """int64, one element for each position inside the largest window."""
     position: Tensor
-    """offset -> a position with that offset, in the smallest dtype that holds all positions."""
+    """offset -> position with this offset, in the smallest dtype that holds all positions."""
 
 
-def _each(value: Any, dims: int) -> tuple[int, ...]:
+def _repeat(value: Any, dims: int) -> tuple[int, ...]:
     if isinstance(value, Sequence):
         values = tuple(int(v) for v in value)
         return values * dims if len(values) == 1 else values
     return (int(value),) * dims
 
 
-def windows(pool: Pool, outputs: Sequence[int]) -> Windows:
-    """Geometry of the pooling windows for spatial output sizes `outputs`."""
+def find_windows(pool: Pool, outputs: Sequence[int]) -> Windows:
+    """Return the pooling windows of a call whose output has the spatial sizes `outputs`."""
     dims, device, inputs = pool.dims, pool.input.device, tuple(pool.input.shape[-pool.dims :])
-    # torch.compile warns of caches, and folds these tables into its graph.
+    # torch.compile warns about caches. It puts these tables into its graph anyway.
     cached = not torch.compiler.is_compiling()
     if pool.adaptive:
         adaptive = _adaptive_windows if cached else _adaptive_windows.__wrapped__
         return adaptive(inputs, tuple(outputs), device)
-    kernel = _each(pool.options["kernel_size"], dims)
+    kernel = _repeat(pool.options["kernel_size"], dims)
     stride = pool.options["stride"]
-    strides = kernel if stride is None or stride == [] else _each(stride, dims)
-    padding, dilation = (_each(pool.options[key], dims) for key in ("padding", "dilation"))
+    strides = kernel if stride is None or stride == [] else _repeat(stride, dims)
+    padding, dilation = (_repeat(pool.options[key], dims) for key in ("padding", "dilation"))
     make = _windows if cached else _windows.__wrapped__
     return make(inputs, tuple(outputs), kernel, strides, padding, dilation, device)
 
@@ -74,7 +74,7 @@ def _windows(
 ) -> Windows:
     starts = [torch.arange(n) * s - p for n, s, p in zip(outputs, strides, padding, strict=True)]
     steps = [range(0, k * d, d) for k, d in zip(kernel, dilation, strict=True)]
-    return _tables(inputs, starts, steps, device)
+    return _build_tables(inputs, starts, steps, device)
 
 
 @lru_cache(maxsize=256)
@@ -84,12 +84,12 @@ def _adaptive_windows(inputs: tuple[int, ...], outputs: tuple[int, ...], device:
         starts.append(torch.arange(n) * i // n)
         largest = max((((entry + 1) * i + n - 1) // n - entry * i // n for entry in range(n)), default=1)
         steps.append(range(largest))
-    return _tables(inputs, starts, steps, device)
+    return _build_tables(inputs, starts, steps, device)
 
 
-def _tables(inputs: tuple[int, ...], starts: list[Tensor], steps: list[range], device: torch.device) -> Windows:
+def _build_tables(inputs: tuple[int, ...], starts: list[Tensor], steps: list[range], device: torch.device) -> Windows:
     base = offset = torch.zeros((), dtype=torch.int64)
-    last = 0  # the largest offset; known without reading a tensor, which torch.compile could not do
+    last = 0  # the largest offset, as a plain number: torch.compile cannot read it from a tensor
     for size, start, step in zip(inputs, starts, steps, strict=True):
         base = base[..., None] * size + start
         offset = offset[..., None] * size + torch.arange(step.start, step.stop, step.step)
@@ -103,17 +103,17 @@ def _tables(inputs: tuple[int, ...], starts: list[Tensor], steps: list[range], d
 
 
 def encode(index: Tensor, at: Windows) -> Tensor:
-    """Flat spatial indices, as PyTorch returns them, to positions inside the windows."""
+    """Convert flat spatial indices, as PyTorch returns them, to positions inside the windows."""
     return at.position[index - at.base]
 
 
 def decode(code: Tensor, at: Windows) -> Tensor:
-    """The inverse of `encode`: int64, same shape as `code`."""
+    """Invert `encode`: int64, same shape as `code`."""
     return at.offset[code.long()] + at.base
 
 
 class _Route(torch.autograd.Function):
-    """Picks one entry per window. Saves the code, not the eight-byte index."""
+    """Pick one entry per window. Autograd saves the code, not the eight-byte index."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, code: Tensor, at: Windows) -> Tensor:
@@ -121,9 +121,9 @@ class _Route(torch.autograd.Function):
         ctx.at, ctx.shape = at, z.shape
         dims = at.base.dim()
         index = decode(code, at)
-        if torch.compiler.is_compiling():  # takes no `out` of a batch size that varies
+        if torch.compiler.is_compiling():  # it does not support `out` with a variable batch size
             return z.flatten(-dims).gather(-1, index.flatten(-dims)).view(code.shape)
-        # Not a view of what is gathered: an activation that comes next may write into it.
+        # The result must not be a view: the next activation may write into it.
         values = z.new_empty(code.shape)
         torch.gather(z.flatten(-dims), -1, index.flatten(-dims), out=values.flatten(-dims))
         return values
@@ -146,17 +146,17 @@ _ADAPTIVE: dict[int, Callable[..., Any]] = {
 
 
 def choose(pool: Pool) -> tuple[Any, Tensor]:
-    """Pool as the plain model does; also return the choice, as a code."""
+    """Pool as the plain model does. Return the result and the code of the chosen entries."""
     function = (_ADAPTIVE if pool.adaptive else _MAX)[pool.dims]
     values, index = function(pool.input, **pool.options, return_indices=True)
-    code = encode(index, windows(pool, values.shape[-pool.dims :]))
+    code = encode(index, find_windows(pool, values.shape[-pool.dims :]))
     return ((values, index) if pool.return_indices else values), code
 
 
 def route(pool: Pool, code: Tensor) -> Any:
-    """Pool by a choice made elsewhere; with indices when the call asked for them."""
-    at = windows(pool, code.shape[-pool.dims :])
+    """Pool the entries that `code` gives; also return their indices if the call asks for them."""
+    at = find_windows(pool, code.shape[-pool.dims :])
     values: Tensor = _Route.apply(pool.input, code, at)
     if torch.compiler.is_compiling():
-        values = values.clone()  # of the view
+        values = values.clone()  # under the compiler `_Route` returns a view
     return (values, decode(code, at)) if pool.return_indices else values

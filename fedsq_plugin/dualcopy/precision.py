@@ -1,9 +1,9 @@
-"""What a forward computes in, and where: torch's autocast with fp32 meaning fp32, and transfers."""
+"""Precision of a forward (autocast, or exact fp32), and copies between devices."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -16,32 +16,31 @@ from ..errors import ConfigError, first_line
 Precision = Literal["fp32", "bf16", "fp16"]
 
 HALF: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""What autocast computes in, by precision."""
+"""Precision -> dtype that autocast computes in."""
 
 
 @contextmanager
-def exactly(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Compute in a precision whatever the surroundings compute in: fp32 outside any autocast and, on NVIDIA
-    GPUs, without TF32, whose ten bits of mantissa torch takes for convolutions otherwise."""
+def compute_in(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Compute in the given precision, also inside a surrounding autocast.
+
+    With fp32, autocast is off. On NVIDIA GPUs TF32 is off too: by default torch uses it for convolutions, and
+    it has only ten bits of mantissa.
+    """
     if precision != "fp32":
         with torch.autocast(device.type, HALF[precision]):
             yield
         return
-    with torch.autocast(device.type, enabled=False):
-        if device.type == "cuda":
-            with _without_tf32():
-                yield
-        else:
-            yield
+    with torch.autocast(device.type, enabled=False), _disable_tf32() if device.type == "cuda" else nullcontext():
+        yield
 
 
 @contextmanager
-def _without_tf32() -> Iterator[None]:
+def _disable_tf32() -> Iterator[None]:
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     places: list[tuple[Any, str, Any]] = [(cudnn, "allow_tf32", False), (matmul, "allow_tf32", False)]
     try:
         before = [getattr(place, name) for place, name, _ in places]
-    except RuntimeError:  # the script speaks torch's newer language, which the older one cannot read
+    except RuntimeError:  # the program set torch's newer options, and then the older ones cannot be read
         parts: Any = (cudnn.conv, cudnn.rnn, matmul)  # type: ignore[attr-defined]
         places = [(part, "fp32_precision", "ieee") for part in parts]
         before = [getattr(place, name) for place, name, _ in places]
@@ -55,14 +54,14 @@ def _without_tf32() -> Iterator[None]:
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor on a device; to a GPU without waiting for the copy, whatever loader it comes from."""
+    """Copy a tensor to a device. A copy to a GPU runs in the background, also for memory that is not pinned."""
     if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()  # does nothing where the loader has done so
+        tensor = tensor.pin_memory()  # no effect if the loader has pinned it
     return tensor.to(device, non_blocking=True)
 
 
-def widened(model: nn.Module, inputs: Any) -> Any:
-    """A model's arguments as its fp32 weights take them: half-precision tensors as fp32."""
+def widen(model: nn.Module, inputs: Any) -> Any:
+    """Cast half-precision tensors in a model's arguments to fp32, if its weights are fp32."""
     weight = next(model.parameters(), None)
     if weight is None or weight.dtype != torch.float32:
         return inputs
@@ -70,10 +69,10 @@ def widened(model: nn.Module, inputs: Any) -> Any:
 
 
 def refuse_unsupported(precision: Precision, device: torch.device | str, option: str) -> None:
-    """Raise ConfigError where a device does not compute in a precision, found out by doing so.
+    """Raise ConfigError if a device cannot compute in a precision. A small forward and backward tests it.
 
     Args:
-        option: what asks for it, as `fedsq_args.precision`.
+        option: name of the setting for the message, such as `fedsq_args.precision`.
     """
     if precision == "fp32":
         return
@@ -83,7 +82,7 @@ def refuse_unsupported(precision: Precision, device: torch.device | str, option:
         reason = "it has no bf16 arithmetic"
     else:
         try:
-            # Not a layer: its initial weights would be drawn from the process's generator.
+            # Not an nn.Conv2d: its initial weights would change the state of the global random generator.
             weight = torch.ones(1, 1, 3, 3, device=device, requires_grad=True)
             with torch.autocast(device.type, HALF[precision]):
                 y = F.conv2d(torch.ones(1, 1, 4, 4, device=device), weight)

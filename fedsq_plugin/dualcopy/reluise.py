@@ -1,7 +1,6 @@
-"""Model surgery for ReLU-isation: smooth activations -> λ-activations -> ReLU.
+"""ReLU-isation replaces activation modules: smooth activation -> λ-activation -> ReLU.
 
-Only modules are replaced. A functional call, as `F.gelu(x)` in a forward, stays what it is, and is found by
-`validate` and refused by DualCopy under its own name.
+It replaces modules only. A functional call such as `F.gelu(x)` stays; `validate` finds it and DualCopy rejects it.
 """
 
 from __future__ import annotations
@@ -19,21 +18,20 @@ from .wrapper import DualCopy
 def replace_by_lambda(model: nn.Module, initial: float = 1.01, temperature: float = 0.1) -> dict[str, LambdaActivation]:
     """Replace every nn.GELU, nn.SiLU and nn.Hardswish of `model` by a LambdaActivation, in place.
 
-    A module that is used at several paths is replaced by one. `model.state_dict()` gains a key `<path>.s`
-    for each.
+    A module with several paths gets one replacement. `model.state_dict()` gets a new key `<path>.s` per path.
 
     Returns:
-        What `activations` does.
+        The same as `activations(model)`.
 
     Raises:
-        ConfigError: there is none to replace, or a value is out of its range.
+        ConfigError: the model has no such module, or a value is out of range.
     """
     if isinstance(model, DualCopy):
         raise ConfigError("the model is a DualCopy already; replace its activations before wrapping it")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def make(module: nn.Module) -> nn.Module | None:
-        kind = _kind(module)
+        kind = _find_kind(module)
         return LambdaActivation(kind, initial, temperature).to(device) if kind else None
 
     if not _replace(model, make):
@@ -45,29 +43,27 @@ def replace_by_lambda(model: nn.Module, initial: float = 1.01, temperature: floa
 
 
 def replace_by_relu(model: nn.Module) -> None:
-    """Replace every LambdaActivation of `model` by nn.ReLU, in place; a shared one by one.
-
-    The state-dict keys are then those from before `replace_by_lambda`.
+    """Replace every LambdaActivation of `model` by nn.ReLU, in place. This undoes the new state-dict keys.
 
     Raises:
-        ConfigError: there is none to replace.
+        ConfigError: the model has no LambdaActivation.
     """
     if not _replace(model, lambda module: nn.ReLU() if isinstance(module, LambdaActivation) else None):
         raise ConfigError("the model holds no LambdaActivation to replace; call replace_by_lambda before")
 
 
 def activations(model: nn.Module) -> dict[str, LambdaActivation]:
-    """Path -> LambdaActivation, in the model's order; a shared one once, under its first path."""
+    """Path -> LambdaActivation, in the order of the model. A shared module occurs once, under its first path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, LambdaActivation)}
 
 
 def lambdas(model: nn.Module) -> dict[str, float]:
-    """Path -> λ of each LambdaActivation, as `activations` orders them."""
+    """Path -> λ of each LambdaActivation, in the order of `activations`."""
     return {path: module.lam.item() for path, module in activations(model).items()}
 
 
-def _kind(module: nn.Module) -> Kind | None:
-    # A subclass with a forward of its own computes something else.
+def _find_kind(module: nn.Module) -> Kind | None:
+    # A subclass that overrides forward computes another function.
     forward = type(module).forward
     if isinstance(module, nn.GELU) and forward is nn.GELU.forward:
         return "gelu" if module.approximate == "none" else "gelu_tanh"
@@ -79,7 +75,7 @@ def _kind(module: nn.Module) -> Kind | None:
 
 
 def _replace(model: nn.Module, make: Callable[[nn.Module], nn.Module | None]) -> bool:
-    """Replace the modules inside `model` for which `make` gives another; whether there was one."""
+    """Replace each module for which `make` returns a new one. Return whether any was replaced."""
     made: dict[nn.Module, nn.Module] = {}
     for owner in list(model.modules()):
         for name, module in list(owner._modules.items()):
@@ -91,6 +87,6 @@ def _replace(model: nn.Module, make: Callable[[nn.Module], nn.Module | None]) ->
             made[module] = new.train(module.training)
             setattr(owner, name, new)
             if isinstance(owner, nn.TransformerEncoderLayer):
-                # Its fused kernel has the activation it was built with, and runs whenever this is set.
+                # The layer has a fused kernel with the old activation. 0 switches this kernel off.
                 owner.activation_relu_or_gelu = 0
     return bool(made)

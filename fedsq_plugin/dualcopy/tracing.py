@@ -1,4 +1,4 @@
-"""Which activations a forward calls, in order, and how the calls of the two copies correspond."""
+"""Lists the activation calls of a forward, and matches the calls of the two copies."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .activations import GATED, OUTPUT_ONLY, UNGATEABLE, kind, shown
-from .passes import cloned
+from .activations import GATED, OUTPUT_ONLY, UNGATEABLE, classify, describe
+from .passes import clone_arguments
 from .pooling import Pool
 from .products import Products
 
@@ -21,17 +21,17 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 
 class TwoCopies(nn.Module):
-    """The base of DualCopy: what DualCopy itself uses can recognise one by it."""
+    """Base class of DualCopy. Modules that DualCopy imports use it to recognise a DualCopy."""
 
 
 class Call(NamedTuple):
-    """One activation call of a forward: `what` is the kind of its gate, or the name of one that has none."""
+    """One activation call. `what` is the kind of its gate, or the name of an activation without gate."""
 
     path: str
     what: str
     gated: bool
     own: bool = False
-    """Gated, but part of a smooth activation: where that is accepted, each copy has its own gate here."""
+    """The call is part of a smooth activation. If the user accepts it, each copy uses its own gate here."""
 
 
 class _Trace(TorchFunctionMode):
@@ -40,7 +40,7 @@ class _Trace(TorchFunctionMode):
         self.path = [""]
         self.calls: list[Call] = []
         self.suspects: list[tuple[Call, Tensor, int]] = []
-        """Calls that are fine as outputs, their results, and the version of these."""
+        """Calls that are allowed only as the model's output, with their result and its version."""
         self._own_pooling = own_pooling
         self._products = Products()
 
@@ -49,19 +49,19 @@ class _Trace(TorchFunctionMode):
         if func in GATED:
             call = GATED[func](*args, **(kwargs or {}))
             if not (self._own_pooling and isinstance(call, Pool)):
-                self.calls.append(Call(here, shown(*kind(call)), gated=True))
+                self.calls.append(Call(here, describe(*classify(call)), gated=True))
             result = func(*args, **(kwargs or {}))
             if not isinstance(call, Pool):
-                products.made_by_gate(call.input, result, len(self.calls) - 1)
+                products.record_gate(call.input, result, len(self.calls) - 1)
             return result
         if func in UNGATEABLE:
             self.calls.append(Call(here, UNGATEABLE[func], gated=False))
-        part, value = products.multiplied(func, args), products.scaled(func, args)
+        part, value = products.find_product(func, args), products.find_scaled(func, args)
         if part is not None:
             self.calls[part] = self.calls[part]._replace(own=True)
             self.calls.append(Call(here, "swish", gated=False))
         result = func(*args, **(kwargs or {}))
-        products.computed(func, args, value, result)
+        products.record_call(func, args, value, result)
         if func in OUTPUT_ONLY:
             self.suspects.append((Call(here, OUTPUT_ONLY[func], gated=False), result, result._version))
         return result
@@ -74,12 +74,15 @@ def trace(
     own_pooling: bool = False,
     evaluation: bool = False,
 ) -> list[Call]:
-    """The activation calls of one forward, in order; in evaluation mode, or in the model's own. The
-    model, its buffers and the global random generators are left as they were: a copy runs."""
-    runner = detached_copy(model)
+    """Run one forward of a copy of the model and return its activation calls, in order.
+
+    With `evaluation` the copy is in evaluation mode, else in the mode of the model. The model, its buffers and
+    the global random generators do not change.
+    """
+    runner = copy_model(model)
     if evaluation:
         runner.eval()
-    args, kwargs = cloned(args, kwargs)
+    args, kwargs = clone_arguments(args, kwargs)
     watch = _Trace(own_pooling)
     with ExitStack() as stack:
         for path, module in runner.named_modules():
@@ -92,23 +95,23 @@ def trace(
 
             module.register_forward_pre_hook(enter)
             module.register_forward_hook(leave, always_call=True)
-        devices = {t.device for t in _tensors([args, dict(kwargs)]) if t.device.type == "cuda"}
+        devices = {t.device for t in _find_tensors([args, dict(kwargs)]) if t.device.type == "cuda"}
         stack.enter_context(torch.random.fork_rng(devices=list(devices)))
         stack.enter_context(torch.no_grad())
         stack.enter_context(watch)
         output = runner(*args, **kwargs)
-    outputs = {t.untyped_storage().data_ptr() for t in _tensors(output)}
+    outputs = {t.untyped_storage().data_ptr() for t in _find_tensors(output)}
     hidden = [
         call
         for call, result, version in watch.suspects
-        # Written into afterwards, as by x.sigmoid().mul_(x), it is not the output that it was.
+        # After a later write, as in x.sigmoid().mul_(x), the output is another function.
         if result.untyped_storage().data_ptr() not in outputs or result._version != version
     ]
     return watch.calls + hidden
 
 
-def _tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """Every tensor of nested tuples, lists, mappings and objects with such attributes."""
+def _find_tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """Yield every tensor inside nested tuples, lists, mappings and attributes of objects."""
     seen = set() if seen is None else seen
     if isinstance(value, Tensor):
         yield value
@@ -118,24 +121,24 @@ def _tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
         seen.add(id(value))
         parts = value if isinstance(value, (Mapping, tuple, list)) else vars(value)
         for part in parts.values() if isinstance(parts, Mapping) else parts:
-            yield from _tensors(part, seen)
+            yield from _find_tensors(part, seen)
 
 
-def detached_copy(model: _Model) -> _Model:
-    """`copy.deepcopy`, which refuses tensors that autograd computed: those are detached."""
-    computed = [t for t in _tensors(model) if not t.is_leaf]
+def copy_model(model: _Model) -> _Model:
+    """Deep-copy a model. Tensors that autograd computed are detached, because `copy.deepcopy` rejects them."""
+    computed = [t for t in _find_tensors(model) if not t.is_leaf]
     return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
 
 
 def align(structural: Sequence[Call], quantitative: Sequence[Call]) -> tuple[int | None, ...] | None:
-    """Which structural gate each of the quantitative copy's gated calls uses; None: one to one.
+    """Return the index of the structural gate for each gated call of the quantitative copy; None: all in order.
 
-    Calls correspond when they are the same occurrence in the same module. A call that only one copy
-    makes (auxiliary heads run in training mode only) keeps its own gate, or is passed over; a call that
-    is part of a smooth activation keeps its own gate, too.
+    Two calls match if they are the same occurrence of the same kind in the same module. Some calls exist in
+    one copy only (auxiliary heads run only in training mode): in the quantitative copy they use their own
+    gate, and gates of the structural copy stay unused. Parts of a smooth activation use their own gate, too.
     """
 
-    def occurrences(calls: Sequence[Call]) -> list[tuple[tuple[str, str, int], bool]]:
+    def count_occurrences(calls: Sequence[Call]) -> list[tuple[tuple[str, str, int], bool]]:
         count: dict[tuple[str, str], int] = {}
         found = []
         for call in calls:
@@ -145,6 +148,6 @@ def align(structural: Sequence[Call], quantitative: Sequence[Call]) -> tuple[int
                 found.append(((*key, count[key]), call.own))
         return found
 
-    numbers = {key: number for number, (key, _) in enumerate(occurrences(structural))}
-    plan = tuple(None if own else numbers.get(key) for key, own in occurrences(quantitative))
+    numbers = {key: number for number, (key, _) in enumerate(count_occurrences(structural))}
+    plan = tuple(None if own else numbers.get(key) for key, own in count_occurrences(quantitative))
     return None if plan == tuple(range(len(numbers))) else plan

@@ -1,4 +1,4 @@
-"""What cannot be gated in a model, where, and what to use instead."""
+"""Finds what cannot be gated in a model, says where it is and what to use instead."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 from torch import nn
 
 from ..errors import GateError, Part, Word, in_words
-from .activations import UNGATEABLE_MODULES, way_out
+from .activations import UNGATEABLE_MODULES, suggest_instead
 from .tracing import Call, TwoCopies, trace
 
 
 class Finding(NamedTuple):
-    """One reason why a model cannot be gated as it is."""
+    """One reason why a model cannot be gated."""
 
     path: str
-    """Module path; of the module that makes the call, where the activation is a functional one."""
+    """Path of the activation module, or of the module that makes a functional call."""
     what: str
     ways_out: tuple[Part, ...]
-    """What would be right, in parts that every host words."""
+    """What would be right. Each host has its own words for some parts."""
     kind: str = ""
-    """The activation's name, as in `path:activation`; none where it is about something else."""
+    """Name of the activation, as in `path:activation`; empty if the reason is not an activation."""
 
     @property
     def remedy(self) -> str:
@@ -38,13 +38,13 @@ class Finding(NamedTuple):
         return in_words(self.parts)
 
 
-def _accepted(path: str, what: str, accept: Iterable[str]) -> bool:
+def _is_accepted(path: str, what: str, accept: Iterable[str]) -> bool:
     names = (path, f"{path}:{what}")
     return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in accept)
 
 
-def static_findings(model: nn.Module, accept: Iterable[str] = ()) -> list[Finding]:
-    """Findings that need no input: activation modules that cannot be gated, and opaque modules."""
+def find_in_modules(model: nn.Module, accept: Iterable[str] = ()) -> list[Finding]:
+    """Return the findings that need no forward: modules that cannot be gated or cannot be inspected."""
     findings = []
     accept = list(accept)
     for path, module in model.named_modules():
@@ -56,8 +56,8 @@ def static_findings(model: nn.Module, accept: Iterable[str] = ()) -> list[Findin
         else:
             for cls, name in UNGATEABLE_MODULES.items():
                 if isinstance(module, cls):
-                    if not _accepted(path, name, accept):
-                        findings.append(_ungateable(path, type(module).__name__, name))
+                    if not _is_accepted(path, name, accept):
+                        findings.append(_make_finding(path, type(module).__name__, name))
                     break
     return findings
 
@@ -67,23 +67,22 @@ _HIDDEN = {
     "tanh": "hidden tanh",
     "swish": "hidden swish (an activation times its own input)",
 }
-"""How findings show activations that only their use makes ungateable."""
+"""Text for activations that are ungateable only in some places."""
 
 
-def _ungateable(path: str, shown: str, name: str) -> Finding:
+def _make_finding(path: str, shown: str, name: str) -> Finding:
+    accept = Word("gate_accept", f"[{path or f':{name}'!r}]")
     what = f"{shown} has no fixed linear gate"
-    spelled = path or f":{name}"
-    accept = Word("gate_accept", f"[{spelled!r}]")
-    return Finding(path, what, (*way_out(name), ", or accept it ungated by name: ", accept), name)
+    return Finding(path, what, (*suggest_instead(name), ", or accept it ungated by name: ", accept), name)
 
 
-def call_findings(calls: Sequence[Call], accept: Iterable[str] = ()) -> list[Finding]:
-    """Findings that a traced forward shows: functional activations, or no gate at all."""
+def find_in_calls(calls: Sequence[Call], accept: Iterable[str] = ()) -> list[Finding]:
+    """Return the findings of a traced forward: functional activations, or no gate at all."""
     accept = list(accept)
     found = [
-        _ungateable(call.path, _HIDDEN.get(call.what, call.what), call.what)
+        _make_finding(call.path, _HIDDEN.get(call.what, call.what), call.what)
         for call in dict.fromkeys(calls)
-        if not call.gated and not _accepted(call.path, call.what, accept)
+        if not call.gated and not _is_accepted(call.path, call.what, accept)
     ]
     if not any(call.gated and not call.own for call in calls):
         found.append(
@@ -99,18 +98,18 @@ def call_findings(calls: Sequence[Call], accept: Iterable[str] = ()) -> list[Fin
 def validate(
     model: nn.Module, example: Any = None, accept: Iterable[str] = (), pooling: str = "structural"
 ) -> list[Finding]:
-    """List what keeps `model` from being gated; empty when all is well.
+    """List the reasons why `model` cannot be gated. The list is empty if it can.
 
     Args:
         model: any torch model.
-        example: an input batch (a tensor, a tuple of positional or a dict of keyword arguments). Without
-            it only what the module tree shows is found: functional calls need a forward.
+        example: an input batch (a tensor, a tuple of positional or a dict of keyword arguments). It is needed
+            to find functional calls; without it only modules are checked.
         accept: module paths (or glob patterns; `path:activation` for functional calls) of activations
             that may stay ungated.
-        pooling: "structural", or "own" where max-pooling is not gated.
+        pooling: "structural", or "own" if max-pooling is not gated.
     """
     accept = list(accept)
-    findings = static_findings(model, accept)
+    findings = find_in_modules(model, accept)
     if example is None or any("is a" in f.what for f in findings):
         return findings
     args, kwargs = (), {}  # type: tuple[Any, ...], dict[str, Any]
@@ -119,16 +118,16 @@ def validate(
     else:
         args = tuple(example) if isinstance(example, (tuple, list)) else (example,)
     known = {f.path for f in findings}
-    # In evaluation mode, where batch normalisation takes a single example too.
+    # In evaluation mode batch normalisation also accepts a single example.
     calls = trace(model, args, kwargs, pooling == "own", evaluation=True)
-    for finding in call_findings(calls, accept):
+    for finding in find_in_calls(calls, accept):
         if finding.path not in known or not finding.path:
             findings.append(finding)
     return findings
 
 
 def refuse(findings: Sequence[Finding]) -> None:
-    """Raise GateError with the findings in one line, one of each kind, if there are any."""
+    """Raise GateError if there are findings. Its line has one finding of each kind, with the number of others."""
     if findings:
         kinds: dict[str, list[Finding]] = {}
         for finding in findings:

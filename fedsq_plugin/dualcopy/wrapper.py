@@ -1,4 +1,4 @@
-"""DualCopy: a plain network, trained under the gates of a frozen copy of itself."""
+"""DualCopy: a plain network that is trained under the gates of a frozen copy."""
 
 from __future__ import annotations
 
@@ -11,41 +11,39 @@ from torch import Tensor, nn
 
 from ..errors import GateError
 from .passes import Gate, capture, replay
-from .precision import HALF, Precision, exactly, widened
-from .tracing import TwoCopies, align, detached_copy, trace
-from .validation import call_findings, refuse, static_findings, validate
+from .precision import HALF, Precision, compute_in, widen
+from .tracing import TwoCopies, align, copy_model, trace
+from .validation import find_in_calls, find_in_modules, refuse, validate
 
 Pooling = Literal["structural", "own"]
 
 
 class DualCopy(TwoCopies):
-    """The quantitative copy of a network under the structural copy's gates.
+    """A network with two copies of its weights: the structural copy decides the gates, the quantitative is trained.
 
-    For every input, the structural copy (taken at construction, in evaluation mode, without gradient)
-    decides each piecewise-linear activation's region and each max-pooling's argmax; the quantitative
-    copy, which is `model` itself, is scaled and routed by them. Right after construction, in evaluation
-    mode, the output equals the plain model's bit for bit. Source: FedSQ, arXiv 2604.02990; activations
-    other than ReLU, and pooling, are reconstructed.
+    The structural copy is made at construction. It runs in evaluation mode and without gradient. For every
+    input it gives the region of each piecewise-linear activation and the argmax of each max-pooling. The
+    quantitative copy is `model` itself and uses these gates in place of its own. Directly after construction,
+    in evaluation mode, the output equals the plain model's output bit for bit. Source: FedSQ, arXiv
+    2604.02990; the gates of pooling and of activations other than ReLU are reconstructed.
 
-    To everything outside, a DualCopy looks like the plain model: `parameters()`, `buffers()`,
-    `named_modules()` and `state_dict()` are the quantitative copy's, with the plain model's names. The
-    structural copy follows `.to()` only. Calls made in training mode alone (auxiliary heads) have no
-    structural gate and keep their own.
+    From outside, a DualCopy looks like the plain model: `parameters()`, `buffers()`, `named_modules()` and
+    `state_dict()` are those of the quantitative copy, with the names of the plain model. The structural copy
+    follows `.to()` only. Calls that occur only in training mode (auxiliary heads) use their own gates.
 
     Args:
-        model: any torch model. It becomes the quantitative copy, not a copy of it.
+        model: any torch model. It becomes the quantitative copy; it is not copied.
         accept: paths (or glob patterns) of activations that may stay ungated; `path:activation` names a
             functional call inside the module at `path`.
-        pooling: "structural" routes max-pooling by the structural copy; "own" leaves it alone.
-        example: an input batch, to have functional activations checked now instead of at the first
+        pooling: "structural" gates max-pooling by the structural copy; with "own" it is not gated.
+        example: an input batch. With it, functional activations are checked now; without it, at the first
             forward.
-        structural_precision: what the structural copy computes in, whatever autocast surrounds the call: then
-            the gates of an input do not depend on the precision of the training. None: as the surroundings
-            do, and as the plain model does there.
+        structural_precision: precision of the structural copy, also inside autocast. Then the gates of an
+            input do not depend on the precision of the training. None: the surrounding autocast applies.
 
     Raises:
-        GateError: an activation cannot be gated, or there is no gate at all. Where only running the
-            model can tell, at the first forward.
+        GateError: an activation cannot be gated, or there is no gate at all. Without `example`, functional
+            activations raise it at the first forward.
 
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
@@ -59,7 +57,7 @@ class DualCopy(TwoCopies):
     _quantitative: nn.Module
     _structural: nn.Module
     structural_version: int
-    """Counts the changes of the structural copy, for whoever keeps its gates."""
+    """Number of changes of the structural copy. A cache of gates uses it to see that they are outdated."""
 
     def __init__(
         self,
@@ -78,13 +76,10 @@ class DualCopy(TwoCopies):
             known = ", ".join(get_args(Precision))
             raise GateError(f"structural_precision is {structural_precision!r}; it must be one of {known}, None")
         accept = tuple(accept)
-        if example is not None:
-            refuse(validate(model, example, accept, pooling))
-        else:
-            refuse(static_findings(model, accept))
-        structural = detached_copy(model).eval().requires_grad_(False)
-        # Sharing the registries makes this module and the plain one the same to every walk over
-        # modules, parameters and buffers; the copies themselves stay outside the registries.
+        refuse(find_in_modules(model, accept) if example is None else validate(model, example, accept, pooling))
+        structural = copy_model(model).eval().requires_grad_(False)
+        # The registries are shared with the plain model, so every walk over modules, parameters and buffers
+        # finds the same. The two copies themselves are not in the registries.
         self.__dict__.update(
             _quantitative=model,
             _structural=structural,
@@ -102,109 +97,107 @@ class DualCopy(TwoCopies):
 
     @property
     def quantitative(self) -> nn.Module:
-        """The trained copy: the plain model, with its own gates when called directly."""
+        """The copy that is trained: the plain model. If it is called directly, it uses its own gates."""
         return self._quantitative
 
     @property
     def gate_dtype(self) -> torch.dtype | None:
-        """What autocast would have the structural copy compute in now; None: its weights' own."""
+        """The dtype that autocast now gives the structural copy; None: no autocast."""
         if self._structural_precision is not None:
             return HALF.get(self._structural_precision)
-        device = _device(self._structural).type
+        device = _get_device(self._structural).type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
     @property
     def structural(self) -> nn.Module:
-        """The copy that decides the gates; the quantitative copy itself after `unfreeze`."""
+        """The copy that decides the gates. After `unfreeze` it is the quantitative copy."""
         return self._structural
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The quantitative copy's output under the structural copy's gates for this input."""
+        """Return the quantitative copy's output under the structural copy's gates for this input."""
         if self.unfrozen:
             return self._quantitative(*args, **kwargs)
         return self.gated(self.gates(*args, **kwargs), *args, **kwargs)
 
     def gates(self, *args: Any, **kwargs: Any) -> list[Gate]:
-        """The structural copy's decisions for an input, in call order, one byte per activation.
+        """Return the structural copy's gates for an input, in call order, one byte per activation.
 
-        They stay valid as long as the structural copy does, so that an input that comes again need not
-        be run through it again.
+        The gates stay valid until the structural copy changes (`structural_version`).
         """
-        return self._captured(capture, args, kwargs)
+        return self._run_capture(capture, args, kwargs)
 
-    def _captured(self, run: Callable[..., list[Gate]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Gate]:
-        """`gates`, by `capture` itself or something that does the same."""
+    def _run_capture(self, run: Callable[..., list[Gate]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Gate]:
+        """Do `gates` by `run`, which is `capture` or its compiled form."""
         self._inspect(args, kwargs)
         if self._structural_precision is None:
             return run(self._structural, args, kwargs, self._own_pooling)
-        args, kwargs = widened(self._structural, (args, kwargs))
-        with exactly(self._structural_precision, _device(self._structural)):
+        args, kwargs = widen(self._structural, (args, kwargs))
+        with compute_in(self._structural_precision, _get_device(self._structural)):
             return run(self._structural, args, kwargs, self._own_pooling)
 
     def gated(self, gates: Sequence[Gate], *args: Any, **kwargs: Any) -> Any:
-        """The quantitative copy's output for an input whose gates are given.
+        """Return the quantitative copy's output for an input under the given gates.
 
         Raises:
-            GateError: the gates are of another input shape or another model.
+            GateError: the gates belong to another input shape or another model.
         """
-        return self._replayed(replay, gates, args, kwargs)
+        return self._run_replay(replay, gates, args, kwargs)
 
-    def _replayed(
+    def _run_replay(
         self, run: Callable[..., Any], gates: Sequence[Gate], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """`gated`, by `replay` itself or something that does the same."""
+        """Do `gated` by `run`, which is `replay` or its compiled form."""
         plan = self._inspect(args, kwargs)
         return run(self._quantitative, gates, plan, args, kwargs, self._own_pooling)
 
     def release(self) -> nn.Module:
-        """An independent copy of the quantitative copy as a plain module, with its own gates.
+        """Return an independent copy of the quantitative copy: a plain module with its own gates.
 
-        It is another function than the DualCopy once training has moved it; report both.
+        After training it computes another function than the DualCopy; report the results of both.
         """
-        return detached_copy(self._quantitative)
+        return copy_model(self._quantitative)
 
     def refresh(self, state: Mapping[str, Tensor] | None = None) -> None:
-        """Replace the structural copy's weights by `state` (default: the quantitative copy's). Where it was
-        given up, there is one again."""
+        """Load `state` (default: the quantitative copy's) into the structural copy. After `unfreeze`, make one anew."""
         if self.unfrozen:
-            self.__dict__["_structural"] = detached_copy(self._quantitative).eval().requires_grad_(False)
+            self.__dict__["_structural"] = copy_model(self._quantitative).eval().requires_grad_(False)
         self._structural.load_state_dict(self._quantitative.state_dict() if state is None else state)
         self.structural_version += 1
 
     def unfreeze(self) -> None:
-        """Give up the structural copy: from now on the gates are the quantitative copy's own."""
+        """Remove the structural copy. From now on the quantitative copy uses its own gates."""
         self.__dict__["_structural"] = self._quantitative
         self.structural_version += 1
 
     @property
     def unfrozen(self) -> bool:
-        """Whether the structural copy was given up."""
+        """Whether the structural copy is removed."""
         return self._structural is self._quantitative
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """Both copies: the plain keys, prefixed by `quantitative.` and `structural.`."""
+        """Return the state of both copies. The keys have the prefix `quantitative.` or `structural.`."""
         copies = {"quantitative": self._quantitative, "structural": self._structural}
         return {f"{name}.{key}": value for name, module in copies.items() for key, value in module.state_dict().items()}
 
     def load_full_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load what `full_state_dict` gave."""
+        """Load the result of `full_state_dict`."""
         for name, module in (("quantitative", self._quantitative), ("structural", self._structural)):
             prefix = f"{name}."
             module.load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
         self.structural_version += 1
 
     def _inspect(self, args: Any, kwargs: Any) -> Sequence[int | None] | None:
-        """Check the first forward in each mode; how the copies' calls correspond."""
+        """Check the first forward in each mode. Return the plan that matches the copies' calls (see `align`)."""
         mode = self._quantitative.training
         if mode not in self._plans:
             calls = trace(self._structural, args, kwargs, self._own_pooling)
             own = trace(self._quantitative, args, kwargs, self._own_pooling) if mode else calls
-            refuse(call_findings(calls if own is calls else calls + own, self._accept))
+            refuse(find_in_calls(calls if own is calls else calls + own, self._accept))
             self._plans[mode] = align(calls, own)
         plan: Sequence[int | None] | None = self._plans[mode]
         return plan
 
-    # What the outside sees is the plain model.
+    # The methods below make the DualCopy look like the plain model.
 
     def train(self, mode: bool = True) -> DualCopy:
         self.training = mode
@@ -238,6 +231,6 @@ class DualCopy(TwoCopies):
         return value
 
 
-def _device(model: nn.Module) -> torch.device:
+def _get_device(model: nn.Module) -> torch.device:
     weight = next(model.parameters(), None)
     return torch.device("cpu") if weight is None else weight.device

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import models
 from ..data.registry import OURS
 from ..data.silos import SilosData
-from ..dualcopy.tracing import detached_copy
+from ..dualcopy.tracing import copy_model
 from ..errors import ConfigError, FedSQError, first_line, worded
 from ..federation.evaluate import main_output
 from ..federation.seeding import isolated
@@ -44,7 +44,7 @@ def run_samples(model: nn.Module, samples: Tensor, training: bool = False) -> Te
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     try:
         with isolated(0), torch.no_grad():
-            return main_output(detached_copy(model).train(training)(samples.to(device)))
+            return main_output(copy_model(model).train(training)(samples.to(device)))
     except FedSQError:
         raise
     except (RuntimeError, ValueError) as error:

@@ -314,14 +314,14 @@ PIECES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", PIECES)
 def test_gradcheck(name: str) -> None:
-    region = gates.regions(Pieces(random_z(3, 4), **PIECES[name]))
+    region = gates.find_regions(Pieces(random_z(3, 4), **PIECES[name]))
     z = random_z(3, 4, seed=1).requires_grad_()
     assert gradcheck(lambda z: gates.apply(Pieces(z, **PIECES[name]), region), z)
 
 
 @pytest.mark.parametrize("name", PIECES)
 def test_gradgradcheck(name: str) -> None:
-    region = gates.regions(Pieces(random_z(3, 4), **PIECES[name]))
+    region = gates.find_regions(Pieces(random_z(3, 4), **PIECES[name]))
     z = random_z(3, 4, seed=1).requires_grad_()
     assert gradgradcheck(lambda z: gates.apply(Pieces(z, **PIECES[name]), region) ** 2, z)
 
@@ -332,7 +332,7 @@ each_prelu = pytest.mark.parametrize(("shape", "weights"), PRELU_SHAPES, ids=str
 
 @each_prelu
 def test_prelu_gradcheck(shape: tuple[int, ...], weights: int) -> None:
-    region = gates.regions(Pieces(random_z(*shape)))
+    region = gates.find_regions(Pieces(random_z(*shape)))
     z = random_z(*shape, seed=1).requires_grad_()
     weight = random_z(weights, seed=2).requires_grad_()
     assert gradcheck(lambda z, w: gates.apply(Pieces(z, slope=w), region), (z, weight))
@@ -340,7 +340,7 @@ def test_prelu_gradcheck(shape: tuple[int, ...], weights: int) -> None:
 
 @each_prelu
 def test_prelu_gradgradcheck(shape: tuple[int, ...], weights: int) -> None:
-    region = gates.regions(Pieces(random_z(*shape)))
+    region = gates.find_regions(Pieces(random_z(*shape)))
     z = random_z(*shape, seed=1).requires_grad_()
     weight = random_z(weights, seed=2).requires_grad_()
     assert gradgradcheck(lambda z, w: gates.apply(Pieces(z, slope=w), region), (z, weight))
@@ -350,7 +350,7 @@ def test_prelu_gradgradcheck(shape: tuple[int, ...], weights: int) -> None:
 def test_prelu_weight_gradient_is_the_naive_formulas(shape: tuple[int, ...], weights: int) -> None:
     decides, z = random_z(*shape), random_z(*shape, seed=1)
     weight = random_z(weights, seed=2).requires_grad_()
-    out = gates.apply(Pieces(z, slope=weight), gates.regions(Pieces(decides)))
+    out = gates.apply(Pieces(z, slope=weight), gates.find_regions(Pieces(decides)))
     (grad,) = torch.autograd.grad(out.square().sum(), weight)
     broadcast = weight.reshape(1, -1, *[1] * (len(shape) - 2)) if weights > 1 else weight
     naive = torch.where(decides > 0, z, broadcast * z)
@@ -375,7 +375,7 @@ def saved(f: Callable[[], Tensor]) -> list[tuple[torch.dtype, int]]:
 @pytest.mark.parametrize("name", PIECES)
 def test_autograd_keeps_one_byte_per_activation(name: str, inplace: bool) -> None:
     pieces = Pieces(torch.randn(5, 7), **PIECES[name])
-    region = gates.regions(pieces)
+    region = gates.find_regions(pieces)
     z = torch.randn(5, 7, requires_grad=True) + 0
     kept = saved(lambda: gates.apply(Pieces(z, inplace, **PIECES[name]), region))
     assert kept == [(torch.uint8, 35)]
@@ -383,7 +383,7 @@ def test_autograd_keeps_one_byte_per_activation(name: str, inplace: bool) -> Non
 
 def test_autograd_keeps_the_preactivation_for_prelu_only_once() -> None:
     z, weight = torch.randn(5, 7, requires_grad=True), torch.full((1,), 0.2, requires_grad=True)
-    kept = saved(lambda: gates.apply(Pieces(z, slope=weight), gates.regions(Pieces(z))))
+    kept = saved(lambda: gates.apply(Pieces(z, slope=weight), gates.find_regions(Pieces(z))))
     assert sorted(kept, key=str) == sorted([(torch.float32, 35), (torch.uint8, 35), (torch.float32, 1)], key=str)
 
 
@@ -397,5 +397,5 @@ def test_a_gated_forward_keeps_no_more_floats_than_the_plain_one() -> None:
 
 @pytest.mark.parametrize("name", PIECES)
 def test_regions_take_one_byte_each(name: str) -> None:
-    region = gates.regions(Pieces(torch.randn(5, 7), **PIECES[name]))
+    region = gates.find_regions(Pieces(torch.randn(5, 7), **PIECES[name]))
     assert (region.dtype, tuple(region.shape)) == (torch.uint8, (5, 7))

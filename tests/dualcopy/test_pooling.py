@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from fedsq_plugin import DualCopy
 from fedsq_plugin.dualcopy import pooling
-from fedsq_plugin.dualcopy.pooling import Pool, decode, encode, windows
+from fedsq_plugin.dualcopy.pooling import Pool, decode, encode, find_windows
 from fedsq_plugin.dualcopy.wrapper import Pooling
 from fedsq_plugin.errors import GateError
 
@@ -207,7 +207,7 @@ any_geometry = settings(max_examples=150, derandomize=True)
 @given(geometries())
 def test_encode_and_decode_are_inverse(geometry: Geometry) -> None:
     _, index = geometry.plain(geometry.x)
-    at = windows(geometry.pool(geometry.x), index.shape[-geometry.dims :])
+    at = find_windows(geometry.pool(geometry.x), index.shape[-geometry.dims :])
     assert torch.equal(decode(encode(index, at), at), index)
 
 

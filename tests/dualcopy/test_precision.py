@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedsq_plugin import DualCopy
 from fedsq_plugin.dualcopy import Gate, GateCache, GateKind
-from fedsq_plugin.dualcopy.precision import exactly, refuse_unsupported, to_device
+from fedsq_plugin.dualcopy.precision import compute_in, refuse_unsupported, to_device
 from fedsq_plugin.errors import ConfigError, GateError
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -106,7 +106,7 @@ def test_fp32_on_a_gpu_is_without_tf32_and_puts_the_setting_back() -> None:
     # The switches are there without a GPU.
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.allow_tf32
-    with pytest.raises(ZeroDivisionError), exactly("fp32", torch.device("cuda")):
+    with pytest.raises(ZeroDivisionError), compute_in("fp32", torch.device("cuda")):
         assert (cudnn.allow_tf32, matmul.allow_tf32) == (False, False)
         raise ZeroDivisionError
     assert (cudnn.allow_tf32, matmul.allow_tf32) == before
