@@ -48,6 +48,7 @@ BACKENDS = (("simulation", "sp"), ("simulation", "MPI"), ("cross_silo", "GRPC"),
 
 _BROKEN = {
     "NCCL": "FedML 0.9.6 comes without its NCCL simulation",
+    "hierarchical": "FedML 0.9.6 ends a hierarchical run at its start",
     "TRPC": "FedML's TRPC ends before the training does",
     "MQTT_S3": "MQTT_S3 needs FedML's platform, a broker and a store",
 }
@@ -64,10 +65,7 @@ def broken_backend(values: Mapping[str, Any]) -> str | None:
     if backend_of(values) == ("simulation", "NCCL"):
         return f"comm_args.backend NCCL: {_BROKEN['NCCL']}; use backend: MPI"
     if backend_of(values)[0] == "cross_silo" and values.get("scenario") == "hierarchical":
-        return (
-            "common_args.scenario hierarchical: FedML 0.9.6 ends a hierarchical run at its start; use scenario: "
-            "horizontal"
-        )
+        return f"common_args.scenario hierarchical: {_BROKEN['hierarchical']}; use scenario: horizontal"
     return None
 
 
