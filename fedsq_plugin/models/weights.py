@@ -1,4 +1,4 @@
-"""Weights files: reading them without running what they hold; loading all of them or nothing."""
+"""Reads weights files without running code in them, and loads all tensors of a file or none."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ PICKLED = (".pt", ".pth", ".bin")
 SUFFIXES = (".safetensors", *PICKLED)
 _SAVE = "save it with torch.save(model.state_dict(), file), or as safetensors"
 _SHOWN = 3
-"""Keys named in a message; the others are counted."""
+"""Number of keys that a message names. It gives only the number of the others."""
 
 
 def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The state dict in a .safetensors, .pt, .pth or .bin file, as plain tensors on the CPU.
+    """Read the state dict in a .safetensors, .pt, .pth or .bin file, as plain tensors on the CPU.
 
-    A dict nested under `state_dict` or `model` is taken out, and a `module.` that every key starts
-    with (DataParallel's) is dropped. Pickles are read with `weights_only`: code in them never runs.
+    The state dict may be nested under `state_dict` or `model`. If all keys start with `module.` (DataParallel),
+    this prefix is removed. Pickles are read with `weights_only`: code in them never runs.
 
     Raises:
-        WeightsError: no such file, another kind of file, damaged, or something else than tensors.
+        WeightsError: the file does not exist, is of another kind, is damaged, or holds more than tensors.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -38,7 +38,7 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     suffix = file.suffix.lower()
     if suffix not in SUFFIXES:
         raise _error(f"weights file {path} must end in {', '.join(SUFFIXES)}")
-    content = _unpickle(file) if suffix in PICKLED else _safetensors(file)
+    content = _unpickle(file) if suffix in PICKLED else _read_safetensors(file)
     if isinstance(content, Mapping):
         nested = (content.get(key) for key in ("state_dict", "model"))
         content = next((inner for inner in nested if isinstance(inner, Mapping)), content)
@@ -48,7 +48,7 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     for key, value in content.items():
         if not isinstance(key, str):
             raise _error(f"weights file {path} has the key {key!r}, not a name; {_SAVE}")
-        if fault := _fault(value):
+        if fault := _find_fault(value):
             raise _error(f"weights file {path}: {key} is {fault}, not a dense tensor; {_SAVE}")
     if any(key.startswith("quantitative.") for key in content):
         raise _error(
@@ -60,22 +60,22 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], head: str | None) -> list[str]:
-    """Load `state` into a plain model in place: everything, or on an error nothing.
+    """Load `state` into a plain model in place. After an error the model is unchanged.
 
-    Values take the model's dtypes; floating counters (FedML averages them) are rounded. A head of
-    another shape is left as it is in the model, and so are BatchNorm counters that the file lacks.
+    Values are cast to the model's dtypes; counters that are floats (FedML averages them) are rounded. A head of
+    another shape is not loaded. BatchNorm counters may be missing in the file.
 
     Args:
-        model: a plain model; a DualCopy would keep an old structural copy.
-        state: what `read_state` gave.
-        head: module path of the model's head, such as "fc"; None: no part may differ.
+        model: a plain model, not a DualCopy: its structural copy would stay old.
+        state: the result of `read_state`.
+        head: module path of the model's head, such as "fc"; None: all shapes must be equal.
 
     Returns:
-        One line for a head that was left out; empty when everything was loaded.
+        One line if the head was not loaded, else an empty list.
 
     Raises:
-        WeightsError: keys or shapes differ outside the head, a value is not finite or of a dtype that
-            is not the model's kind, or there is no such head.
+        WeightsError: keys or shapes differ outside the head, a value is not finite, a dtype cannot be cast, or
+            the model has no such head.
     """
     if isinstance(model, DualCopy):
         raise _error("weights are loaded before the DualCopy is made, not into it; load, then wrap")
@@ -91,10 +91,10 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], head: str | None
     left_out = any(key in state and state[key].shape != own[key].shape for key in in_head)
     kept = set(in_head) if left_out else set()
     _compare(state, own, may_differ=kept, may_lack=counters)
-    # The head that is left out is read too: a file with a broken tensor is not to be trusted.
-    values = {k: _converted(k, v, own[k].dtype) for k, v in state.items()}
+    # A head that is not loaded is checked too: a file with one broken tensor cannot be trusted.
+    values = {k: _convert(k, v, own[k].dtype) for k, v in state.items()}
     model.load_state_dict({k: own[k] if k in kept else values.get(k, own[k]) for k in own})
-    return [_left_out(str(head), state, own)] if left_out else []
+    return [_describe_head(str(head), state, own)] if left_out else []
 
 
 def _compare(state: Mapping[str, Tensor], own: Mapping[str, Tensor], may_differ: set[str], may_lack: set[str]) -> None:
@@ -114,12 +114,12 @@ def _compare(state: Mapping[str, Tensor], own: Mapping[str, Tensor], may_differ:
     if found:
         remedy: Sequence[Part] = ("use the model that the file was made with",)
         if len(differing) == 1 and not missing and not unexpected:
-            remedy = _stem_remedy(differing[0], state, own) or remedy
+            remedy = _suggest_options(differing[0], state, own) or remedy
         raise _error(f"the file's tensors do not fit: {', '.join(found)}; ", *remedy)
 
 
-def _stem_remedy(key: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[Part]:
-    """The options of `create` that would make a stem fit, where the stem is all that does not; else nothing."""
+def _suggest_options(key: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[Part]:
+    """Name the options of `create` with which the stem fits. Empty if the tensor `key` is not the stem."""
     theirs, ours = state[key].shape, own[key].shape
     first = next((k for k, v in own.items() if v.dim() == 4), None)
     if key != first or len(theirs) != 4 or theirs[0] != ours[0]:
@@ -133,7 +133,7 @@ def _stem_remedy(key: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor
     return ["this file needs ", first_option, *(part for option in more for part in (" and ", option))]
 
 
-def _converted(key: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+def _convert(key: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     if value.is_floating_point() and not dtype.is_floating_point:
         value = value.double().round()
         result = value.to(dtype)
@@ -151,7 +151,7 @@ def _converted(key: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
-def _left_out(head: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+def _describe_head(head: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
     differing = [(state[k], own[k]) for k in own if k.startswith(f"{head}.") and state[k].shape != own[k].shape]
     theirs, ours = differing[0]
     if theirs.shape[1:] == ours.shape[1:] and theirs.dim() == ours.dim():
@@ -161,7 +161,7 @@ def _left_out(head: str, state: Mapping[str, Tensor], own: Mapping[str, Tensor])
     return f"head {head}: {sizes}; newly initialised"
 
 
-def _safetensors(file: Path) -> Any:
+def _read_safetensors(file: Path) -> Any:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -176,26 +176,26 @@ def _safetensors(file: Path) -> Any:
 def _unpickle(file: Path) -> Any:
     try:
         with warnings.catch_warnings():
-            # Torch warns about unusual pickles; an error here says the same in one line.
+            # Torch warns about unusual pickles; the error below says the same in one line.
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise _error(f"weights file {file} cannot be read: {error.strerror or error}") from None
-    except Exception as error:  # damaged pickles end in nearly any exception
+    except Exception as error:  # a damaged pickle can raise nearly any exception
         if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise _error(f"weights file {file} holds {found[1]}, which is code, not a tensor; {_SAVE}") from None
         raise _error(f"weights file {file} is damaged or holds something else than tensors; {_SAVE}") from None
 
 
-def _fault(value: Any) -> str | None:
-    """What `value` is, unless a dense tensor of plain numbers that are really there."""
+def _find_fault(value: Any) -> str | None:
+    """Describe what `value` is; None if it is a dense tensor with all its numbers in memory."""
     if not isinstance(value, Tensor):
         return type(value).__name__
     if type(value) not in (Tensor, nn.Parameter):
         return f"a {type(value).__name__}"
     if value.layout != torch.strided or value.is_quantized or value.is_meta:
         return "sparse, quantized or without values"
-    # A few bytes can claim to be terabytes through zero strides; checking them would take as much.
+    # With strides of zero, a tensor of a few bytes can have terabytes of entries to check.
     if value.untyped_storage().nbytes() < value.numel() * value.element_size():
         return "expanded"
     return None
@@ -215,7 +215,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _error(*parts: Part) -> WeightsError:
-    """An error whose line has no control characters, whatever names a file brings along."""
+    """Make a WeightsError. Names from a file may have control characters; its line has none."""
     return WeightsError(*(_one_line(part) if isinstance(part, str) else part for part in parts))
 
 

@@ -84,7 +84,7 @@ def _names(valid: dict[str, Any]) -> Iterator[str]:
         what = f"is unknown{nearest(valid[key], names)}"
         if key == "model" and valid[key].startswith(PREFIX):
             try:
-                models.head(valid[key])
+                models.find_backbone(valid[key])
             except ConfigError as error:
                 what = f"is no model of ours: {error}"
         if key == "federated_optimizer" and valid[key] in host().algorithms:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -106,26 +105,27 @@ def _own_early_modules(chosen: Algorithm, config: Config, model: nn.Module) -> t
     another model than the recipe names."""
     if "frozen_modules" not in chosen.option_names or config.model not in models.names():
         return ()
-    early, named = models.early(config.model), [name for name, _ in model.named_parameters()]
+    early, named = models.find_backbone(config.model).early, [name for name, _ in model.named_parameters()]
     return early if all(frozen_keys(named, (path,)) for path in early) else ()
 
 
 def head_of(config: Config, model: nn.Module) -> str | None:
     """The head's module path: as given, or that of our own backbone. Where a script trains another model than
     the recipe names, it is None unless given."""
-    own = models.head if config.model in models.names() else None
+    if config.head is not None:
+        return config.head
+    known = None
     if config.model in flamby.MODELS:
-        own = partial(flamby.head, dataset=config.dataset)
-    if config.head is None and own is not None:
-        known = own(config.model)
-        return known if known in dict(model.named_modules()) else None
-    return config.head
+        known = flamby.head(config.model, config.dataset)
+    elif config.model in models.names():
+        known = models.find_backbone(config.model).head
+    return known if known in dict(model.named_modules()) else None
 
 
 def accepted(config: Config) -> tuple[str, ...]:
     """Patterns of modules that may stay ungated: those given, and those of our own backbone that have no gate
     even after ReLU-isation."""
-    own = models.ungated(config.model) if config.model in models.names() else ()
+    own = models.find_backbone(config.model).ungated if config.model in models.names() else ()
     if config.model in flamby.MODELS:
         own = flamby.ungated(config.model, config.dataset)
     return (*config.gate_accept, *own)

@@ -143,7 +143,7 @@ def _create(original: Any) -> Any:
                     f"model_args.model '{args.model}': FedML cannot make it for {args.dataset} ({in_one_line(error)})"
                 ) from error
             if args.model.startswith(PREFIX):
-                models.head(args.model)  # says what a name like this lacks
+                models.find_backbone(args.model)  # says what a name like this lacks
             homes = ", ".join(FEDML_MODELS.get(args.model, ()))
             hint = f"; it is FedML's for {homes}" if homes else nearest(args.model, models.names())
             raise ConfigError(f"model_args.model '{args.model}' is unknown to FedML for {args.dataset}{hint}") from None
