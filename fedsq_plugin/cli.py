@@ -21,7 +21,11 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 def _settings(command: Command) -> Command:
     return click.option(
-        "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override an option of the recipe."
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Override an option of the recipe, by KEY or FAMILY.KEY.",
     )(command)
 
 
@@ -51,7 +55,7 @@ def _begun_or_new(
     if resume is None:
         if recipe is None:
             raise ConfigError("name a RECIPE, or --resume DIR")
-        return overridden(read_yaml(recipe), settings), out or session.default_out(recipe), {}
+        return overridden(read_yaml(recipe), settings, host().options), out or session.default_out(recipe), {}
     if recipe is not None or settings or out is not None:
         raise ConfigError(f"--resume {resume} goes on by the recipe in that folder: give nothing else")
     families, summary = session.interrupted(resume)
@@ -206,13 +210,14 @@ def check(recipe: Path, settings: tuple[str, ...]) -> None:
     from .settings.recipe import flat, overridden, read_loosely
 
     families, repeated = read_loosely(recipe)
-    families = overridden(families, settings)
+    families = overridden(families, settings, host().options)
     found = [*map(str, repeated), *checks.check(families)]
     for line in found:
         click.echo(f"{recipe}: {line}")
     values = flat(families)
     for line in [*checks.notes(families), *untrained_gates(values, facts_of(values)), *compiled_for_cpu(values)]:
-        click.echo(f"note: {line}")
+        if line not in found:
+            click.echo(f"note: {line}")
     if found:
         raise SystemExit(2)
     click.echo(f"{recipe}: nothing wrong")

@@ -39,7 +39,17 @@ from . import offline
 from .arguments import FINDINGS, HostName, algorithm_of, config_of
 from .dataset import from_tuple, to_tuple
 from .devices import NO_GPU, device_of
-from .names import BACKENDS, FEDML_DATASETS, FEDML_MODELS, NATIVE_SP, backend_of, broken_backend, refused_backend
+from .names import (
+    BACKENDS,
+    FEDML_DATASETS,
+    FEDML_MODELS,
+    NATIVE_SP,
+    OTHER_OPTIONS,
+    backend_of,
+    broken_backend,
+    refused_backend,
+    wrong_partition,
+)
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +92,7 @@ def _load_yaml_config(self: Any, path: str) -> dict[str, Any]:
     """FedML goes on without a file that is missing or broken. What is wrong with the keys waits on
     `self`, for the case that something of ours runs."""
     families, found = read_loosely(path)
-    found += misplaced(families)
+    found += misplaced(families, OTHER_OPTIONS)
     setattr(self, FINDINGS, getattr(self, FINDINGS, []) + found)
     if reason := broken_backend(flat(families)):
         raise ConfigError(reason)
@@ -100,6 +110,8 @@ def _load(original: Any) -> Any:
         if args.dataset not in FEDML_DATASETS:
             known = [*registry.NAMES, *FEDML_DATASETS]
             raise ConfigError(f"data_args.dataset '{args.dataset}' is unknown{nearest(args.dataset, known)}")
+        if partition := wrong_partition(args.dataset, str(getattr(args, "partition_method", "homo"))):
+            raise ConfigError(partition)
         return original(args)
 
     return load

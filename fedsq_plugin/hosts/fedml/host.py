@@ -23,6 +23,8 @@ class FedML:
     brings_silos: Collection[str] = names.SETS_CLIENT_NUMBER
     models: Collection[str] = names.FEDML_MODELS
     algorithms: Collection[str] = names.NATIVE_SP
+    options: Mapping[str, str] = names.OTHER_OPTIONS
+    partitions: Mapping[str, Collection[str]] = names.FEDML_PARTITIONS
 
     def require(self) -> None:
         offline.require_home()

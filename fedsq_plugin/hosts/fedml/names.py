@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from ...errors import nearest
 
 NATIVE_SP = (
     *("FedAvg", "FedOpt", "FedNova", "FedDyn", "FedProx", "SCAFFOLD", "Mime"),
@@ -30,6 +33,31 @@ FEDML_MODELS: dict[str, tuple[str, ...]] = {
 
 WITHOUT_GATES = ("lr", "rnn")
 """Models of FedML's without a piecewise-linear activation."""
+
+FEDML_PARTITIONS = {**dict.fromkeys(("cifar10", "cifar100", "cinic10"), ("homo", "hetero", "hetero-fix"))}
+"""The values of partition_method that FedML's loaders take. Its other loaders do not read it: those data sets come
+divided, or are divided in one way."""
+_FIXED = "data_preprocessing/non-iid-distribution"
+"""Where FedML's loaders look, in the current folder, for the files of partition_method hetero-fix."""
+
+
+def wrong_partition(dataset: str, method: str) -> str | None:
+    """What is wrong with a partition method for a data set of FedML's, in one line. FedML's loaders end in the middle
+    of their work."""
+    methods = FEDML_PARTITIONS.get(dataset)
+    if methods is None:
+        return None
+    if method not in methods:
+        return (
+            f"data_args.partition_method '{method}' is unknown{nearest(method, methods)}"
+            f" (FedML's loader of {dataset} takes {', '.join(methods)})"
+        )
+    files = (Path(_FIXED, dataset.upper(), name) for name in ("net_dataidx_map.txt", "distribution.txt"))
+    missing = [str(file) for file in files if method == "hetero-fix" and not file.is_file()]
+    if missing:
+        return f"data_args.partition_method hetero-fix: FedML reads {missing[0]}, and there is no such file; use hetero"
+    return None
+
 
 SETS_CLIENT_NUMBER = (
     *("mnist", "femnist", "shakespeare", "fed_shakespeare", "fed_cifar100", "stackoverflow_lr"),
@@ -84,6 +112,29 @@ def refused_backend(values: Mapping[str, Any]) -> str | None:
         f"there{reason}; it runs {known}"
     )
 
+
+OTHER_OPTIONS = {
+    key: family
+    for family, keys in {
+        "common_args": "scenario using_mlops config_version mlops_api_key mlops_project_name mlops_run_name",
+        "data_args": "data_file_path partition_file_path part_file test_batch_size private_local_data "
+        "synthetic_data_url",
+        "model_args": "deeplearning_backend model_file_cache_folder global_model_file_path",
+        "train_args": "run_id rank role client_id_list worker_num server_optimizer lr wd mu gmf alpha feddyn_alpha "
+        "mimelite group_method group_num group_comm_round ci",
+        "validation_args": "test_on_clients frequency_of_train_acc_report",
+        "device_args": "device_type gpu_util_parse n_proc_in_silo n_proc_per_node n_node_in_silo",
+        "comm_args": "is_mobile grpc_ipconfig_path trpc_master_config_path mqtt_config_path s3_config_path",
+        "tracking_args": "enable_tracking enable_wandb wandb_key wandb_entity wandb_project wandb_name "
+        "wandb_only_server wandb_group_id run_name log_file_dir sys_perf_profiling",
+        "attack_args": "enable_attack attack_type poison_type attack_prob ratio_of_poisoned_client",
+        "defense_args": "enable_defense defense_type",
+        "dp_args": "enable_dp dp_solution_type mechanism_type epsilon delta sensitivity clipping_norm",
+        "fhe_args": "enable_fhe enable_contribution contribution_alg",
+    }.items()
+    for key in keys.split()
+}
+"""Families of the options that FedML reads beside ours, by key: those of its own recipes, and of its guides."""
 
 MPI_DEFAULTS: dict[str, Any] = {"gpu_mapping_file": None, "gpu_mapping_key": None}
 """What FedML reads with the backend MPI, in `device_args`, GPU or none."""

@@ -20,6 +20,7 @@ from .names import (
     WITHOUT_GATES,
     backend_of,
     refused_backend,
+    wrong_partition,
 )
 
 HOST_DEVICE = ("device_type", "gpu_util_parse")
@@ -38,6 +39,8 @@ def problems(values: Mapping[str, Any], valid: Mapping[str, Any]) -> Iterator[st
         for key in ("data_cache_dir", "partition_method", "partition_alpha", "batch_size"):
             if key not in values:
                 yield f"{family_of(key)}.{key} is missing; FedML's loader of {dataset} has no default for it"
+    if partition := wrong_partition(dataset, valid.get("partition_method", "homo")):
+        yield partition
     if dataset and model in FEDML_MODELS and FEDML_MODELS[model] and dataset not in FEDML_MODELS[model]:
         homes = ", ".join(FEDML_MODELS[model])
         yield f"model_args.model {model} is FedML's for {homes}, not for {dataset}"
