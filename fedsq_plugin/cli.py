@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 _PATH = click.Path(path_type=Path)
 _settings = click.option(
-    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override an option of the recipe."
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override an option of the recipe, by KEY or FAMILY.KEY.",
 )
 _out = click.option("--out", type=_PATH, help="Run directory; default runs/<recipe>-<time>.")
 _resume = click.option(
@@ -37,7 +41,7 @@ def _begun_or_new(
     if resume is None:
         if recipe is None:
             raise ConfigError("name a RECIPE, or --resume DIR")
-        return overridden(read_yaml(recipe), settings), out or session.default_out(recipe), {}
+        return overridden(read_yaml(recipe), settings, host().options), out or session.default_out(recipe), {}
     if recipe is not None or settings or out is not None:
         raise ConfigError(f"--resume {resume} goes on by the recipe in that folder: give nothing else")
     directory = RunDirectory.resume(resume)
@@ -190,13 +194,14 @@ def check(recipe: Path, settings: tuple[str, ...]) -> None:
     from .settings.recipe import flat, overridden, read_loosely
 
     families, repeated = read_loosely(recipe)
-    families = overridden(families, settings)
+    families = overridden(families, settings, host().options)
     found = [*map(str, repeated), *checks.check(families)]
     for line in found:
         click.echo(f"{recipe}: {line}")
     values = flat(families)
     for line in [*checks.notes(families), *untrained_gates(values, facts_of(values)), *compiled_for_cpu(values)]:
-        click.echo(f"note: {line}")
+        if line not in found:
+            click.echo(f"note: {line}")
     if found:
         raise SystemExit(2)
     click.echo(f"{recipe}: nothing wrong")
@@ -214,8 +219,8 @@ def algorithms() -> None:
     tables = []
     for titles in (("name", *CHOICES), ("name", "options", "source")):
         table = Table(*titles, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-        for one in all_algorithms().values():
-            cells = {**one.described(), "options": ", ".join(one.option_names) or "–"}
+        for algorithm in all_algorithms().values():
+            cells = {**algorithm.described(), "options": ", ".join(algorithm.option_names) or "–"}
             table.add_row(*(cells[title] for title in titles))
         tables.append(table)
     console = _console()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, FedSQError, in_one_line, nearest, worded
 from ..settings.config import OPTIONS, Config, family_of, validated
-from ..settings.recipe import Families, flat, problems
+from ..settings.recipe import Families, flat, misplaced, problems
 from .host import host
 
 if TYPE_CHECKING:
@@ -41,23 +41,27 @@ LARGEST_BATCH = 32
 
 def check(families: Families) -> list[str]:
     """One line per problem; empty when `fedsq run` may start."""
-    found = [str(finding) for finding in problems(families, host().brings_silos)[1]]
+    wrong = problems(families, host().brings_silos, host().options)[1]
+    found = [str(finding) for finding in wrong if not finding.is_note]
+    misspelt = [str(finding) for finding in wrong if finding.is_note]
     values = flat(families)
     valid = validated(values)[0]
     found += _names(valid)
     found += host().problems(values, valid)
     found += _trial(valid)
-    return list(dict.fromkeys(found))
+    # A misspelling alone is a note; beside other problems it is perhaps their cause.
+    return list(dict.fromkeys([*misspelt, *found] if found else []))
 
 
 def notes(families: Families) -> list[str]:
-    """One line per option that would silently do nothing. Recipes for `compare` have such options: some
-    algorithms read them, others do not."""
+    """One line per key that looks misspelt, and per option that would silently do nothing. Recipes for `compare` have
+    such options: some algorithms read them, others do not."""
     from ..settings.idle import unused
     from .facts import facts_of
 
     valid = validated(flat(families))[0]
-    return unused(valid, facts_of(valid))
+    misspelt = [str(finding) for finding in misplaced(families, host().options) if finding.is_note]
+    return [*misspelt, *unused(valid, facts_of(valid))]
 
 
 def _names(valid: dict[str, Any]) -> Iterator[str]:

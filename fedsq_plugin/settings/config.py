@@ -32,7 +32,7 @@ FAMILIES = (
 OURS = ("fedsq_args", "warm_start_args")
 """Families that this plugin adds to FedML's."""
 
-Kind = Literal["missing", "value", "misfit", "unknown", "family", "misspelt", "two families", "repeated"]
+Kind = Literal["missing", "value", "misfit", "unknown", "family", "misspelt", "two families", "repeated", "number"]
 
 
 class Finding(NamedTuple):
@@ -42,6 +42,11 @@ class Finding(NamedTuple):
     key: str
     """The option, or the family, or of several options the one to mend."""
     line: str
+
+    @property
+    def is_note(self) -> bool:
+        """Whether a run may start all the same: a key that is not ours is perhaps meant as it is."""
+        return self.kind == "misspelt"
 
     def __str__(self) -> str:
         return self.line

@@ -34,6 +34,8 @@ class Facts:
     """Whether the data set comes divided over centres, which are the silos."""
     data_of: str
     """The host whose own data set it is, as "FedML's"; empty where the data set is ours or unknown."""
+    divided: bool = False
+    """Whether it is one of the host's that comes divided over silos, whatever the recipe says."""
 
 
 def unused(valid: Mapping[str, Any], facts: Facts) -> list[str]:
