@@ -73,19 +73,13 @@ def _keep_in_memory(folder: Any, labels: Labels) -> Dataset[Any]:
 def _refuse_differing_sizes(paths: Sequence[str]) -> None:
     sizes: dict[tuple[int, int], str] = {}
     for path in paths:
-        sizes.setdefault(_image_size(path), path)
+        sizes.setdefault(_with_image(path, lambda image: image.size), path)  # width and height, from its header
         if len(sizes) > 1:
             (one, first), (other, second) = sizes.items()
             raise ConfigError(
                 f"image_folder: {first} has {one[0]}x{one[1]} pixels and {second} {other[0]}x{other[1]}; "
                 "set fedsq_args.image_size"
             )
-
-
-def _image_size(path: str) -> tuple[int, int]:
-    """Width and height in pixels, from the file's header."""
-    width, height = _with_image(path, lambda image: image.size)
-    return width, height
 
 
 def _open_image(path: str) -> Any:

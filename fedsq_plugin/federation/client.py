@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,8 @@ from .roles import roles, with_roles
 from .seeding import derive
 from .server_state import ServerState, load_state
 from .state import State, fingerprint, state_of
-from .task import CLASSIFICATION, Loss
+from .task import CLASSIFICATION, Batches, Loss
 from .training import LocalTraining
-
-Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 class Client:
@@ -121,24 +120,24 @@ class Client:
         `data` and `on_step` are those of `local_update`.
         """
         self.states.load(silo, self.model)
-        result = local_update(
-            self.model,
+        result = self._update(
             batches,
-            self.training,
             self.parts(round),
-            self.roles,
             round=round,
             seed=self._derive("local", round, silo),
             objective=self.algorithm.objective.make(self.options),
-            loss=self.loss,
             device=device,
-            forward=self._forward,
             data=data,
             optimizers=self._optimizers.setdefault(silo, {}) if self._keep_optimizers else None,
             on_step=on_step,
         )
         self.states.keep(silo, self.model)
         return result
+
+    def _update(self, batches: Batches, parts: Sequence[Part], **how: Any) -> LocalResult:
+        return local_update(
+            self.model, batches, self.training, parts, self.roles, loss=self.loss, forward=self._forward, **how
+        )
 
     def answer(self, round: int, sums: Mapping[str, Tensor]) -> State:
         """What the silo that trained last sends: an independent copy of the part of the model that travels, where the
@@ -165,21 +164,9 @@ class Client:
         """Make the model the silo's own: global weights, the silo's own part, and a fine-tuning of so many epochs at
         the learning rate of the first round. It is the same for every algorithm, and nothing of it is kept."""
         self.states.load(silo, self.model)
-        if not epochs:
-            return
-        local_update(
-            self.model,
-            batches,
-            self.training,
-            [Phase(epochs, HEAD if head_only else EVERYTHING)],
-            self.roles,
-            round=0,
-            seed=self._derive("finetune", silo),
-            loss=self.loss,
-            device=device,
-            forward=self._forward,
-            on_step=on_step,
-        )
+        if epochs:
+            parts = [Phase(epochs, HEAD if head_only else EVERYTHING)]
+            self._update(batches, parts, round=0, seed=self._derive("finetune", silo), device=device, on_step=on_step)
 
     def _derive(self, *keys: int | str) -> int | None:
         return None if self.seed is None else derive(keys[0], self.seed, *keys[1:])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dualcopy.precision import to_device
-from .task import CLASSIFICATION, Loss, Metric
+from .task import CLASSIFICATION, Batches, Loss, Metric
 
 
 class Metrics(NamedTuple):
@@ -44,7 +44,7 @@ def main_output(output: Any) -> Tensor:
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Batches,
     device: torch.device | str = "cpu",
     loss: Loss = CLASSIFICATION.loss,
     metric: Metric = CLASSIFICATION.metric,

@@ -6,6 +6,7 @@ import fnmatch
 import math
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import nullcontext
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from .evaluate import main_output
 from .roles import NORMALISATION, Role
 from .seeding import isolated
 from .state import State
-from .task import CLASSIFICATION, Loss
+from .task import CLASSIFICATION, Batches, Loss
 from .training import SCALE, LocalTraining
 
 Optimizers = MutableMapping[tuple[str, ...], torch.optim.Optimizer]
@@ -45,7 +46,7 @@ class Statistics(NamedTuple):
     """A part of a round in which nothing is trained: silos send sums over their data, and the server
     computes something from the totals."""
 
-    collect: Callable[[nn.Module, Iterable[tuple[Tensor, Tensor]], torch.device | str], dict[str, Tensor]]
+    collect: Callable[[nn.Module, Batches, torch.device | str], dict[str, Tensor]]
     """(model, batches, device) -> sums by name, to be added up over the silos."""
     apply: Callable[[State, Mapping[str, Tensor]], State]
     """(server's model, totals) -> server's next model."""
@@ -74,7 +75,7 @@ class LocalResult(NamedTuple):
 
 def local_update(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Batches,
     training: LocalTraining,
     phases: Sequence[Part],
     roles: Mapping[str, Role],
@@ -86,7 +87,7 @@ def local_update(
     device: torch.device | str = "cpu",
     forward: Callable[[Tensor], object] | None = None,
     factors: Mapping[str, float] | None = None,
-    data: Iterable[tuple[Tensor, Tensor]] | None = None,
+    data: Batches | None = None,
     optimizers: Optimizers | None = None,
     on_step: Callable[[Tensor], None] | None = None,
 ) -> LocalResult:
@@ -129,7 +130,7 @@ def local_update(
             p.requires_grad_(required[name])
             p.grad = None
         model.train()
-    return LocalResult(len(steps.losses), steps.mean_loss, sums, steps.lost)
+    return steps.result(sums)
 
 
 class _Steps:
@@ -175,14 +176,11 @@ class _Steps:
         if self._on_step is not None:
             self._on_step(self.losses[-1])
 
-    @property
-    def mean_loss(self) -> float:
-        return float(torch.stack(self.losses).mean()) if self.losses else float("nan")
-
-    @property
-    def lost(self) -> int:
-        """Steps that were not taken because a gradient overflowed in fp16."""
-        return int(math.log2(SCALE / self._scaler.get_scale())) if self._scaler.is_enabled() else 0
+    def result(self, sums: dict[str, Tensor]) -> LocalResult:
+        loss = float(torch.stack(self.losses).mean()) if self.losses else math.nan
+        # An overflow halves the scale, and nothing raises it.
+        lost = int(math.log2(SCALE / self._scaler.get_scale())) if self._scaler.is_enabled() else 0
+        return LocalResult(len(self.losses), loss, sums, lost)
 
 
 def _optimizer(
@@ -203,15 +201,12 @@ def _optimizer(
 
 def frozen_keys(keys: Iterable[str], frozen: Sequence[str]) -> set[str]:
     """The keys of the modules that `frozen` names, by path or by glob pattern."""
-    return {
-        key for key in keys for pattern in frozen if any(fnmatch.fnmatchcase(part, pattern) for part in _owners(key))
-    }
-
-
-def _owners(key: str) -> list[str]:
-    """A key's own path, and those of the modules around it."""
-    parts = key.split(".")
-    return [".".join(parts[: end + 1]) for end in range(len(parts))]
+    found = set()
+    for key in keys:
+        around = accumulate(key.split("."), lambda path, part: f"{path}.{part}")  # the paths up to the key's own
+        if any(fnmatch.fnmatchcase(path, pattern) for path in around for pattern in frozen):
+            found.add(key)
+    return found
 
 
 def _freeze(

@@ -150,10 +150,8 @@ def create_model(config: Config, outputs: int) -> nn.Module:
     """
     if config.model in flamby.MODELS:
         chosen = find(getattr(config, "federated_optimizer", ""))
-        if chosen is not None and chosen.gated:
-            line = flamby.without_gates(config.model, config.dataset)
-            if line is not None:
-                raise ConfigError(f"model_args.model {config.model} under {chosen.name}: {line}")
+        if chosen is not None and chosen.gated and (line := flamby.without_gates(config.model, config.dataset)):
+            raise ConfigError(f"model_args.model {config.model} under {chosen.name}: {line}")
         return flamby.create(config.model, config.dataset, outputs, derive("model", config.seed("model")))
     name = config.model.removeprefix(PREFIX)
     with isolated(derive("model", config.seed("model"))):

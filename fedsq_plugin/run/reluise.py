@@ -8,7 +8,7 @@ The protocol is reconstructed: the paper publishes neither schedule, nor target,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from ..errors import ConfigError
 from ..federation.local import Phase, local_update
 from ..federation.roles import Role, check_finite, roles
 from ..federation.seeding import derive
+from ..federation.task import Batches
 from ..federation.training import LocalTraining
 from ..settings.warm_start import Hardening
 
@@ -64,7 +65,7 @@ class Reluised:
 
 def relu_ise(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Batches,
     training: LocalTraining,
     hardening: Hardening,
     *,

@@ -10,27 +10,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import __version__, models
 from ..data.registry import OURS
 from ..data.silos import VALIDATION, SilosData
 from ..dualcopy import DualCopy
 from ..errors import ConfigError, WeightsError, worded
-from ..federation import checkpoint
+from ..federation import state_files
 from ..federation.evaluate import evaluate
 from ..federation.local import Phase, local_update
 from ..federation.roles import Role, check_finite, roles
 from ..federation.seeding import derive
 from ..federation.state import fingerprint, state_of
+from ..federation.task import Batches
 from ..federation.training import LocalTraining
 from ..models.backbones import PREFIX
 from ..settings.config import Config
 from ..settings.warm_start import Hardening
 from .plan import RECIPE, head_of
 from .reluise import Reluised, relu_ise, replace_smooth
-
-Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 class WarmStart(NamedTuple):
@@ -48,9 +47,6 @@ def warm_start(model: nn.Module, config: Config, data: SilosData | None, device:
 
     Args:
         data: read only where the recipe has a public split.
-
-    Returns:
-        What was done.
 
     Raises:
         ConfigError: the warm start cannot be had, or has diverged.
@@ -105,53 +101,47 @@ def load_pretrained(model: nn.Module, config: Config) -> list[str]:
 
 def _train_on_public(model: nn.Module, config: Config, data: SilosData | None, device: torch.device) -> str:
     data = with_public_split(data, config)
-    training = LocalTraining(
-        learning_rate=config.warm_start_learning_rate,
-        momentum=config.warm_start_momentum,
-        augmentation=config.augmentation,
-    )
-    seed = derive("warm start", config.seed("model"))
-    cached = public_warm_start(
-        model,
-        data.public,
-        f"{data.public_content}/{config.warm_start_batch_size}",
-        training,
-        config.warm_start_epochs,
-        seed,
-        config.cache_dir,
-        device,
-    )
-    how = "read from the cache" if cached else f"trained for {config.warm_start_epochs} epochs"
+    content, training = _content(data, config), _training(config, config.warm_start_learning_rate)
+    epochs, seed = config.warm_start_epochs, derive("warm start", config.seed("model"))
+    cached = public_warm_start(model, data.public, content, training, epochs, seed, config.cache_dir, device)
+    how = "read from the cache" if cached else f"trained for {epochs} epochs"
     return f"warm start on {len(data.public.dataset)} public samples: {how}"
 
 
 def _relu_ise_on_public(
     model: nn.Module, config: Config, data: SilosData | None, device: torch.device
 ) -> tuple[Reluised, str]:
+    """Run `relu_ise`, or load its result from the cache. Accuracies are measured on samples on which nothing is
+    trained."""
     data = with_public_split(data, config)
-    training = LocalTraining(
-        learning_rate=config.relu_ise_learning_rate or config.warm_start_learning_rate,
-        momentum=config.warm_start_momentum,
-        augmentation=config.augmentation,
-    )
-    hardening = config.only(Hardening)
-    done, cached = public_relu_ise(
-        model,
-        data.public,
-        data.validation,
-        f"{data.public_content}/{config.warm_start_batch_size}",
-        training,
-        hardening,
-        derive("relu-ise", config.seed("model")),
-        config.cache_dir,
-        device,
-    )
+    public, validation = data.public, data.validation
+    training = _training(config, config.relu_ise_learning_rate or config.warm_start_learning_rate)
+    hardening, seed = config.only(Hardening), derive("relu-ise", config.seed("model"))
+
+    def accuracy(model: nn.Module) -> float:
+        return evaluate(model, validation, device).accuracy
+
+    def train() -> Mapping[str, Any]:
+        return asdict(relu_ise(model, public, training, hardening, seed=seed, device=device, evaluate=accuracy))
+
+    parts = (_content(data, config), training, hardening, seed)
+    about, cached = _cached("relu-ise", model, parts, config.cache_dir, device, train, replace_smooth)
+    done = Reluised(**{name: about[name] for name in Reluised.__dataclass_fields__})
     return done, (
         f"ReLU-isation of {len(done.target)} activations{' (read from the cache)' if cached else ''}: accuracy on "
-        f"{len(data.validation.dataset)} public samples {100 * done.original:.1f} % smooth, "
+        f"{len(validation.dataset)} public samples {100 * done.original:.1f} % smooth, "
         f"{100 * done.hardened:.1f} % at the target lambda, {100 * done.relu:.1f} % with ReLU "
         f"(drop {100 * done.drop:.1f} points)"
     )
+
+
+def _content(data: SilosData, config: Config) -> str:
+    """What names the public batches in the cache."""
+    return f"{data.public_content}/{config.warm_start_batch_size}"
+
+
+def _training(config: Config, rate: float) -> LocalTraining:
+    return LocalTraining(learning_rate=rate, momentum=config.warm_start_momentum, augmentation=config.augmentation)
 
 
 def with_public_split(data: SilosData | None, config: Config) -> SilosData:
@@ -201,37 +191,6 @@ def public_warm_start(
     return _cached("warm-start", model, parts, cache, device, train)[1]
 
 
-def public_relu_ise(
-    model: nn.Module,
-    batches: Batches,
-    validation: Batches,
-    content: str,
-    training: LocalTraining,
-    hardening: Hardening,
-    seed: int,
-    cache: Path,
-    device: torch.device | str = "cpu",
-) -> tuple[Reluised, bool]:
-    """Run `relu_ise` on public data, in place, or load the result from the cache of `public_warm_start`. Accuracies are
-    measured on `validation`, on which nothing is trained.
-
-    Returns:
-        What ReLU-isation did, and whether that came from the cache.
-    """
-
-    def accuracy(model: nn.Module) -> float:
-        return evaluate(model, validation, device).accuracy
-
-    def train() -> Mapping[str, Any]:
-        done = relu_ise(model, batches, training, hardening, seed=seed, device=device, evaluate=accuracy)
-        return asdict(done)
-
-    about, cached = _cached(
-        "relu-ise", model, (content, training, hardening, seed), cache, device, train, replace_smooth
-    )
-    return Reluised(**{name: about[name] for name in Reluised.__dataclass_fields__}), cached
-
-
 def _cached(
     kind: str,
     model: nn.Module,
@@ -250,20 +209,13 @@ def _cached(
     Returns:
         The metadata, and whether they came from the cache.
     """
-    parts: tuple[object, ...] = (
-        model,
-        fingerprint(model.state_dict()),
-        *options,
-        torch.__version__,
-        torch.get_num_threads(),
-        __version__,
-        str(device),
-    )
+    versions = (torch.__version__, torch.get_num_threads(), __version__, str(device))
+    parts = (model, fingerprint(model.state_dict()), *options, *versions)
     name = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32]
     path = cache / f"{kind}-{name}.safetensors"
     if path.exists():
         try:
-            state, about = checkpoint.load(path)
+            state, about = state_files.load(path)
             if state.keys() == model.state_dict().keys():
                 prepare(model)
                 model.load_state_dict(state)
@@ -271,18 +223,13 @@ def _cached(
                 return about, True
         except (WeightsError, RuntimeError):
             pass  # damaged, or from another version: it is made again
-    _refuse_unwritable(cache)
-    about = dict(make())
-    model.to(device)
-    checkpoint.save(path, state_of(model), about)
-    return about, False
-
-
-def _refuse_unwritable(cache: Path) -> None:
-    """Raise ConfigError where the cache cannot be written, before a training that takes long."""
-    try:
+    try:  # before a training that takes long
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache):
             pass
     except OSError as error:
         raise ConfigError(f"warm_start_cache_dir {cache} cannot be written: {error.strerror}") from None
+    about = dict(make())
+    model.to(device)
+    state_files.save(path, state_of(model), about)
+    return about, False

@@ -16,7 +16,7 @@ from pydantic import ValidationError, ValidationInfo, field_validator
 from ..algorithms.registry import builtin_options
 from ..data.options import DataOptions
 from ..federation.algorithm import ExtraOptions, FederationOptions
-from ..federation.options import options_of, said
+from ..federation.options import options_of, said, wrong_values
 from ..federation.training import LocalTraining
 from ..wire.tls import TlsOptions
 from .processes import ProcessOptions
@@ -138,18 +138,12 @@ def validated(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[Finding]]
     try:
         Config.model_validate(given, context=valid)
     except ValidationError as error:
-        found += [_wrong(e, given) for e in error.errors() if e["type"] != "missing"]
-    wrong = {finding.key for finding in found}
+        wrong = wrong_values(error, given)
+        found += [Finding("value", key, f"{family_of(key)}.{line}") for key, line in wrong if key in given]
     order = list(OPTIONS)
     found.sort(key=lambda finding: order.index(finding.key))
-    return {key: value for key, value in valid.items() if key not in wrong}, found
-
-
-def _wrong(error: Any, given: Mapping[str, Any]) -> Finding:
-    key = str(error["loc"][0])
-    message = str(error["msg"]).replace("valid tuple", "list").partition(", unable to parse")[0]
-    line = f"{family_of(key)}.{key} is {given.get(key)!r}: {message[0].lower()}{message[1:]}"
-    return Finding("value", key, line)
+    refused = {finding.key for finding in found}
+    return {key: value for key, value in valid.items() if key not in refused}, found
 
 
 def misfits(valid: Mapping[str, Any], brings_silos: Collection[str] = ()) -> list[Finding]:

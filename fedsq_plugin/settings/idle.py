@@ -37,11 +37,6 @@ class Facts:
     divided: bool = False
     """Whether it is one of the host's that comes divided over silos, whatever the recipe says."""
 
-    @property
-    def own_finetune_epochs(self) -> int:
-        """Epochs of the fine-tuning that ends the algorithm, unless the recipe says otherwise."""
-        return 0 if self.algorithm is None else self.algorithm.finetune_epochs
-
 
 def unused(valid: Mapping[str, Any], facts: Facts) -> list[str]:
     """A line for every option that is not at its default and has no effect beside the others.
@@ -49,7 +44,7 @@ def unused(valid: Mapping[str, Any], facts: Facts) -> list[str]:
     Args:
         valid: options that are valid by themselves. A wrong one is taken for one that has an effect.
     """
-    values = {**vars(facts), "own_finetune_epochs": facts.own_finetune_epochs, **valid}
+    values = {**vars(facts), **valid}
     lines = []
     for key, option in OPTIONS.items():
         if key not in valid or valid[key] == option.default:

@@ -35,8 +35,7 @@ class FedML:
         return problems(values, valid)
 
     def needs_several_processes(self, values: Mapping[str, Any]) -> bool:
-        road = (values.get("training_type", "simulation"), values.get("backend", "sp"))
-        return road in names.ROADS and road != ("simulation", "sp")
+        return names.backend_of(values) in names.BACKENDS[1:]
 
     def local_recipe(self, families: Families, clients: int, folder: Path) -> Families:
         from .local import local_recipe

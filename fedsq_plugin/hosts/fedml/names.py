@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +65,14 @@ SETS_CLIENT_NUMBER = (
 )
 """Data sets of FedML whose loader sets client_num_in_total itself, whatever the recipe says."""
 
-NO_COLOUR_IMAGES = (*("mnist", "femnist", "shakespeare", "fed_shakespeare", "stackoverflow_lr", "stackoverflow_nwp"),)
+NO_COLOUR_IMAGES = ("mnist", "femnist", "shakespeare", "fed_shakespeare", "stackoverflow_lr", "stackoverflow_nwp")
 """Data sets of FedML that give flat vectors, grey levels without a channel, or text."""
 
 OTHER_LOSSES = ("fed_shakespeare", "stackoverflow_nwp", "stackoverflow_lr")
 """Data sets that FedML trains with other losses than cross-entropy over classes."""
 
-ROADS = (("simulation", "sp"), ("simulation", "MPI"), ("cross_silo", "GRPC"), ("cross_silo", "MPI"))
-"""Training platforms and back ends on which our algorithms run."""
+BACKENDS = (("simulation", "sp"), ("simulation", "MPI"), ("cross_silo", "GRPC"), ("cross_silo", "MPI"))
+"""Training platforms and backends on which our algorithms run."""
 
 _BROKEN = {
     "NCCL": "FedML 0.9.6 comes without its NCCL simulation",
@@ -81,22 +82,30 @@ _BROKEN = {
 }
 
 
-def broken_road(training_type: str, backend: str, scenario: str) -> str | None:
-    """What is wrong with a road on which FedML 0.9.6 itself runs nothing, in one line."""
-    if (training_type, backend) == ("simulation", "NCCL"):
+def backend_of(values: Mapping[str, Any]) -> tuple[str, str]:
+    """The training platform and the backend of options, with FedML's defaults."""
+    return str(values.get("training_type", "simulation")), str(values.get("backend", "sp"))
+
+
+def broken_backend(values: Mapping[str, Any]) -> str | None:
+    """What is wrong with a backend with which FedML 0.9.6 itself runs nothing: it fails oddly, or ends with status
+    0."""
+    if backend_of(values) == ("simulation", "NCCL"):
         return f"comm_args.backend NCCL: {_BROKEN['NCCL']}; use backend: MPI"
-    if (training_type, scenario) == ("cross_silo", "hierarchical"):
+    if backend_of(values)[0] == "cross_silo" and values.get("scenario") == "hierarchical":
         return f"common_args.scenario hierarchical: {_BROKEN['hierarchical']}; use scenario: horizontal"
     return None
 
 
-def refused_road(training_type: str, backend: str, scenario: str) -> str | None:
-    """Why our algorithms do not run on a road, in one line; None where they do."""
-    if broken := broken_road(training_type, backend, scenario):
+def refused_backend(values: Mapping[str, Any]) -> str | None:
+    """Why our algorithms do not run with a backend, in one line; None where they do."""
+    training_type, backend = backend_of(values)
+    if broken := broken_backend(values):
         return broken
-    if (training_type, backend) in ROADS and (training_type == "simulation" or scenario == "horizontal"):
+    horizontal = training_type == "simulation" or values.get("scenario", "horizontal") == "horizontal"
+    if (training_type, backend) in BACKENDS and horizontal:
         return None
-    known = ", ".join(f"{platform} with {backend}" for platform, backend in ROADS)
+    known = ", ".join(f"{platform} with {name}" for platform, name in BACKENDS)
     reason = f" ({_BROKEN[backend]})" if backend in _BROKEN else ""
     return (
         f"comm_args.backend {backend}, common_args.training_type {training_type}: this version does not run "
@@ -128,7 +137,7 @@ OTHER_OPTIONS = {
 """Families of the options that FedML reads beside ours, by key: those of its own recipes, and of its guides."""
 
 MPI_DEFAULTS: dict[str, Any] = {"gpu_mapping_file": None, "gpu_mapping_key": None}
-"""What FedML reads under the back end MPI, in `device_args`, GPU or none."""
+"""What FedML reads with the backend MPI, in `device_args`, GPU or none."""
 
 HOST_DEFAULTS: dict[str, dict[str, Any]] = {
     "common_args": {"training_type": "simulation", "random_seed": 0},
