@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from ..federation.seeding import derive
 from ..federation.task import CLASSIFICATION, Batches, Task
 from ..federation.training import LocalTraining
 from ..settings.warm_start import Hardening
+
+EVERYTHING = (Phase(1, frozenset(Role)),)
 
 
 def lambda_at(hardening: Hardening, epoch: int, learned: float, target: float) -> float:
@@ -100,11 +103,8 @@ def relu_ise(
 
     def train(epoch: int) -> None:
         own = derive("relu-ise", seed, epoch)
-        phases = (Phase(1, frozenset(Role)),)
-        result = local_update(
-            model, batches, training, phases, known, round=epoch, seed=own, device=device, factors=factors,
-            loss=task.loss, reading=task.reading,
-        )  # fmt: skip
+        about: dict[str, Any] = {"device": device, "factors": factors, "loss": task.loss, "reading": task.reading}
+        result = local_update(model, batches, training, EVERYTHING, known, round=epoch, seed=own, **about)
         _check(model, result.steps, epoch)
         history.append(lambdas(model))
 
