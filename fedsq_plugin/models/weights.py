@@ -105,7 +105,7 @@ def _describe_fit(fit: Fit, others: Sequence[str]) -> str:
     if fit.unwrapped:
         said.append("the names of wrappers, as '_orig_mod.', are taken out of the keys")
     if others:
-        said.append(f"not taken: {some(others)}, which fit too")
+        said.append(f"fitting too, not taken: {some(others)}")
     elif fit.left:
         said.append(f"left, because they are not the model's: {some(fit.left)}")
     return one_line("; ".join(said))

@@ -117,7 +117,7 @@ def test_a_file_of_lightnings(tmp_path: Path) -> None:
 )
 def test_averages_and_structural_copies_are_not_taken_and_said(tmp_path: Path, content: Any) -> None:
     (line,) = loaded(tmp_path, content)
-    assert "not taken: the " in line
+    assert "fitting too, not taken: the " in line
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_a_saved_run_of_fedsqs_is_a_weights_file(tmp_path: Path) -> None:
     (line,) = loaded(tmp_path, content, "FedSQ-seed0.safetensors")
     assert line == (
         "the prefix 'quantitative.' (the quantitative copy of a DualCopy) is taken off the keys; "
-        "not taken: the prefix 'structural.', which fit too"
+        "fitting too, not taken: the prefix 'structural.'"
     )
     assert all(bool((value == 4).all()) for value in read_state(tmp_path / "FedSQ-seed0.safetensors").values())
 

@@ -34,7 +34,7 @@ from ...settings.agreement import kept_options
 from ...settings.config import OPTIONS, Config
 from ...settings.config import OURS as OUR_FAMILIES
 from ...settings.idle import compiled_for_cpu, untrained_gates, unused
-from ...settings.recipe import flat, misplaced, read_loosely
+from ...settings.recipe import flat, misplaced, read_loosely, with_numbers
 from . import offline
 from .arguments import FINDINGS, HostName, algorithm_of, config_of
 from .dataset import from_tuple, to_tuple
@@ -98,7 +98,7 @@ def _load_yaml_config(self: Any, path: str) -> dict[str, Any]:
         raise ConfigError(reason)
     asked = bool(families.keys() & set(OUR_FAMILIES)) or any(finding.kind == "family" for finding in found)
     setattr(self, ASKED, getattr(self, ASKED, False) or asked)
-    return families
+    return with_numbers(families)
 
 
 def _load(original: Any) -> Any:
