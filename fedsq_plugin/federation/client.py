@@ -14,7 +14,7 @@ from .algorithm import EVERYTHING, HEAD, Algorithm
 from .client_states import ClientStates
 from .local import LocalResult, Optimizers, Part, Phase, local_update, trains
 from .messages import Announcement, Assignment, with_sums
-from .reading import Reading
+from .reading import DataError, Reading
 from .roles import roles, with_roles
 from .seeding import derive
 from .server_state import ServerState, load_state
@@ -124,6 +124,7 @@ class Client:
         """
         self.states.load(silo, self.model)
         result = self._update(
+            silo,
             batches,
             self.parts(round),
             round=round,
@@ -137,9 +138,12 @@ class Client:
         self.states.keep(silo, self.model)
         return result
 
-    def _update(self, batches: Batches, parts: Sequence[Part], **how: Any) -> LocalResult:
+    def _update(self, silo: int, batches: Batches, parts: Sequence[Part], **how: Any) -> LocalResult:
         about: dict[str, Any] = {"loss": self.loss, "reading": self.reading, "forward": self._forward, **how}
-        return local_update(self.model, batches, self.training, parts, self.roles, **about)
+        try:
+            return local_update(self.model, batches, self.training, parts, self.roles, **about)
+        except DataError as error:
+            raise error.after(f"silo {silo}: ") from None
 
     def answer(self, round: int, sums: Mapping[str, Tensor]) -> State:
         """What the silo that trained last sends: an independent copy of the part of the model that travels, where the
@@ -168,7 +172,9 @@ class Client:
         self.states.load(silo, self.model)
         if epochs:
             parts = [Phase(epochs, HEAD if head_only else EVERYTHING)]
-            self._update(batches, parts, round=0, seed=self._derive("finetune", silo), device=device, on_step=on_step)
+            self._update(
+                silo, batches, parts, round=0, seed=self._derive("finetune", silo), device=device, on_step=on_step
+            )
 
     def _derive(self, *keys: int | str) -> int | None:
         return None if self.seed is None else derive(keys[0], self.seed, *keys[1:])

@@ -24,10 +24,11 @@ from ...dualcopy.precision import refuse_unsupported
 from ...errors import ConfigError, in_one_line, nearest
 from ...federation.checkpoints import ServerCheckpoints
 from ...federation.seeding import derive, isolated
+from ...federation.task import CLASSIFICATION, Task
 from ...models.backbones import PREFIX
 from ...run.dry_run import dry_run
 from ...run.facts import facts_of
-from ...run.plan import build_view, create_model, plan_of
+from ...run.plan import Plan, build_view, create_model, plan_of
 from ...run.reluise import replace_smooth
 from ...run.warm_start import warm_start
 from ...settings.agreement import kept_options
@@ -199,7 +200,7 @@ def _init(original: Any) -> Any:
             return
         data = from_tuple(dataset, args.dataset)
         plan = plan_of(config, model, data.task, data.outputs)  # refuses what does not fit before anything is trained
-        from .distributed.node import is_client, node, refuse_unreachable
+        from .distributed.node import is_client, node, refuse_unreachable, silos_of
         from .security import check_options
         from .simulation import Simulation, refuse_foreign
 
@@ -210,13 +211,14 @@ def _init(original: Any) -> Any:
             refuse_unreachable(args, config)
         prepare_host(args)
         checkpoints = _server_checkpoints(config) if one_process or not is_client(args) else None
+        if own == (None, None):
+            mine = silos_of(args) if not one_process and is_client(args) else None
+            plan = _tried(self, dry_run(model, plan, data, mine, device))
         if checkpoints is not None and not checkpoints.resumes:
-            _warm_start(self, model, config, data, device)
+            _warm_start(self, model, config, data, device, plan.task)
         elif config.relu_ise:
             replace_smooth(model)  # the weights come from the server, or from the checkpoint
         view = build_view(model, plan)
-        if own == (None, None):
-            say(self, *dry_run(view, plan, data))
         parts: Any = (args, device, data, view, plan, *own, checkpoints)
         self.runner = Simulation(*parts) if one_process else node(*parts)
         self.notes += [*(checkpoints.notes if checkpoints is not None else ()), *plan.notes]
@@ -224,8 +226,17 @@ def _init(original: Any) -> Any:
     return init
 
 
-def _warm_start(runner: Any, model: Any, config: Config, data: SilosData | None, device: Any) -> None:
-    done = warm_start(model, config, data, device)
+def _tried(runner: Any, outcome: tuple[Plan, list[str]]) -> Plan:
+    """The plan that the dry run gave, when the user was told what it found."""
+    plan, found = outcome
+    say(runner, *found)
+    return plan
+
+
+def _warm_start(
+    runner: Any, model: Any, config: Config, data: SilosData | None, device: Any, task: Task = CLASSIFICATION
+) -> None:
+    done = warm_start(model, config, data, device, task)
     runner.reluised = done.reluised
     say(runner, *done.notes)
 
