@@ -198,7 +198,7 @@ def _init(original: Any) -> Any:
             original(self, args, device, dataset, model, *rest)
             return
         data = from_tuple(dataset, args.dataset)
-        plan = plan_of(config, model, data.task)  # refuses what does not fit before anything is trained
+        plan = plan_of(config, model, data.task, data.outputs)  # refuses what does not fit before anything is trained
         from .distributed.node import is_client, node, refuse_unreachable
         from .security import check_options
         from .simulation import Simulation, refuse_foreign
