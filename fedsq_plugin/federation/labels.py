@@ -104,7 +104,7 @@ def _told(outputs: Tensor, labels: Tensor, every: Tensor, ignored: int) -> Kind:
         )  # fmt: skip
     if width == 1:
         raise LabelError(
-            f"the label {_shown(counted.max())}, and the model has one output: give it an output for every class, or set ",
+            f"the label {_shown(counted.max())}, and the model has one output: give it one for every class, or set ",
             Word("task"), ": regression",
         )  # fmt: skip
     raise LabelError(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset
 
 from ..data.silos import SilosData
 from ..errors import ConfigError, FedSQError, in_one_line
@@ -94,7 +94,7 @@ def take(loader: Any, place: str, smallest: bool = False) -> list[Any]:
 
 def _take(loader: Any, smallest: bool) -> list[Any]:
     sampler = getattr(loader, "batch_sampler", None)
-    if not isinstance(loader, DataLoader) or sampler is None or not hasattr(loader.dataset, "__getitem__"):
+    if not isinstance(loader, DataLoader) or sampler is None or isinstance(loader.dataset, IterableDataset):
         return [*_first(iter(loader))]
     batches = (list(one) for one in _shallow(sampler))
     chosen = min(filter(None, batches), key=len, default=None) if smallest else next(filter(None, batches), None)

@@ -72,7 +72,7 @@ def test_more_labels_tell_what_a_batch_cannot() -> None:
     [
         (ONE, NUMBERS % 2, "the labels are 0 and 1 beside one output, which may be a decision or a value: set task to"),
         (ONE, (NUMBERS % 2).float()[:, None], "set task to multi_label or regression"),
-        (ONE, NUMBERS, "the label 2, and the model has one output: give it an output for every class, or set task"),
+        (ONE, NUMBERS, "the label 2, and the model has one output: give it one for every class, or set task"),
         (LOGITS, ONE_HOT * 2, "whole numbers (0 to 2), one for each of 3 outputs, which fit several tasks: set task"),
         (LOGITS, NUMBERS + 7, "the label 7 is outside: the model has 3 outputs, for labels 0 to 2; mend the labels or"),
         (LOGITS, NUMBERS - 1, "set ignore_index: -1 where it marks"),
