@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,28 +15,18 @@ from .run.host import command, host
 if TYPE_CHECKING:
     from .settings.recipe import Families
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-def _settings(command: Command) -> Command:
-    return click.option(
-        "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Override an option of the recipe."
-    )(command)
-
-
-def _out(command: Command) -> Command:
-    return click.option("--out", type=click.Path(path_type=Path), help="Run directory; default runs/<recipe>-<time>.")(
-        command
-    )
-
-
-def _resume(command: Command) -> Command:
-    return click.option(
-        "--resume",
-        type=click.Path(path_type=Path),
-        metavar="DIR",
-        help="Go on with the run in DIR that was cut off, by its own recipe.",
-    )(command)
+_PATH = click.Path(path_type=Path)
+_settings = click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override an option of the recipe, by KEY or FAMILY.KEY.",
+)
+_out = click.option("--out", type=_PATH, help="Run directory; default runs/<recipe>-<time>.")
+_resume = click.option(
+    "--resume", type=_PATH, metavar="DIR", help="Go on with the run in DIR that was cut off, by its own recipe."
+)
 
 
 def _begun_or_new(
@@ -45,17 +34,18 @@ def _begun_or_new(
 ) -> tuple[Families, Path, dict[str, Any]]:
     """The recipe, the run directory, and the summary of a run that goes on."""
     host().require()
+    from .results.rundir import RunDirectory
     from .run import session
     from .settings.recipe import overridden, read_yaml
 
     if resume is None:
         if recipe is None:
             raise ConfigError("name a RECIPE, or --resume DIR")
-        return overridden(read_yaml(recipe), settings), out or session.default_out(recipe), {}
+        return overridden(read_yaml(recipe), settings, host().options), out or session.default_out(recipe), {}
     if recipe is not None or settings or out is not None:
         raise ConfigError(f"--resume {resume} goes on by the recipe in that folder: give nothing else")
-    families, summary = session.interrupted(resume)
-    return families, resume, summary
+    directory = RunDirectory.resume(resume)
+    return directory.config, resume, directory.summary
 
 
 class _Group(click.Group):
@@ -83,7 +73,7 @@ def cli(context: click.Context) -> None:
 
 
 @cli.command()
-@click.argument("recipe", type=click.Path(path_type=Path), required=False)
+@click.argument("recipe", type=_PATH, required=False)
 @_settings
 @_out
 @_resume
@@ -98,7 +88,7 @@ def run(recipe: Path | None, settings: tuple[str, ...], out: Path | None, resume
 
 
 @cli.command()
-@click.argument("recipe", type=click.Path(path_type=Path), required=False)
+@click.argument("recipe", type=_PATH, required=False)
 @click.option("--clients", type=click.IntRange(min=1), help="Client processes; default: worker_num, or one per silo.")
 @click.option("--tls", is_flag=True, help="Mutual TLS (GRPC), with certificates made for this run alone.")
 @_settings
@@ -116,17 +106,15 @@ def launch(
     families, out, _ = _begun_or_new(recipe, settings, out, resume)
     from . import launch as launcher
 
-    status = launcher.launch(families, clients, out, tls, resume is not None)
-    if status:
-        raise SystemExit(status)
+    raise SystemExit(launcher.launch(families, clients, out, tls, resume is not None))
 
 
 @cli.command(hidden=True)
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe", type=_PATH)
 @click.option("--rank", type=int, help="Of this process; MPI knows it.")
 @click.option("--plain", is_flag=True, help="No terminal is behind standard output, though it looks so.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
-@click.option("--endings", type=click.Path(path_type=Path), help="Folder for a file that says why it ended.")
+@click.option("--endings", type=_PATH, help="Folder for a file that says why it ended.")
 @_out
 def node(recipe: Path, rank: int | None, plain: bool, resume: bool, endings: Path | None, out: Path) -> None:
     """One process of a run of several processes."""
@@ -137,7 +125,7 @@ def node(recipe: Path, rank: int | None, plain: bool, resume: bool, endings: Pat
 
 
 @cli.command()
-@click.argument("recipe", type=click.Path(path_type=Path), required=False)
+@click.argument("recipe", type=_PATH, required=False)
 @click.option(
     "--algorithms",
     default="",
@@ -169,7 +157,7 @@ def compare(
 
 
 @cli.command()
-@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("directory", type=_PATH)
 @click.option("--clients", type=click.IntRange(min=1), required=True, help="Client processes.")
 @click.option("--days", type=click.IntRange(min=1, max=3650), default=30, show_default=True, help="Validity.")
 def certificates(directory: Path, clients: int, days: int) -> None:
@@ -184,7 +172,7 @@ def certificates(directory: Path, clients: int, days: int) -> None:
 
 
 @cli.command()
-@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("directory", type=_PATH)
 def report(directory: Path) -> None:
     """Make tables and pictures anew from the metrics in DIRECTORY."""
     from .results.report import write_report
@@ -196,7 +184,7 @@ def report(directory: Path) -> None:
 
 
 @cli.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe", type=_PATH)
 @_settings
 def check(recipe: Path, settings: tuple[str, ...]) -> None:
     """Say everything that is wrong with RECIPE, at once. Nothing is trained or downloaded."""
@@ -206,13 +194,14 @@ def check(recipe: Path, settings: tuple[str, ...]) -> None:
     from .settings.recipe import flat, overridden, read_loosely
 
     families, repeated = read_loosely(recipe)
-    families = overridden(families, settings)
+    families = overridden(families, settings, host().options)
     found = [*map(str, repeated), *checks.check(families)]
     for line in found:
         click.echo(f"{recipe}: {line}")
     values = flat(families)
     for line in [*checks.notes(families), *untrained_gates(values, facts_of(values)), *compiled_for_cpu(values)]:
-        click.echo(f"note: {line}")
+        if line not in found:
+            click.echo(f"note: {line}")
     if found:
         raise SystemExit(2)
     click.echo(f"{recipe}: nothing wrong")
@@ -230,8 +219,8 @@ def algorithms() -> None:
     tables = []
     for titles in (("name", *CHOICES), ("name", "options", "source")):
         table = Table(*titles, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-        for row in all_algorithms().values():
-            cells = {**row.described(), "options": ", ".join(row.option_names) or "–"}
+        for algorithm in all_algorithms().values():
+            cells = {**algorithm.described(), "options": ", ".join(algorithm.option_names) or "–"}
             table.add_row(*(cells[title] for title in titles))
         tables.append(table)
     console = _console()
@@ -242,9 +231,9 @@ def algorithms() -> None:
 def _console(plain: bool = False) -> Any:
     from rich.console import Console
 
-    # Bound now: while FedML runs, what is printed goes to its log file.
     # Piped into a file, a table needs no folding at 80 columns.
     plain = plain or not sys.stdout.isatty()
+    # This stream now: while FedML runs, what is printed goes to its log file.
     return Console(file=sys.stdout, force_terminal=not plain, width=100 if plain else None)
 
 

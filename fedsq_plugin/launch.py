@@ -78,24 +78,20 @@ def _terminated(number: int, frame: object) -> None:
 
 def node(families: Families, rank: int | None, out: Path, console: Console, resume: bool, endings: Path | None) -> None:
     """Run one process of a run: the server where `rank` is 0. How it ends is written to the folder `endings`."""
-    rank = host().rank() if rank is None else rank
-    with ending.recorded(endings, rank):
-        _node(families, rank, out, console, resume)
-
-
-def _node(families: Families, rank: int, out: Path, console: Console, resume: bool) -> None:
     from .run import run as runs
 
-    if rank == 0:
-        runs.run(families, out, console, server=True, resume=resume)
-        return
-    until = time.monotonic() + COME_S
-    while not (out / "config.yaml").exists():
-        if time.monotonic() > until:
-            raise RunError(f"rank {rank}: the server made no run directory {out} within {COME_S:.0f} s")
-        time.sleep(0.1)
-    families = overridden(families, runs.single(families).checkpoint_settings(out, resume))
-    host().serve(families, out / f"client-{rank}.log", rank)
+    rank = host().rank() if rank is None else rank
+    with ending.recorded(endings, rank):
+        if rank == 0:
+            runs.run(families, out, console, server=True, resume=resume)
+            return
+        until = time.monotonic() + COME_S
+        while not (out / "config.yaml").exists():
+            if time.monotonic() > until:
+                raise RunError(f"rank {rank}: the server made no run directory {out} within {COME_S:.0f} s")
+            time.sleep(0.1)
+        families = overridden(families, runs.single(families).checkpoint_settings(out, resume))
+        host().serve(families, out / f"client-{rank}.log", rank)
 
 
 def _int(value: object) -> int | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,11 +37,7 @@ PARAMETERS = (Role.BODY, Role.HEAD, Role.NORM_PARAMETER, Role.HEAD_NORM_PARAMETE
 
 
 def momentum(
-    server: ServerState,
-    mean: Mapping[str, Tensor],
-    roles: Mapping[str, Role],
-    options: ServerOptimizerOptions,
-    seed: int,
+    server: ServerState, mean: Mapping[str, Tensor], roles: Mapping[str, Role], options: Any, seed: int
 ) -> ServerState:
     """FedAvgM: v ← β·v + Δ, w ← w + η·v; by default η = 1 (Hsu et al. 2019, arXiv 1909.06335)."""
     rate = 1.0 if options.server_lr is None else options.server_lr
@@ -50,39 +47,28 @@ def momentum(
     return _stepped(server, mean, _each(lambda v: rate * v, moved), {"momentum": moved})
 
 
-def adam(
-    server: ServerState, mean: Mapping[str, Tensor], roles: Mapping[str, Role], options: AdaptiveOptions, seed: int
-) -> ServerState:
-    """FedAdam: v ← β₂·v + (1−β₂)·Δ² (Reddi et al. 2021, arXiv 2003.00295, algorithm 2)."""
-    beta = options.server_beta2
-    return _adaptive(server, mean, roles, options, lambda v, square: beta * v + (1 - beta) * square)
+def adaptive(name: str, second: Callable[[Tensor, Tensor, float], Tensor]) -> ServerRule:
+    """m ← β₁·m + (1−β₁)·Δ, v ← second(v, Δ², β₂), w ← w + η·m/(√v + τ); m starts at 0, v at τ²; by default η = 0.01
+    (Reddi et al. 2021, arXiv 2003.00295, algorithm 2)."""
+
+    def step(
+        server: ServerState, mean: Mapping[str, Tensor], roles: Mapping[str, Role], options: Any, seed: int
+    ) -> ServerState:
+        rate = 0.01 if options.server_lr is None else options.server_lr
+        beta, tau = options.server_momentum, options.server_tau
+        delta = _delta(server, mean, roles)
+        m = server.memory.get("first moment") or _filled(delta, 0.0)
+        v = server.memory.get("second moment") or _filled(delta, tau**2)
+        m = _each(lambda m, d: beta * m + (1 - beta) * d, m, delta)
+        v = _each(lambda v, d: second(v, d.square(), options.server_beta2), v, delta)
+        moves = _each(lambda m, v: rate * m / (v.sqrt() + tau), m, v)
+        return _stepped(server, mean, moves, {"first moment": m, "second moment": v})
+
+    return ServerRule(name, step)
 
 
-def yogi(
-    server: ServerState, mean: Mapping[str, Tensor], roles: Mapping[str, Role], options: AdaptiveOptions, seed: int
-) -> ServerState:
-    """FedYogi: v ← v − (1−β₂)·Δ²·sign(v−Δ²) (Reddi et al. 2021, arXiv 2003.00295, algorithm 2)."""
-    beta = options.server_beta2
-    return _adaptive(server, mean, roles, options, lambda v, square: v - (1 - beta) * square * torch.sign(v - square))
-
-
-def _adaptive(
-    server: ServerState,
-    mean: Mapping[str, Tensor],
-    roles: Mapping[str, Role],
-    options: AdaptiveOptions,
-    second: Callable[[Tensor, Tensor], Tensor],
-) -> ServerState:
-    """m ← β₁·m + (1−β₁)·Δ, w ← w + η·m/(√v + τ); m starts at 0, v at τ²; by default η = 0.01."""
-    rate = 0.01 if options.server_lr is None else options.server_lr
-    beta, tau = options.server_momentum, options.server_tau
-    delta = _delta(server, mean, roles)
-    m = server.memory.get("first moment") or _filled(delta, 0.0)
-    v = server.memory.get("second moment") or _filled(delta, tau**2)
-    m = _each(lambda m, d: beta * m + (1 - beta) * d, m, delta)
-    v = _each(lambda v, d: second(v, d.square()), v, delta)
-    step = _each(lambda m, v: rate * m / (v.sqrt() + tau), m, v)
-    return _stepped(server, mean, step, {"first moment": m, "second moment": v})
+ADAM = adaptive("adam", lambda v, square, beta: beta * v + (1 - beta) * square)
+YOGI = adaptive("yogi", lambda v, square, beta: v - (1 - beta) * square * torch.sign(v - square))
 
 
 def _delta(server: ServerState, mean: Mapping[str, Tensor], roles: Mapping[str, Role]) -> State:
@@ -108,9 +94,5 @@ FEDAVGM = Algorithm(
     server=ServerRule("momentum", momentum),
     options=ServerOptimizerOptions,
 )
-FEDADAM = Algorithm(
-    "FedAdam", "Reddi et al. 2021, arXiv 2003.00295", server=ServerRule("adam", adam), options=AdaptiveOptions
-)
-FEDYOGI = Algorithm(
-    "FedYogi", "Reddi et al. 2021, arXiv 2003.00295", server=ServerRule("yogi", yogi), options=AdaptiveOptions
-)
+FEDADAM = Algorithm("FedAdam", "Reddi et al. 2021, arXiv 2003.00295", server=ADAM, options=AdaptiveOptions)
+FEDYOGI = Algorithm("FedYogi", "Reddi et al. 2021, arXiv 2003.00295", server=YOGI, options=AdaptiveOptions)

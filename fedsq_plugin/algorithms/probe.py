@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ..errors import ConfigError
 from ..federation.algorithm import EVERYTHING, HEAD, Algorithm, FederationOptions, Phases, everything
 from ..federation.local import Part, Phase, Statistics
 from ..federation.options import Options, option
+from ..federation.reading import Batch, call, move
 from ..federation.state import State
 
 
@@ -40,22 +42,25 @@ def class_means_first(options: FederationOptions, round: int) -> Sequence[Part]:
     if round:
         return everything(options, round)
     assert options.head is not None
-    head = options.head
-    return (Statistics(collect(head), apply(head), expected(head)),)
+    means = ClassMeans(options.head)
+    return (Statistics(means.collect, means.apply, means.expected),)
 
 
 _SUMS = "class sums"
 
 
-def collect(head: str) -> Callable[[nn.Module, Iterable[tuple[Tensor, Tensor]], torch.device | str], dict[str, Tensor]]:
-    """What a silo adds up: the head's inputs by label, as a tensor (classes, features)."""
+@dataclass(frozen=True)
+class ClassMeans:
+    """FedNCM's head, from sums over the data of all silos."""
 
-    def sums(
-        model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device | str
-    ) -> dict[str, Tensor]:
-        layer = model.get_submodule(head)
+    head: str
+    """Its module path."""
+
+    def collect(self, model: nn.Module, batches: Iterable[Batch], device: torch.device | str) -> dict[str, Tensor]:
+        """What a silo adds up: the head's inputs by label, as a tensor (classes, features)."""
+        layer = model.get_submodule(self.head)
         if not isinstance(layer, nn.Linear):
-            raise ConfigError(f"head '{head}' is {type(layer).__name__}: class means need an nn.Linear")
+            raise ConfigError(f"head '{self.head}' is {type(layer).__name__}: class means need an nn.Linear")
         features: list[Tensor] = []
 
         def keep(_: nn.Module, args: Any) -> None:
@@ -66,16 +71,27 @@ def collect(head: str) -> Callable[[nn.Module, Iterable[tuple[Tensor, Tensor]], 
         try:
             model.eval()
             with torch.no_grad():
-                for x, labels in batches:
+                for inputs, labels in batches:
                     _refuse_other_targets(labels, layer.out_features)
-                    model(to_device(x, device))
+                    call(model, move(inputs, device))
                     total.index_add_(0, to_device(labels, device).long(), features[0])
         finally:
             handle.remove()
             model.train(mode)
         return {_SUMS: total.cpu()}
 
-    return sums
+    def expected(self, state: State) -> dict[str, Tensor]:
+        """Zeros of the shapes and dtypes that a silo must send."""
+        return {_SUMS: torch.zeros(state[f"{self.head}.weight"].shape, dtype=torch.float64)}
+
+    def apply(self, state: State, totals: Mapping[str, Tensor]) -> State:
+        """The server's model with the head that the totals give. A class without a sample gets zeros."""
+        weight, bias = f"{self.head}.weight", f"{self.head}.bias"
+        changed = State(state)
+        changed[weight] = nn.functional.normalize(totals[_SUMS], dim=1).to(state[weight].dtype)
+        if bias in state:
+            changed[bias] = torch.zeros_like(state[bias])
+        return changed
 
 
 def _refuse_other_targets(targets: Tensor, classes: int) -> None:
@@ -90,30 +106,6 @@ def _refuse_other_targets(targets: Tensor, classes: int) -> None:
         raise ConfigError(
             f"class means: labels from {targets.min()} to {targets.max()} for a head of {classes} outputs"
         )
-
-
-def expected(head: str) -> Callable[[State], dict[str, Tensor]]:
-    """Zeros of the shapes and dtypes that a silo must send."""
-
-    def zeros(state: State) -> dict[str, Tensor]:
-        return {_SUMS: torch.zeros(state[f"{head}.weight"].shape, dtype=torch.float64)}
-
-    return zeros
-
-
-def apply(head: str) -> Callable[[State, Mapping[str, Tensor]], State]:
-    """The server's model with the head that the totals give. A class without a sample gets zeros."""
-
-    def with_head(state: State, totals: Mapping[str, Tensor]) -> State:
-        weight, bias = f"{head}.weight", f"{head}.bias"
-        rows = nn.functional.normalize(totals[_SUMS], dim=1)
-        changed = State(state)
-        changed[weight] = rows.to(state[weight].dtype)
-        if bias in state:
-            changed[bias] = torch.zeros_like(state[bias])
-        return changed
-
-    return with_head
 
 
 LP_FT = Algorithm(

@@ -16,6 +16,10 @@ def _centres(dataset: str, centres: bool) -> str | None:
     return f"the centres of {dataset} are the silos" if centres else None
 
 
+def _divided(dataset: str, divided: bool) -> str | None:
+    return f"{dataset} comes divided over silos" if divided else None
+
+
 def no_public_split(warm_start: str, relu_ise: bool) -> str | None:
     """An idle rule for what only a public split needs."""
     return f"warm_start is '{warm_start}'" if warm_start != "public" and not relu_ise else None
@@ -74,10 +78,10 @@ class DataOptions(Seeds, PublicSplit, DeviceOptions):
         may_change=True,
     )
     partition_method: str = option(
-        "hetero", "data_args", "homo (i.i.d.) or hetero (Dirichlet)", agree=True, idle=_centres
+        "hetero", "data_args", "homo (i.i.d.) or hetero (Dirichlet)", agree=True, idle=(_centres, _divided)
     )
     partition_alpha: float = option(
-        0.5, "data_args", "alpha of the Dirichlet partition", agree=True, idle=_centres, gt=0
+        0.5, "data_args", "alpha of the Dirichlet partition", agree=True, idle=(_centres, _divided), gt=0
     )
     client_num_in_total: int = option(..., "train_args", "number of silos", agree=True, ge=1)
     batch_size: int | None = option(

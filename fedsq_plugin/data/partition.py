@@ -10,8 +10,8 @@ from ..errors import ConfigError, nearest
 Labels = npt.NDArray[np.int64]
 _DRAWS = 1000
 
-METHODS = {"homo": "i.i.d.", "hetero": "Dirichlet(alpha) over the silos, class by class"}
-"""The partition methods, by FedML's names."""
+METHODS = ("homo", "hetero")
+"""FedML's names for i.i.d., and for Dirichlet(alpha) over the silos, class by class."""
 
 
 def partition(labels: Labels, silos: int, method: str, alpha: float, seed: int, min_size: int = 1) -> list[Labels]:

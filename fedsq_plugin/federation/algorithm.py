@@ -244,7 +244,7 @@ class Algorithm:
 
     def settings(self, **values: Any) -> Any:
         """All options that the algorithm reads, with these values and the defaults of the others."""
-        return _settings_class(self.options)(**values)
+        return options_together(FederationOptions, self.options)(**values)
 
 
 CHOICES = ("view", "objective", "phases", "exchange", "server")
@@ -278,17 +278,9 @@ def compose(one: Algorithm, other: Algorithm) -> Algorithm:
 def options_together(*groups: type[Options]) -> type[Options]:
     """One group with the options of all of these."""
     # A group that another one extends is in it already, and would break Python's order of base classes.
-    unique = [one for one in dict.fromkeys(groups) if not any(_extends(other, one) for other in groups)]
+    extended = {one for one in groups if any(other is not one and issubclass(other, one) for other in groups)}
+    unique = [one for one in dict.fromkeys(groups) if one not in extended]
     if len(unique) < 2:
         return unique[0] if unique else Options
     # Pydantic takes the fields of the last base first.
     return create_model("Together", __base__=tuple(reversed(unique)))
-
-
-def _extends(group: type[Options], other: type[Options]) -> bool:
-    return group is not other and issubclass(group, other)
-
-
-@functools.cache
-def _settings_class(group: type[Options]) -> type[Options]:
-    return options_together(FederationOptions, group)

@@ -1,6 +1,8 @@
 """How a run goes on that was cut off: what its processes save after a round, and read when they start anew.
 
-No random generator is saved: everything that is drawn is drawn from a seed of the recipe and the round.
+A state is valid once its JSON file is there, which is written last. The newest one is used; the one before it stays
+until the next is whole. No random generator is saved: everything that is drawn is drawn from a seed of the recipe and
+the round.
 """
 
 from __future__ import annotations
@@ -12,17 +14,23 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, WeightsError
+from . import state_files
 from .client_states import ClientStates
 from .server_state import ServerState
-from .snapshots import ServerSnapshots, SiloSnapshots, refuse_started
+from .state import fingerprint
+from .state_files import FORMAT, Versions
 
 log = logging.getLogger(__name__)
+_STRUCTURAL, _SILOS = "structural/", "silos/"
 
 
 class ServerCheckpoints:
-    """The server's checkpoints in a folder. `round` is the round of the newest; `oldest` is the earliest round to which
-    the run can go back. `notes` has lines for the user.
+    """The server's state in a folder, and what stays with the silos where they are in its process. `round` is the round
+    of the newest checkpoint; `oldest` is the earliest round to which the run can go back. `notes` has lines for the
+    user.
+
+    The structural copy is in a file of its own, named by its fingerprint, because it seldom changes.
 
     Args:
         folder: None: nothing is saved.
@@ -38,19 +46,21 @@ class ServerCheckpoints:
 
     def __init__(self, folder: str | None, run: Mapping[str, Any], every: int, rounds: int, resume: bool) -> None:
         self.folder, self._every, self._rounds = folder, every, rounds
-        self._store: ServerSnapshots | None = None
         self._newest: tuple[ServerState, dict[str, Tensor]] | None = None
+        self._structural: tuple[int, str] | None = None
+        """Version and fingerprint of the structural copy that was saved last."""
         self.round = self.oldest = 0
         self.notes: list[str] = []
         if folder is None:
             return
-        path = Path(folder).expanduser()
-        self._store = ServerSnapshots(path, run)
-        refuse_started(path, self._store.rounds(), resume)
-        self._newest = self._store.newest()
-        self.oldest = min(self._store.rounds(), default=0)
-        if self._newest is None and resume:
-            self._note(f"there is no checkpoint in {path} yet: the run begins with round 1")
+        self._path = Path(folder).expanduser()
+        self._versions = Versions(self._path, "server", run)
+        found = self._versions.rounds()
+        _refuse_started(self._path, found, resume)
+        if found:
+            self._newest, self.oldest = self._load(found), found[0]
+        elif resume:
+            self._note(f"there is no checkpoint in {self._path} yet: the run begins with round 1")
 
     def _note(self, line: str) -> None:
         log.warning(line)
@@ -71,16 +81,62 @@ class ServerCheckpoints:
         return newest
 
     def save(self, state: ServerState, silos: Mapping[str, Tensor]) -> None:
-        """A round is over. Raises ConfigError where its checkpoint cannot be written."""
-        if self._store is None or not (state.round % self._every == 0 or state.round == self._rounds):
+        """A round is over. Raises ConfigError where its checkpoint cannot be written; older ones stay whole."""
+        if self.folder is None or not (state.round % self._every == 0 or state.round == self._rounds):
             return
-        self._store.save(state, silos)
-        self.round = state.round
-        self.oldest = min(self._store.rounds())
+        print_of = self._save_structural(state)
+        tensors = {key: value for key, value in state.tensors().items() if not key.startswith(_STRUCTURAL)}
+        tensors |= {f"{_SILOS}{key}": value for key, value in silos.items()}
+        self._versions.save(state.round, tensors, {"server": state.about(), "structural": print_of})
+        self._versions.drop(before=([0, *self._versions.rounds()])[-2])
+        kept = self._versions.rounds()
+        self.round, self.oldest = state.round, kept[0]
+        named = (self._versions.described(round).get("structural") for round in kept)
+        stems = {self._structural_path(one).stem for one in named if one is not None}
+        for path in self._path.glob("structural-*.*"):
+            if path.stem not in stems:  # no checkpoint names it any more
+                path.unlink(missing_ok=True)
+
+    def _load(self, rounds: Sequence[int]) -> tuple[ServerState, dict[str, Tensor]]:
+        try:
+            tensors, about = self._versions.load(rounds[-1])
+            silos = {k[len(_SILOS) :]: v for k, v in tensors.items() if k.startswith(_SILOS)}
+            server = {k: v for k, v in tensors.items() if not k.startswith(_SILOS)}
+            state = ServerState.of({**server, **self._load_structural(about)}, about.get("server") or {})
+            if state.round != rounds[-1]:
+                raise WeightsError(f"{self._path}: the snapshot of round {rounds[-1]} is of another one")
+        except WeightsError as error:
+            older = f" or remove it to go on from round {rounds[-2]}" if rounds[1:] else ""
+            raise WeightsError(f"{error}; start anew in another folder{older}") from None
+        return state, silos
+
+    def _save_structural(self, state: ServerState) -> str | None:
+        if state.structural is None:
+            return None
+        if self._structural is None or self._structural[0] != state.structural_version:
+            self._structural = state.structural_version, fingerprint(state.structural)
+        path = self._structural_path(self._structural[1])
+        if not path.with_suffix(".json").exists():
+            state_files.save(path, state.structural, {"format": FORMAT})
+        return self._structural[1]
+
+    def _load_structural(self, about: Mapping[str, Any]) -> dict[str, Tensor]:
+        print_of = about.get("structural")
+        if print_of is None:
+            return {}
+        path = self._structural_path(str(print_of))
+        tensors, _ = state_files.load(path)
+        if fingerprint(tensors) != print_of:
+            raise WeightsError(f"{path}: not the structural copy {str(print_of)[:12]}… of the snapshot")
+        return {f"{_STRUCTURAL}{key}": value for key, value in tensors.items()}
+
+    def _structural_path(self, print_of: str) -> Path:
+        return self._path / f"structural-{print_of[:16]}.safetensors"
 
 
 class SiloCheckpoints:
-    """The checkpoints of a client process: what stays with its silos. Nothing is written where everything travels.
+    """The checkpoints of a client process: what stays with its silos, for every round to which the server may go back.
+    Nothing is written where everything travels.
 
     Raises:
         ConfigError: as ServerCheckpoints.
@@ -89,12 +145,12 @@ class SiloCheckpoints:
     def __init__(
         self, folder: str | None, run: Mapping[str, Any], states: ClientStates, silos: Sequence[int], resume: bool
     ) -> None:
-        self._states, self._silos, self._resume = states, silos, resume
-        self._store: SiloSnapshots | None = None
-        if folder is not None and states.kept:
-            path = Path(folder).expanduser()
-            self._store = SiloSnapshots(path, run)
-            refuse_started(path, self._store.rounds(), resume)
+        self._states, self._silos, self._run, self._resume = states, silos, run, resume
+        self._path = Path(folder).expanduser() if folder is not None and states.kept else None
+        if self._path is not None:
+            names = {path.name.partition("-round")[0] for path in self._path.glob("silo-*-round*.json")}
+            rounds = {round for name in names for round in Versions(self._path, name, run).rounds()}
+            _refuse_started(self._path, sorted(rounds), resume)
 
     def rewind(self) -> None:
         """The server was started anew: the next task may come after fewer finished rounds than the last one.
@@ -102,7 +158,7 @@ class SiloCheckpoints:
         Raises:
             ConfigError: something stays with the silos, and none of it was saved.
         """
-        if self._store is None and self._states.kept:
+        if self._path is None and self._states.kept:
             raise ConfigError(
                 "the server was started anew, and what stays with the silos was not written down here: set "
                 "fedsq_args.checkpoint_dir at the clients, too"
@@ -111,16 +167,32 @@ class SiloCheckpoints:
 
     def restore(self, finished: int) -> None:
         """Before the first task of a resumed run, which comes after so many finished rounds: restore what stayed with
-        the silos then. Raises WeightsError."""
-        if self._store is None or not self._resume:
+        the silos then. What was saved later is removed. Raises WeightsError."""
+        if self._path is None or not self._resume:
             return
         self._resume = False
-        parts = {silo: self._store.load(silo, finished) for silo in self._silos}
-        if finished and not any(parts.values()):
+        parts: dict[str, Tensor] = {}
+        for silo in self._silos:
+            versions = Versions(self._path, f"silo-{silo}", self._run)
+            versions.drop(after=finished)  # the run goes another way from here
+            if rounds := versions.rounds():
+                parts |= {f"{silo}/{key}": value for key, value in versions.load(rounds[-1])[0].items()}
+        if finished and not parts:
             log.warning("what stays with silos %s is not here: they begin with the server's", self._silos)
-        self._states.restore({f"{silo}/{key}": value for silo, part in parts.items() for key, value in part.items()})
+        self._states.restore(parts)
 
     def save(self, silo: int, finished: int, server_at: int) -> None:
         """A silo has trained in the round after so many. The server has a checkpoint of round `server_at`."""
-        if self._store is not None and (part := self._states.of(silo)):
-            self._store.save(silo, finished + 1, part, server_at)
+        if self._path is not None and (part := self._states.of(silo)):
+            versions = Versions(self._path, f"silo-{silo}", self._run)
+            versions.save(finished + 1, part, {})
+            versions.drop(before=max((r for r in versions.rounds() if r <= server_at), default=0))
+
+
+def _refuse_started(folder: Path, rounds: Sequence[int], resume: bool) -> None:
+    """Raise ConfigError where a run would overwrite another run's checkpoints, and is not told to go on with it."""
+    if rounds and not resume:
+        raise ConfigError(
+            f"checkpoint_dir {folder} holds round {rounds[-1]} of a run: set fedsq_args.resume: true to go "
+            "on with it, or name another folder"
+        )

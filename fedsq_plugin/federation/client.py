@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +14,13 @@ from .algorithm import EVERYTHING, HEAD, Algorithm
 from .client_states import ClientStates
 from .local import LocalResult, Optimizers, Part, Phase, local_update, trains
 from .messages import Announcement, Assignment, with_sums
+from .reading import Reading
 from .roles import roles, with_roles
 from .seeding import derive
 from .server_state import ServerState, load_state
 from .state import State, fingerprint, state_of
-from .task import CLASSIFICATION, Loss
+from .task import CLASSIFICATION, Batches, Loss
 from .training import LocalTraining
-
-Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 class Client:
@@ -33,6 +33,7 @@ class Client:
         keep_gates: keep the gates of inputs, which then pass the structural copy only once.
         compile: train through torch.compile.
         loss: of the data set's task.
+        reading: of its batches, and of the model's outputs.
         keep_optimizers: a silo's optimizers, with their moments, go on from round to round.
 
     Raises:
@@ -50,10 +51,11 @@ class Client:
         compile: bool = False,
         loss: Loss = CLASSIFICATION.loss,
         keep_optimizers: bool = False,
+        reading: Reading = CLASSIFICATION.reading,
     ) -> None:
         if keep_optimizers and training.lr_schedule != "constant":
             raise ConfigError(f"optimizers that are kept need lr_schedule constant, not {training.lr_schedule}")
-        self.loss, self._keep_optimizers = loss, keep_optimizers
+        self.loss, self.reading, self._keep_optimizers = loss, reading, keep_optimizers
         self._optimizers: dict[int, Optimizers] = {}
         self.model, self.algorithm, self.options = model, algorithm, options
         self.training, self.seed = training, seed
@@ -121,24 +123,23 @@ class Client:
         `data` and `on_step` are those of `local_update`.
         """
         self.states.load(silo, self.model)
-        result = local_update(
-            self.model,
+        result = self._update(
             batches,
-            self.training,
             self.parts(round),
-            self.roles,
             round=round,
             seed=self._derive("local", round, silo),
             objective=self.algorithm.objective.make(self.options),
-            loss=self.loss,
             device=device,
-            forward=self._forward,
             data=data,
             optimizers=self._optimizers.setdefault(silo, {}) if self._keep_optimizers else None,
             on_step=on_step,
         )
         self.states.keep(silo, self.model)
         return result
+
+    def _update(self, batches: Batches, parts: Sequence[Part], **how: Any) -> LocalResult:
+        about: dict[str, Any] = {"loss": self.loss, "reading": self.reading, "forward": self._forward, **how}
+        return local_update(self.model, batches, self.training, parts, self.roles, **about)
 
     def answer(self, round: int, sums: Mapping[str, Tensor]) -> State:
         """What the silo that trained last sends: an independent copy of the part of the model that travels, where the
@@ -165,21 +166,9 @@ class Client:
         """Make the model the silo's own: global weights, the silo's own part, and a fine-tuning of so many epochs at
         the learning rate of the first round. It is the same for every algorithm, and nothing of it is kept."""
         self.states.load(silo, self.model)
-        if not epochs:
-            return
-        local_update(
-            self.model,
-            batches,
-            self.training,
-            [Phase(epochs, HEAD if head_only else EVERYTHING)],
-            self.roles,
-            round=0,
-            seed=self._derive("finetune", silo),
-            loss=self.loss,
-            device=device,
-            forward=self._forward,
-            on_step=on_step,
-        )
+        if epochs:
+            parts = [Phase(epochs, HEAD if head_only else EVERYTHING)]
+            self._update(batches, parts, round=0, seed=self._derive("finetune", silo), device=device, on_step=on_step)
 
     def _derive(self, *keys: int | str) -> int | None:
         return None if self.seed is None else derive(keys[0], self.seed, *keys[1:])

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
+
+from ..errors import ConfigError
 
 Rule = Callable[..., str | None]
 """Reads what its parameters name, options above all, and returns a sentence, or None."""
@@ -22,9 +23,22 @@ Group = TypeVar("Group", bound="Options")
 
 
 class Options(BaseModel):
-    """A group of options; a subclass declares each as a field by `option`."""
+    """A group of options; a subclass declares each as a field by `option`.
+
+    Raises:
+        ConfigError: a value is wrong, or missing.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False, arbitrary_types_allowed=True)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(" | ".join(line for _, line in wrong_values(error, values))) from None
+
+    # Otherwise pydantic's own `model_validate` goes through `__init__`, too, without its context.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     def only(self, group: type[Group]) -> Group:
         """The options of one group alone, of which this is a part."""
@@ -68,12 +82,18 @@ def option(
         constraints: pydantic's, as ge=0.
     """
     rules = idle if isinstance(idle, tuple) else (idle,)
-    about = _About(family, meaning, required or default is ..., agree, differs, may_change, rules)
-    return Field(default, description=meaning, json_schema_extra={_KEY: about}, **constraints)  # type: ignore[dict-item]
+    required = required or default is ...
+    about: Any = Option(family, meaning, required, agree, differs, may_change, rules, None if required else default)
+    return Field(default, description=meaning, json_schema_extra={_KEY: about}, **constraints)
+
+
+_KEY = "option"
 
 
 @dataclass(frozen=True)
-class _About:
+class Option:
+    """What was declared of an option; see `option`."""
+
     family: str
     meaning: str
     required: bool
@@ -81,33 +101,30 @@ class _About:
     differs: str
     may_change: bool
     idle: tuple[Rule, ...]
-
-
-_KEY = "option"
-
-
-@dataclass(frozen=True)
-class Option(_About):
-    """What was declared of an option; see `option`."""
-
-    key: str
     default: Any
     """None where the recipe must give it."""
-    annotation: Any
+    annotation: Any = None
 
 
 def options_of(group: type[Options]) -> dict[str, Option]:
     """The options of a group by their keys; fields that are no options are left out."""
-    return {key: found for key, field in group.model_fields.items() if (found := _option(key, field))}
+    found: dict[str, Option] = {}
+    for key, field in group.model_fields.items():
+        extra: Any = field.json_schema_extra or {}
+        if _KEY in extra:
+            found[key] = replace(extra[_KEY], annotation=field.annotation)
+    return found
 
 
-def _option(key: str, field: FieldInfo) -> Option | None:
-    extra = field.json_schema_extra
-    about: Any = extra.get(_KEY) if isinstance(extra, dict) else None
-    if about is None:
-        return None
-    default = None if about.required else field.default
-    return Option(**vars(about), key=key, default=default, annotation=field.annotation)
+def wrong_values(error: ValidationError, given: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Of every option that pydantic refuses among those that are `given`: its key, and a line that says why."""
+    lines = []
+    for found in error.errors():
+        key, message = str(found["loc"][0]), str(found["msg"]).replace("valid tuple", "list")
+        message = message.partition(", unable to parse")[0]
+        why = f"{given[key]!r}: {message[0].lower()}{message[1:]}" if key in given else "missing"
+        lines.append((key, f"{key} is {why}"))
+    return lines
 
 
 def said(rules: Iterable[Rule], values: Mapping[str, Any]) -> list[tuple[Rule, str]]:

@@ -82,15 +82,13 @@ class Server:
     def follow_structural(self) -> bool:
         """Before a round's assignments, let the structural copy follow the global model. Returns whether it
         changed."""
-        before = self.state.structural
-        if before is None:
+        now = self.state
+        if now.structural is None:
             return False
-        rule = self.algorithm.view.next_structural
-        after = rule(before, self.state.model, self.state.round, self.options)
-        if after is before:
+        after = self.algorithm.view.next_structural(now.structural, now.model, now.round, self.options)
+        if after is now.structural:
             return False
-        version = self.state.structural_version + 1
-        self.state = replace(self.state, structural=after, structural_version=version)
+        self.state = replace(now, structural=after, structural_version=now.structural_version + 1)
         return True
 
     def assign(self, silos: Sequence[int]) -> list[Assignment]:
@@ -102,17 +100,13 @@ class Server:
         return self._assign(dict.fromkeys(silos, self.state.model))
 
     def _assign(self, models: Mapping[int, State]) -> list[Assignment]:
-        version, told = self.state.structural_version, self.state.told
-        behind = [silo for silo in models if told.get(silo, 0) < version]
-        print_of = self.structural_fingerprint if behind else None
         assignments = []
         for silo, model in models.items():
+            told = self.state.told.get(silo, 0)
             # A silo that has nothing is sent the whole model.
-            sent = model if told.get(silo, 0) < 0 else self.travelling(model)
-            announced = None
-            if self.algorithm.gated and silo in behind:
-                announced = self._announcement(sent, print_of)
-            assignments.append(Assignment(sent, announced))
+            sent = model if told < 0 else self.travelling(model)
+            behind = self.algorithm.gated and told < self.state.structural_version
+            assignments.append(Assignment(sent, self._announcement(sent) if behind else None))
         return assignments
 
     def confirm(self, silo: int) -> None:
@@ -166,15 +160,13 @@ class Server:
             self._hashed = structural, None if structural is None else fingerprint(structural)
         return self._hashed[1]
 
-    def _announcement(self, sent: State, print_of: str | None) -> Announcement:
+    def _announcement(self, sent: State) -> Announcement:
         """The structural copy is not sent where it equals the weights that are sent anyway."""
         structural = self.state.structural
         if structural is None:
             return Announcement(None)
-        same = sent.keys() == structural.keys() and all(
-            torch.equal(sent[key], value) for key, value in structural.items()
-        )
-        return Announcement(print_of, None if same else structural)
+        same = sent.keys() == structural.keys() and all(torch.equal(sent[k], v) for k, v in structural.items())
+        return Announcement(self.structural_fingerprint, None if same else structural)
 
 
 class Gathering:

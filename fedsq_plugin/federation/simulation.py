@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -15,9 +15,7 @@ from .messages import Assignment
 from .record import RoundRecord
 from .round import Round, RoundServer, skip_empty
 from .seeding import derive, isolated
-from .task import CLASSIFICATION, Task
-
-Batches = Iterable[tuple[Tensor, Tensor]]
+from .task import CLASSIFICATION, Batches, Task
 
 
 class Silos(Protocol):

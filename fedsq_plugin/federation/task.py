@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -11,8 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .reading import Reading
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(outputs (N, …), targets (N, …)) -> mean loss of the batch."""
+Batches = Iterable[Any]
+"""The batches of a data set, anew in every pass, in a form that `Reading` takes apart."""
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -53,15 +57,17 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
-class OfPredictions:
-    """A function of all predictions of a data set together, such as AUC or the concordance index."""
-
+class _OfFunction:
     name: str
     function: Callable[[Any, Any], Any]
-    """(targets, outputs), as arrays over all samples -> the metric."""
+    """(targets, outputs) -> the metric."""
 
     def size(self, targets: Tensor) -> int:
         return len(targets)
+
+
+class OfPredictions(_OfFunction):
+    """A function of all predictions of a data set together, as arrays, such as AUC or the concordance index."""
 
     def of_batch(self, outputs: Tensor, targets: Tensor) -> tuple[Any, Any]:
         return targets.cpu().numpy(), outputs.float().cpu().numpy()
@@ -76,16 +82,8 @@ class OfPredictions:
             return float("nan")
 
 
-@dataclass(frozen=True)
-class MeanOverBatches:
-    """The plain mean of a function over batches. Predictions, which may be large volumes, are not kept."""
-
-    name: str
-    function: Callable[[Tensor, Tensor], Any]
-    """(targets, outputs) of a batch -> the metric."""
-
-    def size(self, targets: Tensor) -> int:
-        return len(targets)
+class MeanOverBatches(_OfFunction):
+    """The plain mean of a function over batches, as tensors. Predictions, which may be large volumes, are not kept."""
 
     def of_batch(self, outputs: Tensor, targets: Tensor) -> float:
         return float(self.function(targets.cpu(), outputs.float().cpu()))
@@ -95,10 +93,11 @@ class MeanOverBatches:
 
 
 class Task(NamedTuple):
-    """The task of one data set; by default a classification."""
+    """The task of one data set, by default a classification, and how its batches and the model's outputs are read."""
 
     loss: Loss = cross_entropy
     metric: Metric = Accuracy()
+    reading: Reading = Reading()
 
 
 CLASSIFICATION = Task()

@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 
 class GeluNet(nn.Module):
-    """Three blocks of convolution, BatchNorm and GELU, average pooling, a linear head `fc`.
+    """Three blocks of convolution, BatchNorm and GELU, then average pooling and a linear head `fc`.
 
-    Batch x `in_channels` x height x width to batch x `num_classes`, for any height and width; the second
-    and third block halve them. 94,762 parameters for 3 channels and 10 classes, initialised as torch does.
-    No published architecture: it stands in for the large smooth backbones where those are too slow.
+    Input: batch x `in_channels` x height x width, of any height and width; the second and third block halve
+    them. Output: batch x `num_classes`. 94,762 parameters for 3 channels and 10 classes, initialised as torch
+    does. It is not a published architecture; use it where the large smooth backbones are too slow.
 
     >>> import torch
     >>> GeluNet(num_classes=10, in_channels=1)(torch.zeros(2, 1, 8, 8)).shape

@@ -1,4 +1,4 @@
-"""A multilayer perceptron with ReLU, for tabular data: gates where a linear baseline has none."""
+"""A multilayer perceptron with ReLU for tabular data. It has gates; a linear baseline has none."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 
 class MLP(nn.Module):
-    """Hidden layers `features` of the given widths, each a linear layer and a ReLU, and a linear head `fc`.
+    """Hidden layers `features` of the given widths, each a linear layer and a ReLU, then a linear head `fc`.
 
-    With `norm`, BatchNorm stands between a hidden linear layer and its ReLU.
-    Batch x `inputs` to batch x `outputs`, initialised as torch does. With `sigmoid`, the scores become
-    probabilities, for losses that take them (BCELoss).
+    Input: batch x `inputs`. Output: batch x `outputs`. Initialised as torch does. With `norm`, BatchNorm is
+    between each hidden linear layer and its ReLU. With `sigmoid`, the outputs are probabilities, for BCELoss.
 
     >>> import torch
     >>> MLP(inputs=13, outputs=1)(torch.zeros(2, 13)).shape

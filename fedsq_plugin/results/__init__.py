@@ -1,1 +1,1 @@
-"""What a run leaves on disk, and what is computed, tabulated and plotted from it."""
+"""The files of a run, and the statistics, tables and plots made from them."""

@@ -1,4 +1,4 @@
-"""A plot of ReLU-isation: λ of every activation at the start, as learned, and as hardened."""
+"""A plot of ReLU-isation: λ of every activation at the start, after learning and after hardening."""
 
 from __future__ import annotations
 
@@ -6,21 +6,18 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from ..errors import ConfigError
-from .plots import _COLOURS, _DASHES, _DPI, _MARKERS, _save
+from .plots import finish_plot, make_axes, style_line
 
-_TARGET: dict[str, Any] = {
-    "color": "0.75", "linestyle": "none", "marker": "_", "markersize": 15, "markeredgewidth": 6,
-}  # fmt: skip
+_TARGET: dict[str, Any] = {"color": "0.75", "linestyle": "none", "marker": "_", "markersize": 15, "markeredgewidth": 6}
 _LAYER = 0.19
-"""Width of a layer in inches, at least: what a rotated name takes."""
+"""Minimum width of a layer in inches: a rotated name needs it."""
 _LETTER = 0.075
-"""Width of a letter of a layer's name in inches, at most."""
+"""Maximum width of a letter of a layer's name in inches."""
 _BESIDE = 2.8
-"""Width of the scale and the legend in inches, at most."""
+"""Maximum width of the scale and the legend together in inches."""
 
 
 def lambda_profile(
@@ -29,38 +26,27 @@ def lambda_profile(
     target: Mapping[str, float],
     path: str | os.PathLike[str],
 ) -> None:
-    """λ on a logarithmic scale against the layers, in the network's order, as a PNG file.
+    """Draw λ on a logarithmic scale for each layer, in the order of the network, to a PNG file.
 
     Args:
-        history: λ by layer: at the start, then after each epoch, as `Reluised.history`.
-        learned_epochs: how many of these epochs learned λ; its values after them are drawn as learned, and
-            the last ones as hardened, where there were epochs after those.
-        target: λ at which each layer is replaced, drawn as a reference.
+        history: λ by layer at the start and after each epoch, as in `Reluised.history`.
+        learned_epochs: number of epochs that learned λ. λ after them is drawn as "learned"; λ after the last
+            epoch is drawn as "hardened", if more epochs followed.
+        target: λ at which each layer is replaced. It is drawn as a reference.
 
     Raises:
-        ConfigError: entries of the history or the target name other layers than its first, or none; λ is not
-            a number above 0; there are fewer epochs than were learned in; or the file cannot be written.
+        ConfigError: the history is empty; an entry or the target has other layers than the first entry; a λ is
+            not above 0; the history has fewer epochs than `learned_epochs`; or the file cannot be written.
     """
-    layers = _checked(history, learned_epochs, target)
+    layers = _check(history, learned_epochs, target)
     longest = max(map(len, layers))
     width = max(7.5, _LAYER * len(layers) + _BESIDE)
     upright = _LETTER * (longest + 2) > (width - _BESIDE) / len(layers)
-    size = (width, 4.2 + (_LETTER * longest if upright else 0))
-    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = make_axes(width, 4.2 + (_LETTER * longest if upright else 0))
     places = range(len(layers))
     axes.plot(places, [target[layer] for layer in layers], label="target", **_TARGET)
-    for number, label, epoch in _lines(len(history) - 1, learned_epochs):
-        axes.plot(
-            places,
-            [history[epoch][layer] for layer in layers],
-            color=_COLOURS[number],
-            linestyle=_DASHES[number],
-            marker=_MARKERS[number],
-            markersize=5,
-            linewidth=1.8,
-            label=label,
-        )
+    for number, label, epoch in _list_lines(len(history) - 1, learned_epochs):
+        axes.plot(places, [history[epoch][layer] for layer in layers], label=label, **style_line(number))
     axes.set_title("λ of each activation, from smooth (1) to ReLU (∞)", loc="left")
     axes.set_xlabel("layer, from input to output")
     axes.set_ylabel("λ", rotation=0, labelpad=10)
@@ -71,15 +57,11 @@ def lambda_profile(
     axes.set_xticks(places, layers, rotation=90 if upright else 0, fontsize=8)
     axes.margins(y=0.08)
     axes.set_xlim(-0.6, len(layers) - 0.4)
-    axes.grid(axis="y", color="0.9", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False, handlelength=4)
-    _save(figure, path)
+    finish_plot(figure, axes, path, grid="y")
 
 
-def _lines(epochs: int, learned: int) -> list[tuple[int, str, int]]:
-    """What is drawn: number of the line's look, label, place in the history."""
+def _list_lines(epochs: int, learned: int) -> list[tuple[int, str, int]]:
+    """List the lines to draw: number of the style, label, index in the history."""
     found = [(0, "initial", 0)]
     if learned:
         found.append((1, f"learned\n(epoch {learned})", learned))
@@ -88,8 +70,8 @@ def _lines(epochs: int, learned: int) -> list[tuple[int, str, int]]:
     return found
 
 
-def _checked(history: Sequence[Mapping[str, float]], learned_epochs: int, target: Mapping[str, float]) -> list[str]:
-    """The layers, in order."""
+def _check(history: Sequence[Mapping[str, float]], learned_epochs: int, target: Mapping[str, float]) -> list[str]:
+    """Raise ConfigError if the arguments do not fit together. Return the layers in order."""
     layers = list(history[0]) if history else []
     if not layers:
         raise ConfigError("the history of λ is empty; expected λ by layer at the start and after each epoch")

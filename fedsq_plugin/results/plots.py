@@ -1,6 +1,6 @@
-"""Plots as PNG files at 150 dpi: accuracy over rounds, and what each silo holds.
+"""Plots as PNG files at 150 dpi: accuracy over rounds, and samples of each class at each silo.
 
-They use matplotlib's object interface: no display is needed and no global state is left behind.
+The plots use matplotlib's object interface, so they need no display and change no global state.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from .statistics import of_split
 
 _DPI = 150
 
-# Okabe and Ito's palette, whose colours the colour-blind tell apart, without its yellow, too pale
-# for a line. Colours, dashes and markers come in 7, 4 and 9, which share no divisor, so that no two
-# of the first 252 lines look alike, in grey no two of the first 36.
+# The palette of Okabe and Ito, which colour-blind readers can tell apart, without its pale yellow. There are 7
+# colours, 4 dashes and 9 markers. These numbers share no divisor, so the first 252 lines all look different;
+# in print without colours, the first 36.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 _DASHES = ("-", "--", "-.", (0, (6, 1.5, 1, 1.5, 1, 1.5)))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 
 _SHADED = 6
-"""Up to this many lines have their ranges shaded; more shades would hide each other."""
+"""Maximum number of lines with a shaded range; more shades would hide each other."""
 
 _ENTRY = 0.42
-"""Height in inches of a legend's entry of two lines, as one whose seeds diverged has."""
+"""Height in inches of a legend entry with two lines of text (an algorithm with diverged seeds)."""
 
-# From light blue on: in white, one sample would look like none.
+# The scale starts at light blue: white is for a class without samples.
 _SHADES = LinearSegmentedColormap.from_list("", colormaps["Blues"](np.linspace(0.13, 1, 256)))
 
 _NUMBERED = 20
-"""Up to this many classes a heat map's cells hold numbers; more would not be legible."""
+"""Maximum number of classes for which the cells of a heat map show numbers."""
 
 _CELL = {"numbered": 0.52, "named": 0.16, "plain": 0.1}
 _LETTER = 0.1
-"""Widths of a heat map's cell and, at most, of a letter in inches."""
+"""Width of a heat map's cell, and maximum width of a letter, in inches."""
 
 
 def accuracy_over_rounds(
@@ -56,28 +56,28 @@ def accuracy_over_rounds(
     warm_start: float | None = None,
     metric: str = "accuracy",
 ) -> None:
-    """Accuracy (percent of the split's samples), or what `metric` names, over rounds, a line per algorithm.
+    """Draw accuracy (percent of the split's samples) over rounds, with one line per algorithm.
 
-    The line is the mean over seeds; the shade reaches from the worst seed to the best, and is left
-    out where the metrics are of more than 6 algorithms. Both end where a seed has no accuracy.
-    `warm_start`, in [0, 1], is drawn as a reference. ConfigError if the metrics have no such split,
-    or the file cannot be written.
+    The line is the mean over seeds. The shade goes from the worst seed to the best; with more than 6 algorithms
+    there is no shade. Both end where a seed has no accuracy. `warm_start`, in [0, 1], is drawn as a reference.
+    `metric` is the name to show in place of accuracy.
+
+    Raises:
+        ConfigError: the metrics have no such split, or the file cannot be written.
     """
     rows = of_split(metrics, split)
-    # A round that was not evaluated is no gap in the curve, as one that diverged is.
+    # A round without evaluation is left out. A round that diverged stays, as a gap in the curve.
     rows = rows[rows["accuracy"].notna() | (rows["seconds_evaluation"] > 0)]
-    # All of the metrics, so that an algorithm looks the same in the pictures of every split.
+    # All algorithms, not only those of this split: then an algorithm has the same colour in every plot.
     algorithms = list(metrics["algorithm"].unique())
-    height = max(4.8, _ENTRY * len(algorithms))
-    figure = Figure(figsize=(9, height), dpi=_DPI, layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = make_axes(9, max(4.8, _ENTRY * len(algorithms)))
     for number, algorithm in enumerate(algorithms):
         of = rows[rows["algorithm"] == algorithm]
         if not of.empty:
-            _line(axes, of, number, len(algorithms))
+            _draw_line(axes, of, number, len(algorithms))
     if warm_start is not None:
         axes.axhline(100 * warm_start, color="0.35", linestyle=":", linewidth=1.8, zorder=1)
-        # In the margin at the line's own height, where no curve can cross it.
+        # The text is in the margin at the height of the line, so no curve crosses it.
         axes.annotate(
             f"warm start\n{100 * warm_start:.1f}%",
             xy=(1, 100 * warm_start),
@@ -98,11 +98,7 @@ def accuracy_over_rounds(
     first, last = rows["round"].min(), rows["round"].max()
     margin = max(0.03 * (last - first), 0.3)
     axes.set_xlim(first - min(margin, 0.9), last + margin)
-    axes.grid(color="0.9", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False, handlelength=4)
-    _save(figure, path)
+    finish_plot(figure, axes, path)
 
 
 def label_distribution(
@@ -111,21 +107,23 @@ def label_distribution(
     classes: Sequence[str] | None = None,
     silos: Sequence[str] | None = None,
 ) -> None:
-    """Samples of each class at each silo as a heat map, beside it the size of each silo.
+    """Draw the samples of each class at each silo as a heat map, and next to it the size of each silo.
 
-    `counts[silo][class]`; names are numbers from 0 by default. Up to 20 classes each cell holds its
-    number; a class that a silo lacks stays white. ConfigError if the counts are no full table of
-    numbers from 0, the names do not fit it, or the file cannot be written.
+    `counts[silo][class]` are the samples. `classes` and `silos` are names; by default they are numbers from 0.
+    With up to 20 classes each cell shows its number. A cell without samples is white.
+
+    Raises:
+        ConfigError: the counts are not a full table of numbers from 0, the names do not fit it, or the file
+            cannot be written.
     """
-    table = _checked(counts, classes, silos)
+    table = _check_counts(counts, classes, silos)
     rows, columns = table.shape
     numbered = columns <= _NUMBERED
     cell = _CELL["numbered" if numbered else "plain" if classes is None else "named"]
     width = max(4.2, cell * columns)
-    size = (width + 3.2, max(2.8, 0.3 * rows + 1.8))
-    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(width + 3.2, max(2.8, 0.3 * rows + 1.8)), dpi=_DPI, layout="constrained")
     heat, sizes = figure.subplots(1, 2, sharey=True, width_ratios=(width, 1.7))
-    # The root: a Dirichlet split has classes of five samples beside classes of thousands.
+    # A square-root scale: in a Dirichlet split some cells have five samples and others thousands.
     most = max(1, int(table.max()))
     scale = PowerNorm(0.5, vmin=0, vmax=most)
     shown = np.where(table > 0, table, np.nan)
@@ -138,11 +136,15 @@ def label_distribution(
                 heat.text(label, silo, f"{count:,}", color=ink, size=points, ha="center", va="center")
     else:
         figure.colorbar(image, ax=sizes, label="samples", fraction=0.12, pad=0.02)
-    _name(heat.xaxis, columns, classes, every=numbered)
-    _name(heat.yaxis, rows, silos, every=True)
+    _label_axis(heat.xaxis, columns, classes, every=numbered)
+    _label_axis(heat.yaxis, rows, silos, every=True)
     if classes is not None and _LETTER * max(map(len, classes)) > width / columns:
         heat.tick_params(axis="x", rotation=90, labelsize=9 if numbered else 7.5)
-    _edges(heat, rows, columns)
+    # Thin lines between the cells, so that the reader can count white cells.
+    heat.set_xticks(np.arange(columns + 1) - 0.5, minor=True)
+    heat.set_yticks(np.arange(rows + 1) - 0.5, minor=True)
+    heat.grid(which="minor", color="0.88", linewidth=0.6)
+    heat.tick_params(which="minor", length=0)
     heat.set_xlabel("class")
     heat.set_ylabel("silo")
     heat.set_title(f"Samples of each class: {table.sum():,} in {rows} silos", loc="left")
@@ -155,35 +157,52 @@ def label_distribution(
     _save(figure, path)
 
 
-def _line(axes: Any, rows: pd.DataFrame, number: int, lines: int) -> None:
-    """One algorithm's mean and range over its seeds."""
+def make_axes(width: float, height: float) -> tuple[Figure, Any]:
+    """Make a figure of this size in inches, with one plot."""
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def style_line(number: int) -> dict[str, Any]:
+    """Give line `number` its own colour, dashes and marker."""
+    return {
+        "color": _COLOURS[number % len(_COLOURS)],
+        "linestyle": _DASHES[number % len(_DASHES)],
+        "marker": _MARKERS[number % len(_MARKERS)],
+        "markersize": 5,
+        "linewidth": 1.8,
+    }
+
+
+def finish_plot(figure: Figure, axes: Any, path: str | os.PathLike[str], grid: str = "both") -> None:
+    """Add the grid and the legend, and write the file."""
+    axes.grid(axis=grid, color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False, handlelength=4)
+    _save(figure, path)
+
+
+def _draw_line(axes: Any, rows: pd.DataFrame, number: int, lines: int) -> None:
+    """Draw one algorithm's mean and range over its seeds."""
     table = 100 * rows.pivot(index="round", columns="seed", values="accuracy").sort_index()
     rounds = table.index.to_numpy()
-    colour = _COLOURS[number % len(_COLOURS)]
+    style = style_line(number)
     lost = int(rows.loc[rows["accuracy"].isna(), "seed"].nunique())
     label = rows["algorithm"].iloc[0]
     if lost:
         seeds = table.shape[1]
         label += f"\n({lost} of {seeds} seeds diverged)" if seeds > 1 else " (diverged)"
-    # Markers of neighbouring lines at different rounds, or they would cover each other.
+    # Neighbouring lines have their markers at different rounds, so that they do not cover each other.
     step = max(1, len(rounds) // 10)
-    axes.plot(
-        rounds,
-        table.mean(axis=1, skipna=False),
-        color=colour,
-        linestyle=_DASHES[number % len(_DASHES)],
-        marker=_MARKERS[number % len(_MARKERS)],
-        markevery=(number * step // max(1, lines), step),
-        markersize=5,
-        linewidth=1.8,
-        label=label,
-    )
+    markevery = (number * step // max(1, lines), step)
+    axes.plot(rounds, table.mean(axis=1, skipna=False), label=label, markevery=markevery, **style)
     if table.shape[1] > 1 and lines <= _SHADED:
         low, high = table.min(axis=1, skipna=False), table.max(axis=1, skipna=False)
-        axes.fill_between(rounds, low, high, color=colour, alpha=0.13, linewidth=0)
+        axes.fill_between(rounds, low, high, color=style["color"], alpha=0.13, linewidth=0)
 
 
-def _checked(
+def _check_counts(
     counts: Sequence[Sequence[int]], classes: Sequence[str] | None, silos: Sequence[str] | None
 ) -> npt.NDArray[np.int64]:
     expected = "expected one list per silo, each with a number from 0 for every class"
@@ -198,20 +217,12 @@ def _checked(
     return table
 
 
-def _name(axis: Any, number: int, names: Sequence[str] | None, every: bool) -> None:
+def _label_axis(axis: Any, number: int, names: Sequence[str] | None, every: bool) -> None:
     if names is not None or every:
         labels = [str(place) for place in range(number)] if names is None else list(names)
         axis.set_ticks(range(number), labels)
     else:
         axis.set_major_locator(MaxNLocator(nbins=20, integer=True, steps=[1, 5, 10]))
-
-
-def _edges(heat: Any, rows: int, columns: int) -> None:
-    """Thin lines between the cells, so that white ones can be counted."""
-    heat.set_xticks(np.arange(columns + 1) - 0.5, minor=True)
-    heat.set_yticks(np.arange(rows + 1) - 0.5, minor=True)
-    heat.grid(which="minor", color="0.88", linewidth=0.6)
-    heat.tick_params(which="minor", length=0)
 
 
 def _save(figure: Any, path: str | os.PathLike[str]) -> None:

@@ -1,7 +1,7 @@
 """Statistics over rounds and over seeds, as the FedSQ paper's reviewers asked for them.
 
-Best accuracy and rounds-to-best are the paper's metrics (arXiv 2604.02990). Every sum runs in the
-order of rounds or seeds, so the order of the rows in metrics.csv does not change a bit.
+Best accuracy and rounds-to-best are the paper's metrics (arXiv 2604.02990). Sums are in the order of rounds or
+seeds, so the results do not depend on the order of the rows in metrics.csv.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ STATISTICS = (
     "seconds_per_round",
     "bytes_per_round",
 )
-"""What `runs` computes of each run; accuracies in [0, 1], seconds and bytes per round."""
+"""The statistics that `runs` computes for each run. Accuracies are in [0, 1]."""
 
 _OTHER_SPLITS = ("best_accuracy", "rounds_to_best", "final_accuracy")
-"""Those of a split other than test, whose rows repeat the test rows' seconds and bytes."""
+"""Statistics of splits other than test. Their seconds and bytes are those of the test rows."""
 
 _LESS_IS_BETTER = {"rounds_to_best", "seconds_per_round", "bytes_per_round"}
 
 
 def of_split(metrics: pd.DataFrame, split: str) -> pd.DataFrame:
-    """The rows of one split. ConfigError if there are none."""
+    """Return the rows of one split. ConfigError if there are none."""
     rows: pd.DataFrame = metrics[metrics["split"] == split]
     if rows.empty:
         near = nearest(split, metrics["split"].unique())
@@ -36,17 +36,21 @@ def of_split(metrics: pd.DataFrame, split: str) -> pd.DataFrame:
 
 
 def runs(metrics: pd.DataFrame, split: str = "test") -> pd.DataFrame:
-    """One row per algorithm (in order of appearance) and seed (ascending), from one split.
+    """Return a table with one row per algorithm (in order of appearance) and seed (ascending) of one split.
 
-    Columns: algorithm, seed, then STATISTICS; of a split other than test only the best accuracy, the
-    rounds to it and the final accuracy, or the final accuracy alone where no run has a second round.
-    Best is the highest accuracy over the rounds, rounds without one left out; `rounds_to_best` the
-    first round that reaches it; both are NaN if no round has an accuracy. Final is the last round's,
-    NaN if it diverged. ConfigError without such a split.
+    Columns: algorithm, seed, then STATISTICS. Splits other than test have only the best accuracy, the rounds to
+    it and the final accuracy; if no run has a second round, only the final accuracy.
+
+    The best accuracy is the highest one over the rounds that have an accuracy; `rounds_to_best` is the first
+    round that reaches it. Both are NaN if no round has an accuracy. The final accuracy is that of the last
+    round, NaN if it diverged.
+
+    Raises:
+        ConfigError: the metrics have no such split.
     """
     rows = of_split(metrics, split)
     records = [
-        {"algorithm": algorithm, "seed": seed, **_run(run)}
+        {"algorithm": algorithm, "seed": seed, **_compute(run)}
         for algorithm in rows["algorithm"].unique()
         for seed, run in rows[rows["algorithm"] == algorithm].sort_values("round").groupby("seed")
     ]
@@ -59,15 +63,15 @@ def runs(metrics: pd.DataFrame, split: str = "test") -> pd.DataFrame:
 
 
 def measured(runs: pd.DataFrame) -> list[str]:
-    """The STATISTICS that these runs have."""
+    """List the STATISTICS that these runs have."""
     return [statistic for statistic in STATISTICS if statistic in runs]
 
 
 def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row per algorithm: `seeds`, then `<statistic>_mean` and `<statistic>_std` of each.
+    """Return a table with one row per algorithm: `seeds`, then each `<statistic>_mean` and `<statistic>_std`.
 
-    The deviation is the sample's (ddof=1), NaN for one seed. A seed without a number makes both
-    NaN: a mean over the seeds that survived would flatter a method that diverges.
+    The deviation is the sample deviation (ddof=1), NaN for one seed. If a seed has no number, both are NaN: a
+    mean over the other seeds would be too good for an algorithm that diverges.
     """
     records = []
     for algorithm in runs["algorithm"].unique():
@@ -82,21 +86,21 @@ def over_seeds(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def paired(runs: pd.DataFrame, reference: str, column: str = "best_accuracy") -> pd.DataFrame:
-    """One row per other algorithm: its difference to `reference` over the seeds that both have.
+    """Return a table with one row per other algorithm: its difference to `reference`, paired by seed.
 
-    Columns: algorithm, mean, std (ddof=1), n (seeds both have), wins (seeds where it is strictly
-    better: higher for an accuracy, lower for rounds, seconds and bytes). A seed without a number
-    makes mean and std NaN and is nobody's win. ConfigError for an unknown reference or column.
+    Columns: algorithm, mean, std (ddof=1), n (seeds that both have), wins (seeds where the algorithm is strictly
+    better: a higher accuracy, or fewer rounds, seconds or bytes). If a seed has no number, mean and std are
+    NaN, and the seed does not count as a win.
+
+    Raises:
+        ConfigError: the reference or the column is unknown.
     """
     algorithms = list(runs["algorithm"].unique())
     if reference not in algorithms:
         raise ConfigError(f"reference '{reference}' is not in this comparison{nearest(reference, algorithms)}")
     if column not in measured(runs):
         raise ConfigError(f"no statistic '{column}' of a run{nearest(column, measured(runs))}")
-    by_seed = {
-        algorithm: runs[runs["algorithm"] == algorithm].set_index("seed")[column].sort_index()
-        for algorithm in algorithms
-    }
+    by_seed = {name: runs[runs["algorithm"] == name].set_index("seed")[column].sort_index() for name in algorithms}
     sign = -1 if column in _LESS_IS_BETTER else 1
     records = []
     for algorithm in algorithms:
@@ -104,22 +108,15 @@ def paired(runs: pd.DataFrame, reference: str, column: str = "best_accuracy") ->
             continue
         both = by_seed[algorithm].index.intersection(by_seed[reference].index)
         difference = by_seed[algorithm].loc[both] - by_seed[reference].loc[both]
-        records.append(
-            {
-                "algorithm": algorithm,
-                "mean": difference.mean(skipna=False),
-                "std": difference.std(ddof=1, skipna=False),
-                "n": len(difference),
-                "wins": int((sign * difference > 0).sum()),
-            }
-        )
+        mean, deviation = difference.mean(skipna=False), difference.std(ddof=1, skipna=False)
+        records.append((algorithm, mean, deviation, len(difference), int((sign * difference > 0).sum())))
     columns = ["algorithm", "mean", "std", "n", "wins"]
     table: pd.DataFrame = pd.DataFrame(records, columns=columns)
     return table
 
 
-def _run(run: pd.DataFrame) -> dict[str, float]:
-    """STATISTICS of the rows of one run, which are in the order of rounds."""
+def _compute(run: pd.DataFrame) -> dict[str, float]:
+    """Compute the STATISTICS of one run, whose rows are in the order of rounds."""
     best = float(run["accuracy"].max())
     return {
         "best_accuracy": best,

@@ -6,12 +6,13 @@ Every check runs where the options that it reads are valid, whatever else is wro
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, FedSQError, in_one_line, nearest, worded
 from ..settings.config import OPTIONS, Config, family_of, validated
-from ..settings.recipe import Families, flat, problems
+from ..settings.recipe import Families, flat, misplaced, problems
 from .host import host
 
 if TYPE_CHECKING:
@@ -40,23 +41,27 @@ LARGEST_BATCH = 32
 
 def check(families: Families) -> list[str]:
     """One line per problem; empty when `fedsq run` may start."""
-    found = [str(finding) for finding in problems(families, host().brings_silos)[1]]
+    wrong = problems(families, host().brings_silos, host().options)[1]
+    found = [str(finding) for finding in wrong if not finding.is_note]
+    misspelt = [str(finding) for finding in wrong if finding.is_note]
     values = flat(families)
     valid = validated(values)[0]
     found += _names(valid)
     found += host().problems(values, valid)
     found += _trial(valid)
-    return list(dict.fromkeys(found))
+    # A misspelling alone is a note; beside other problems it is perhaps their cause.
+    return list(dict.fromkeys([*misspelt, *found] if found else []))
 
 
 def notes(families: Families) -> list[str]:
-    """One line per option that would silently do nothing. Recipes for `compare` have such options: some
-    algorithms read them, others do not."""
+    """One line per key that looks misspelt, and per option that would silently do nothing. Recipes for `compare` have
+    such options: some algorithms read them, others do not."""
     from ..settings.idle import unused
     from .facts import facts_of
 
     valid = validated(flat(families))[0]
-    return unused(valid, facts_of(valid))
+    misspelt = [str(finding) for finding in misplaced(families, host().options) if finding.is_note]
+    return [*misspelt, *unused(valid, facts_of(valid))]
 
 
 def _names(valid: dict[str, Any]) -> Iterator[str]:
@@ -84,7 +89,7 @@ def _names(valid: dict[str, Any]) -> Iterator[str]:
         what = f"is unknown{nearest(valid[key], names)}"
         if key == "model" and valid[key].startswith(PREFIX):
             try:
-                models.head(valid[key])
+                models.find_backbone(valid[key])
             except ConfigError as error:
                 what = f"is no model of ours: {error}"
         if key == "federated_optimizer" and valid[key] in host().algorithms:
@@ -96,7 +101,16 @@ def _names(valid: dict[str, Any]) -> Iterator[str]:
         yield f"data_args.partition_method '{method}' is unknown; {' or '.join(METHODS)}"
 
 
-def _trial(valid: dict[str, Any]) -> Iterator[str]:
+@contextmanager
+def _noting(found: list[str], beginning: str = "") -> Iterator[None]:
+    """Take down the error of a block."""
+    try:
+        yield
+    except FedSQError as error:
+        found.append(f"{beginning}{error}")
+
+
+def _trial(valid: dict[str, Any]) -> list[str]:
     """Load the data, build the model, read the weights, and run a batch through what is there."""
     from .. import models
     from ..algorithms import find
@@ -110,48 +124,39 @@ def _trial(valid: dict[str, Any]) -> Iterator[str]:
     config = Config.model_construct(**valid)
     data = None
     model: nn.Module | None = None
-    folders = list(_missing_folders(config)) if _all_in(valid, "dataset", "data_cache_dir") else []
-    yield from folders
-    if valid.get("dataset") in OURS and not folders:
+    found = list(_missing_folders(config)) if _all_in(valid, "dataset", "data_cache_dir") else []
+    if valid.get("dataset") in OURS and not found:
         for options in ({}, ONE_SILO):
             if data is None and _all_in({**valid, **options}, *DATA):
-                try:
+                with _noting(found):
                     data = load(config.model_copy(update=options))
                     if not options and config.has_public_split:
                         with_public_split(data, config)
-                except FedSQError as error:
-                    yield str(error)
     if valid.get("dataset") in CATALOGUE and _all_in(valid, *FLAMBY):
-        try:
+        with _noting(found):
             data = load(config)
-        except FedSQError as error:
-            yield str(error)
     # Without the data set, nothing can be said of a model that is made for it.
     buildable = valid.get("model") in models.names()
     if valid.get("model") in MODELS:
-        row = find(valid.get("federated_optimizer", ""))
+        algorithm = find(valid.get("federated_optimizer", ""))
         # A model that would download its weights is built only to say that it has no gate.
-        gated = row is not None and row.gated
+        gated = algorithm is not None and algorithm.gated
         buildable = data is not None and (gated or not downloads_weights(config.model, config.dataset))
     if buildable and _all_in(valid, *MODEL):
-        try:
+        with _noting(found):
             model = create_model(config, 10 if data is None else data.outputs)
-        except FedSQError as error:
-            yield str(error)
     if _all_in(valid, "warm_start", "dataset", "model", "small_images"):
-        try:
+        with _noting(found):
             refuse_warm_start(config)
-        except ConfigError as error:
-            yield str(error)
     if config.warm_start == "file" and valid.get("warm_start_file"):
-        yield from _weights(config, model)
+        with _noting(found):
+            _read_weights(config, model)
     if model is not None and config.relu_ise:
-        try:
+        with _noting(found, "warm_start_args.relu_ise: "):
             replace_smooth(model)
-        except ConfigError as error:
-            yield f"warm_start_args.relu_ise: {error}"
     if model is not None:
-        yield from _forward(config, valid, model, data)
+        found += _forward(config, valid, model, data)
+    return found
 
 
 def _all_in(valid: dict[str, Any], *keys: str) -> bool:
@@ -170,52 +175,45 @@ def _missing_folders(config: Config) -> Iterator[str]:
             yield f"data_args.data_cache_dir: no folder {folder}"
 
 
-def _weights(config: Config, model: nn.Module | None) -> Iterator[str]:
+def _read_weights(config: Config, model: nn.Module | None) -> None:
     from ..dualcopy import DualCopy
-    from ..models import read_state
+    from ..models import open_weights
     from .plan import RECIPE
     from .warm_start import load_pretrained
 
     file = str(config.warm_start_file)
     if not Path(file).expanduser().is_file():
-        yield f"warm_start_args.warm_start_file: no file {file}"
-        return
-    try:
-        if model is None:
-            with worded(RECIPE):
-                read_state(file)
-        else:
-            load_pretrained(model.quantitative if isinstance(model, DualCopy) else model, config)
-    except FedSQError as error:
-        yield str(error)
+        raise ConfigError(f"warm_start_args.warm_start_file: no file {file}")
+    if model is None:
+        with worded(RECIPE):
+            open_weights(file)
+    else:
+        load_pretrained(model.quantitative if isinstance(model, DualCopy) else model, config)
 
 
-def _forward(config: Config, valid: dict[str, Any], model: nn.Module, data: SilosData | None) -> Iterator[str]:
+def _forward(config: Config, valid: dict[str, Any], model: nn.Module, data: SilosData | None) -> list[str]:
     """The algorithm's view of the model, and a batch through it: as evaluated and as trained."""
     from ..algorithms import find
     from ..federation.roles import roles
     from ..federation.seeding import isolated
     from .plan import RECIPE, build_view, head_of, plan_of
 
-    try:
-        with worded(RECIPE):
-            roles(model, head_of(config, model))
-    except ConfigError as error:
-        yield str(error)
+    found: list[str] = []
+    with _noting(found), worded(RECIPE):
+        roles(model, head_of(config, model))
     if find(valid.get("federated_optimizer", "")) is not None and _all_in(valid, "comm_round", "dataset"):
         defaults = {key: option.default for key, option in OPTIONS.items() if not option.required}
         try:
             model = build_view(model, plan_of(Config.model_construct(**{**defaults, **valid}), model))
         except FedSQError as error:
-            yield str(error)
-            return
-    if data is None:
-        return
-    with isolated(0):
-        yield from _batches(config, model, data)
+            return [*found, str(error)]
+    if data is not None:
+        with isolated(0), _noting(found):
+            _try_batches(config, model, data)
+    return found
 
 
-def _batches(config: Config, model: nn.Module, data: SilosData) -> Iterator[str]:
+def _try_batches(config: Config, model: nn.Module, data: SilosData) -> None:
     import torch
 
     from .dry_run import SampleError, run_samples
@@ -229,8 +227,9 @@ def _batches(config: Config, model: nn.Module, data: SilosData) -> Iterator[str]
     try:
         images = collate([samples[n] for n in range(min(smallest, LARGEST_BATCH))])[0]
     except Exception as error:  # whatever a data set of others raises
-        yield f"data_args.dataset {config.dataset}: silo {silo} cannot be read ({in_one_line(error)})"
-        return
+        raise ConfigError(
+            f"data_args.dataset {config.dataset}: silo {silo} cannot be read ({in_one_line(error)})"
+        ) from None
     size = "x".join(map(str, reversed(images.shape[2:]))) or f"{images.shape[1]} features"
     try:
         with worded(RECIPE):
@@ -238,17 +237,14 @@ def _batches(config: Config, model: nn.Module, data: SilosData) -> Iterator[str]
             run_samples(model, images, training=True)
     except SampleError as error:
         if not error.training:
-            yield (
+            raise ConfigError(
                 f"model_args.model {config.model} does not run on {size} images of {config.dataset}: "
                 f"{error.reason}; set fedsq_args.small_images: true, or a larger fedsq_args.image_size"
-            )
-            return
+            ) from None
         remedy = "raise train_args.batch_size"
         if config.batch_size != 1:
             remedy = f"silo {silo} has one sample: raise fedsq_args.min_client_samples to 2"
-        yield (
+        raise ConfigError(
             f"model_args.model {config.model} does not train on a batch of {smallest} {size} images: "
             f"{error.reason}; {remedy if smallest == 1 else 'set fedsq_args.image_size'}"
-        )
-    except FedSQError as error:
-        yield str(error)
+        ) from None

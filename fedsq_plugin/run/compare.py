@@ -27,12 +27,10 @@ def compare(
     """
     refuse_several_processes(families)
     names = {label: label.split(":")[0] for label in algorithms}
-    for name in names.values():
-        algorithm(name)
-    repeated = {label for label in algorithms if list(algorithms).count(label) > 1}
+    shared = _shared_settings(families, list(names.values()))  # which refuses unknown algorithms
+    repeated = sorted(label for label in names if list(algorithms).count(label) > 1)
     if repeated or len(set(seeds)) < len(seeds):
-        raise ConfigError(f"compare: {sorted(repeated)[0] if repeated else 'a seed'} is given twice")
-    shared = _shared_settings(families, list(names.values()))
+        raise ConfigError(f"compare: {repeated[0] if repeated else 'a seed'} is given twice")
     families = overridden(families, shared)
     variants = []
     for seed in seeds:
@@ -49,10 +47,10 @@ def compare(
 def _shared_settings(families: Families, algorithms: Sequence[str]) -> list[str]:
     """Settings that one of the algorithms has by itself, and that a fair comparison gives to all: the test of
     silos on their own data, the final fine-tuning. What the recipe says is left as it is."""
-    given, rows = flat(families), [algorithm(name) for name in algorithms]
-    epochs = max(row.finetune_epochs for row in rows)
+    given, found = flat(families), [algorithm(name) for name in algorithms]
+    epochs = max(one.finetune_epochs for one in found)
     settings = []
-    if given.get("silo_evaluation") is None and any(row.personal for row in rows):
+    if given.get("silo_evaluation") is None and any(one.personal for one in found):
         settings.append("silo_evaluation=true")
     if given.get("finetune_epochs") is None and epochs:
         settings.append(f"finetune_epochs={epochs}")

@@ -36,4 +36,5 @@ def facts_of(valid: Mapping[str, Any], ours: bool | None = None) -> Facts:
         our_model=model in models.names(),
         centres=centres,
         data_of=f"{host().name}'s" if "dataset" in valid and not centres and dataset not in OURS else "",
+        divided=dataset in host().datasets and dataset not in host().partitions,
     )

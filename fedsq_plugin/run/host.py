@@ -66,6 +66,10 @@ class Host(Protocol):
     """The names of its own models."""
     algorithms: Collection[str]
     """The names of the algorithms that it runs by itself."""
+    options: Mapping[str, str]
+    """Families of the options that it knows beside ours, by key."""
+    partitions: Mapping[str, Collection[str]]
+    """The partition methods that its data sets take, by data set; those that are missing take none."""
 
     def require(self) -> None:
         """Raise ConfigError where the framework cannot work on this machine."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +33,10 @@ RECIPE: Vocabulary = {
     "no head": "fedsq_args.head: the model has no module '{}'",
     "head": "fedsq_args.head",
     "frozen_modules": "fedsq_args.frozen_modules",
+    "batch": "fedsq_args.batch",
+    "output": "fedsq_args.output",
+    "task": "fedsq_args.task",
+    "ignore_index": "fedsq_args.ignore_index",
 }
 """What errors say to somebody who writes a recipe."""
 
@@ -72,8 +75,11 @@ class Plan:
         return "fedsq_args.nonfinite: fail" if self.config.nonfinite == "fail" else None
 
 
-def plan_of(config: Config, model: nn.Module, task: Task = CLASSIFICATION) -> Plan:
+def plan_of(config: Config, model: nn.Module, task: Task = CLASSIFICATION, outputs: Any = None) -> Plan:
     """The plan for training `model` on `task` by the algorithm that `federated_optimizer` names.
+
+    Args:
+        outputs: the number of the data set's classes; no number: unknown.
 
     Raises:
         ConfigError: the algorithm or an option does not go with the model.
@@ -97,7 +103,7 @@ def plan_of(config: Config, model: nn.Module, task: Task = CLASSIFICATION) -> Pl
         config,
         chosen.personal if config.silo_evaluation is None else config.silo_evaluation,
         finetune_epochs,
-        task,
+        task._replace(reading=config.reading(outputs)),
     )
 
 
@@ -106,26 +112,27 @@ def _own_early_modules(chosen: Algorithm, config: Config, model: nn.Module) -> t
     another model than the recipe names."""
     if "frozen_modules" not in chosen.option_names or config.model not in models.names():
         return ()
-    early, named = models.early(config.model), [name for name, _ in model.named_parameters()]
+    early, named = models.find_backbone(config.model).early, [name for name, _ in model.named_parameters()]
     return early if all(frozen_keys(named, (path,)) for path in early) else ()
 
 
 def head_of(config: Config, model: nn.Module) -> str | None:
     """The head's module path: as given, or that of our own backbone. Where a script trains another model than
     the recipe names, it is None unless given."""
-    own = models.head if config.model in models.names() else None
+    if config.head is not None:
+        return config.head
+    known = None
     if config.model in flamby.MODELS:
-        own = partial(flamby.head, dataset=config.dataset)
-    if config.head is None and own is not None:
-        known = own(config.model)
-        return known if known in dict(model.named_modules()) else None
-    return config.head
+        known = flamby.head(config.model, config.dataset)
+    elif config.model in models.names():
+        known = models.find_backbone(config.model).head
+    return known if known in dict(model.named_modules()) else None
 
 
 def accepted(config: Config) -> tuple[str, ...]:
     """Patterns of modules that may stay ungated: those given, and those of our own backbone that have no gate
     even after ReLU-isation."""
-    own = models.ungated(config.model) if config.model in models.names() else ()
+    own = models.find_backbone(config.model).ungated if config.model in models.names() else ()
     if config.model in flamby.MODELS:
         own = flamby.ungated(config.model, config.dataset)
     return (*config.gate_accept, *own)
@@ -150,10 +157,8 @@ def create_model(config: Config, outputs: int) -> nn.Module:
     """
     if config.model in flamby.MODELS:
         chosen = find(getattr(config, "federated_optimizer", ""))
-        if chosen is not None and chosen.gated:
-            line = flamby.without_gates(config.model, config.dataset)
-            if line is not None:
-                raise ConfigError(f"model_args.model {config.model} under {chosen.name}: {line}")
+        if chosen is not None and chosen.gated and (line := flamby.without_gates(config.model, config.dataset)):
+            raise ConfigError(f"model_args.model {config.model} under {chosen.name}: {line}")
         return flamby.create(config.model, config.dataset, outputs, derive("model", config.seed("model")))
     name = config.model.removeprefix(PREFIX)
     with isolated(derive("model", config.seed("model"))):

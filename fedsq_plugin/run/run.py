@@ -16,7 +16,7 @@ from .. import __version__
 from ..algorithms import algorithm
 from ..dualcopy import DualCopy
 from ..errors import ConfigError, FedSQError
-from ..federation import checkpoint
+from ..federation import state_files
 from ..settings.config import Config
 from ..settings.recipe import Families, flat, overridden, resolve
 from .check import check
@@ -113,17 +113,16 @@ def run_all(
 
 
 def _run_one(recorder: Recorder, variant: Variant, resume: bool) -> None:
-    current, config = recorder.session, recorder.config
+    current, config, directory = recorder.session, recorder.config, recorder.session.directory
     current.advance(0, description=recorder.name)
-    directory = current.directory
-    settings = variant.checkpoint_settings(directory.path, resume)
-    families = overridden(variant.families, settings)
+    families = overridden(variant.families, variant.checkpoint_settings(directory.path, resume))
     outcome = host().execute(families, directory.path_for("fedml.log"), recorder.on_start, recorder.on_round)
     _save(current, variant, config, outcome)
     if config.checkpoint_dir is None:
-        shutil.rmtree(directory.path / "checkpoints" / variant.stem, ignore_errors=True)
+        checkpoints = directory.path / "checkpoints"
+        shutil.rmtree(checkpoints / variant.stem, ignore_errors=True)
         with suppress(OSError):
-            (directory.path / "checkpoints").rmdir()
+            checkpoints.rmdir()
 
 
 def _save(current: Session, variant: Variant, config: Config, outcome: Outcome) -> None:
@@ -144,6 +143,6 @@ def _save(current: Session, variant: Variant, config: Config, outcome: Outcome) 
     if outcome.silos:
         parts = {**about, "content": "what stayed with each silo, as <silo>/<key>"}
         file = current.directory.path_for(f"{variant.stem}-silos.safetensors")
-        checkpoint.save(file, outcome.silos, parts)
+        state_files.save(file, outcome.silos, parts)
     # The last file: where it exists, the run is finished.
-    checkpoint.save(current.directory.path_for(f"{variant.stem}.safetensors"), tensors, about)
+    state_files.save(current.directory.path_for(f"{variant.stem}.safetensors"), tensors, about)

@@ -94,15 +94,9 @@ class Recorder:
 
     def _rows(self, record: RoundRecord) -> list[dict[str, Any]]:
         """The lines of metrics.csv, one per split that was evaluated; the test set always has one."""
-        common = {
-            "algorithm": self.label,
-            "seed": self.config.random_seed,
-            "round": record.round,
-            "seconds": record.seconds,
-            "seconds_evaluation": record.seconds_evaluation,
-            "bytes_up": record.bytes_up,
-            "bytes_down": record.bytes_down,
-        }
+        kept = ("round", "seconds", "seconds_evaluation", "bytes_up", "bytes_down")
+        common = {"algorithm": self.label, "seed": self.config.random_seed}
+        common |= {name: getattr(record, name) for name in kept}
         measured = (
             ("test", record.metrics or NO_METRICS, record.released),
             ("silos", record.silos, None),
@@ -178,13 +172,3 @@ def default_out(recipe: Path) -> Path:
 def file_name(name: str) -> str:
     """`name` with the characters that are safe in names of files."""
     return re.sub(r"[^\w.+-]+", "-", name)
-
-
-def interrupted(out: Path) -> tuple[Families, dict[str, Any]]:
-    """The recipe of the run or the comparison in a run directory, and its summary.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    directory = RunDirectory.resume(out)
-    return directory.config, directory.summary

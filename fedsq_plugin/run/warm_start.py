@@ -10,27 +10,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import __version__, models
 from ..data.registry import OURS
 from ..data.silos import VALIDATION, SilosData
 from ..dualcopy import DualCopy
 from ..errors import ConfigError, WeightsError, worded
-from ..federation import checkpoint
+from ..federation import state_files
 from ..federation.evaluate import evaluate
 from ..federation.local import Phase, local_update
 from ..federation.roles import Role, check_finite, roles
 from ..federation.seeding import derive
 from ..federation.state import fingerprint, state_of
+from ..federation.task import CLASSIFICATION, Batches, Task
 from ..federation.training import LocalTraining
 from ..models.backbones import PREFIX
 from ..settings.config import Config
 from ..settings.warm_start import Hardening
 from .plan import RECIPE, head_of
 from .reluise import Reluised, relu_ise, replace_smooth
-
-Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 class WarmStart(NamedTuple):
@@ -42,15 +41,15 @@ class WarmStart(NamedTuple):
     """Lines for the user: where the weights came from."""
 
 
-def warm_start(model: nn.Module, config: Config, data: SilosData | None, device: torch.device) -> WarmStart:
+def warm_start(
+    model: nn.Module, config: Config, data: SilosData | None, device: torch.device, task: Task = CLASSIFICATION
+) -> WarmStart:
     """Give the model its pretrained weights, and ReLUs in place of its smooth activations where `relu_ise` asks
     for that, in place. The structural copy of a DualCopy is taken anew.
 
     Args:
         data: read only where the recipe has a public split.
-
-    Returns:
-        What was done.
+        task: of the data.
 
     Raises:
         ConfigError: the warm start cannot be had, or has diverged.
@@ -60,11 +59,11 @@ def warm_start(model: nn.Module, config: Config, data: SilosData | None, device:
     refuse_warm_start(config)
     notes, reluised = [], None
     if config.warm_start == "public":
-        notes.append(_train_on_public(plain, config, data, device))
+        notes.append(_train_on_public(plain, config, data, device, task))
     elif config.warm_start != "none":
         notes += [f"warm start: {line}" for line in load_pretrained(plain, config)]
     if config.relu_ise:
-        reluised, note = _relu_ise_on_public(plain, config, data, device)
+        reluised, note = _relu_ise_on_public(plain, config, data, device, task)
         notes.append(note)
     if isinstance(model, DualCopy):
         model.refresh()
@@ -103,55 +102,50 @@ def load_pretrained(model: nn.Module, config: Config) -> list[str]:
             raise error.after(f"warm start from {weights}: ") from None
 
 
-def _train_on_public(model: nn.Module, config: Config, data: SilosData | None, device: torch.device) -> str:
+def _train_on_public(model: nn.Module, config: Config, data: SilosData | None, device: torch.device, task: Task) -> str:
     data = with_public_split(data, config)
-    training = LocalTraining(
-        learning_rate=config.warm_start_learning_rate,
-        momentum=config.warm_start_momentum,
-        augmentation=config.augmentation,
-    )
-    seed = derive("warm start", config.seed("model"))
-    cached = public_warm_start(
-        model,
-        data.public,
-        f"{data.public_content}/{config.warm_start_batch_size}",
-        training,
-        config.warm_start_epochs,
-        seed,
-        config.cache_dir,
-        device,
-    )
-    how = "read from the cache" if cached else f"trained for {config.warm_start_epochs} epochs"
+    content, training = _content(data, config), _training(config, config.warm_start_learning_rate)
+    epochs, seed = config.warm_start_epochs, derive("warm start", config.seed("model"))
+    cached = public_warm_start(model, data.public, content, training, epochs, seed, config.cache_dir, device, task)
+    how = "read from the cache" if cached else f"trained for {epochs} epochs"
     return f"warm start on {len(data.public.dataset)} public samples: {how}"
 
 
 def _relu_ise_on_public(
-    model: nn.Module, config: Config, data: SilosData | None, device: torch.device
+    model: nn.Module, config: Config, data: SilosData | None, device: torch.device, task: Task
 ) -> tuple[Reluised, str]:
+    """Run `relu_ise`, or load its result from the cache. Accuracies are measured on samples on which nothing is
+    trained."""
     data = with_public_split(data, config)
-    training = LocalTraining(
-        learning_rate=config.relu_ise_learning_rate or config.warm_start_learning_rate,
-        momentum=config.warm_start_momentum,
-        augmentation=config.augmentation,
-    )
-    hardening = config.only(Hardening)
-    done, cached = public_relu_ise(
-        model,
-        data.public,
-        data.validation,
-        f"{data.public_content}/{config.warm_start_batch_size}",
-        training,
-        hardening,
-        derive("relu-ise", config.seed("model")),
-        config.cache_dir,
-        device,
-    )
+    public, validation = data.public, data.validation
+    training = _training(config, config.relu_ise_learning_rate or config.warm_start_learning_rate)
+    hardening, seed = config.only(Hardening), derive("relu-ise", config.seed("model"))
+
+    def accuracy(model: nn.Module) -> float:
+        return evaluate(model, validation, device, *task).accuracy
+
+    def train() -> Mapping[str, Any]:
+        how: Any = {"seed": seed, "device": device, "task": task, "evaluate": accuracy}
+        return asdict(relu_ise(model, public, training, hardening, **how))
+
+    parts = (_content(data, config), training, hardening, seed, task.reading)
+    about, cached = _cached("relu-ise", model, parts, config.cache_dir, device, train, replace_smooth)
+    done = Reluised(**{name: about[name] for name in Reluised.__dataclass_fields__})
     return done, (
         f"ReLU-isation of {len(done.target)} activations{' (read from the cache)' if cached else ''}: accuracy on "
-        f"{len(data.validation.dataset)} public samples {100 * done.original:.1f} % smooth, "
+        f"{len(validation.dataset)} public samples {100 * done.original:.1f} % smooth, "
         f"{100 * done.hardened:.1f} % at the target lambda, {100 * done.relu:.1f} % with ReLU "
         f"(drop {100 * done.drop:.1f} points)"
     )
+
+
+def _content(data: SilosData, config: Config) -> str:
+    """What names the public batches in the cache."""
+    return f"{data.public_content}/{config.warm_start_batch_size}"
+
+
+def _training(config: Config, rate: float) -> LocalTraining:
+    return LocalTraining(learning_rate=rate, momentum=config.warm_start_momentum, augmentation=config.augmentation)
 
 
 def with_public_split(data: SilosData | None, config: Config) -> SilosData:
@@ -174,6 +168,7 @@ def public_warm_start(
     seed: int,
     cache: Path,
     device: torch.device | str = "cpu",
+    task: Task = CLASSIFICATION,
 ) -> bool:
     """Train `model` on public data, in place, or load the result from the cache.
 
@@ -190,46 +185,16 @@ def public_warm_start(
 
     def train() -> Mapping[str, Any]:
         everything = (Phase(epochs, frozenset(Role)),)
-        local_update(model, batches, training, everything, roles(model), round=0, seed=seed, device=device)
+        how: Any = {"seed": seed, "device": device, "loss": task.loss, "reading": task.reading}
+        local_update(model, batches, training, everything, roles(model), round=0, **how)
         if not all(check_finite(value) for value in model.state_dict().values() if value.is_floating_point()):
             raise ConfigError(
                 f"the warm start diverged: weights are not finite after {epochs} epochs; lower warm_start_learning_rate"
             )
         return {"epochs": epochs, "seed": seed, "public_data": content}
 
-    parts = (content, training, epochs, seed)
+    parts = (content, training, epochs, seed, task.reading)
     return _cached("warm-start", model, parts, cache, device, train)[1]
-
-
-def public_relu_ise(
-    model: nn.Module,
-    batches: Batches,
-    validation: Batches,
-    content: str,
-    training: LocalTraining,
-    hardening: Hardening,
-    seed: int,
-    cache: Path,
-    device: torch.device | str = "cpu",
-) -> tuple[Reluised, bool]:
-    """Run `relu_ise` on public data, in place, or load the result from the cache of `public_warm_start`. Accuracies are
-    measured on `validation`, on which nothing is trained.
-
-    Returns:
-        What ReLU-isation did, and whether that came from the cache.
-    """
-
-    def accuracy(model: nn.Module) -> float:
-        return evaluate(model, validation, device).accuracy
-
-    def train() -> Mapping[str, Any]:
-        done = relu_ise(model, batches, training, hardening, seed=seed, device=device, evaluate=accuracy)
-        return asdict(done)
-
-    about, cached = _cached(
-        "relu-ise", model, (content, training, hardening, seed), cache, device, train, replace_smooth
-    )
-    return Reluised(**{name: about[name] for name in Reluised.__dataclass_fields__}), cached
 
 
 def _cached(
@@ -250,20 +215,13 @@ def _cached(
     Returns:
         The metadata, and whether they came from the cache.
     """
-    parts: tuple[object, ...] = (
-        model,
-        fingerprint(model.state_dict()),
-        *options,
-        torch.__version__,
-        torch.get_num_threads(),
-        __version__,
-        str(device),
-    )
+    versions = (torch.__version__, torch.get_num_threads(), __version__, str(device))
+    parts = (model, fingerprint(model.state_dict()), *options, *versions)
     name = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32]
     path = cache / f"{kind}-{name}.safetensors"
     if path.exists():
         try:
-            state, about = checkpoint.load(path)
+            state, about = state_files.load(path)
             if state.keys() == model.state_dict().keys():
                 prepare(model)
                 model.load_state_dict(state)
@@ -271,18 +229,13 @@ def _cached(
                 return about, True
         except (WeightsError, RuntimeError):
             pass  # damaged, or from another version: it is made again
-    _refuse_unwritable(cache)
-    about = dict(make())
-    model.to(device)
-    checkpoint.save(path, state_of(model), about)
-    return about, False
-
-
-def _refuse_unwritable(cache: Path) -> None:
-    """Raise ConfigError where the cache cannot be written, before a training that takes long."""
-    try:
+    try:  # before a training that takes long
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache):
             pass
     except OSError as error:
         raise ConfigError(f"warm_start_cache_dir {cache} cannot be written: {error.strerror}") from None
+    about = dict(make())
+    model.to(device)
+    state_files.save(path, state_of(model), about)
+    return about, False

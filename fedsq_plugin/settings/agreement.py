@@ -27,8 +27,13 @@ _HASHED = "sha256:"
 
 def shared_options(config: Config) -> dict[str, str]:
     """Each option that must agree, as JSON; by its hash where that is long, or nobody's business."""
-    values = config.model_dump(mode="json")
-    return {key: _shown(key, json.dumps(values[key], sort_keys=True)) for key in MUST_AGREE}
+    found, values = {}, config.model_dump(mode="json")
+    for key in MUST_AGREE:
+        value = json.dumps(values[key], sort_keys=True)
+        # A third party's options may hold a path, or a token.
+        hidden = key == "extra" or len(value) > SHOWN
+        found[key] = _HASHED + hashlib.sha256(value.encode()).hexdigest()[:16] if hidden else value
+    return found
 
 
 def disagreement(ours: dict[str, str], theirs: Any) -> str | None:
@@ -38,13 +43,6 @@ def disagreement(ours: dict[str, str], theirs: Any) -> str | None:
     different = [_difference(key, value, theirs.get(key)) for key, value in ours.items()]
     said = [line for line in different if line]
     return f"its recipe has {', '.join(said)}" if said else None
-
-
-def _shown(key: str, value: str) -> str:
-    # A third party's options may hold a path, or a token.
-    if key != "extra" and len(value) <= SHOWN:
-        return value
-    return _HASHED + hashlib.sha256(value.encode()).hexdigest()[:16]
 
 
 def _difference(key: str, ours: str, theirs: Any) -> str | None:

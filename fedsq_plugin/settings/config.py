@@ -16,7 +16,8 @@ from pydantic import ValidationError, ValidationInfo, field_validator
 from ..algorithms.registry import builtin_options
 from ..data.options import DataOptions
 from ..federation.algorithm import ExtraOptions, FederationOptions
-from ..federation.options import options_of, said
+from ..federation.options import options_of, said, wrong_values
+from ..federation.reading import ReadingOptions
 from ..federation.training import LocalTraining
 from ..wire.tls import TlsOptions
 from .processes import ProcessOptions
@@ -32,7 +33,7 @@ FAMILIES = (
 OURS = ("fedsq_args", "warm_start_args")
 """Families that this plugin adds to FedML's."""
 
-Kind = Literal["missing", "value", "misfit", "unknown", "family", "misspelt", "two families", "repeated"]
+Kind = Literal["missing", "value", "misfit", "unknown", "family", "misspelt", "two families", "repeated", "number"]
 
 
 class Finding(NamedTuple):
@@ -42,6 +43,11 @@ class Finding(NamedTuple):
     key: str
     """The option, or the family, or of several options the one to mend."""
     line: str
+
+    @property
+    def is_note(self) -> bool:
+        """Whether a run may start all the same: a key that is not ours is perhaps meant as it is."""
+        return self.kind == "misspelt"
 
     def __str__(self) -> str:
         return self.line
@@ -57,6 +63,7 @@ class _Shared(
     WarmStartOptions,
     EvaluationOptions,
     FederationOptions,
+    ReadingOptions,
     LocalTraining,
     RoundOptions,
     ModelOptions,
@@ -133,18 +140,12 @@ def validated(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[Finding]]
     try:
         Config.model_validate(given, context=valid)
     except ValidationError as error:
-        found += [_wrong(e, given) for e in error.errors() if e["type"] != "missing"]
-    wrong = {finding.key for finding in found}
+        wrong = wrong_values(error, given)
+        found += [Finding("value", key, f"{family_of(key)}.{line}") for key, line in wrong if key in given]
     order = list(OPTIONS)
     found.sort(key=lambda finding: order.index(finding.key))
-    return {key: value for key, value in valid.items() if key not in wrong}, found
-
-
-def _wrong(error: Any, given: Mapping[str, Any]) -> Finding:
-    key = str(error["loc"][0])
-    message = str(error["msg"]).replace("valid tuple", "list").partition(", unable to parse")[0]
-    line = f"{family_of(key)}.{key} is {given.get(key)!r}: {message[0].lower()}{message[1:]}"
-    return Finding("value", key, line)
+    refused = {finding.key for finding in found}
+    return {key: value for key, value in valid.items() if key not in refused}, found
 
 
 def misfits(valid: Mapping[str, Any], brings_silos: Collection[str] = ()) -> list[Finding]:

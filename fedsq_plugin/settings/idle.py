@@ -34,11 +34,8 @@ class Facts:
     """Whether the data set comes divided over centres, which are the silos."""
     data_of: str
     """The host whose own data set it is, as "FedML's"; empty where the data set is ours or unknown."""
-
-    @property
-    def own_finetune_epochs(self) -> int:
-        """Epochs of the fine-tuning that ends the algorithm, unless the recipe says otherwise."""
-        return 0 if self.algorithm is None else self.algorithm.finetune_epochs
+    divided: bool = False
+    """Whether it is one of the host's that comes divided over silos, whatever the recipe says."""
 
 
 def unused(valid: Mapping[str, Any], facts: Facts) -> list[str]:
@@ -47,7 +44,7 @@ def unused(valid: Mapping[str, Any], facts: Facts) -> list[str]:
     Args:
         valid: options that are valid by themselves. A wrong one is taken for one that has an effect.
     """
-    values = {**vars(facts), "own_finetune_epochs": facts.own_finetune_epochs, **valid}
+    values = {**vars(facts), **valid}
     lines = []
     for key, option in OPTIONS.items():
         if key not in valid or valid[key] == option.default:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
 
 from ..errors import ConfigError, nearest
-from .config import OPTIONS, OURS, Config, Finding, family_of, parse
+from .config import OPTIONS, OURS, Config, Finding, family_of, parse, validated
+from .yaml_text import place, read_families, read_value
 
 Families = dict[str, dict[str, Any]]
+NO_OTHERS: Mapping[str, str] = MappingProxyType({})
 
 
 def read_yaml(path: str | Path) -> Families:
@@ -39,10 +42,10 @@ def read_loosely(path: str | Path) -> tuple[Families, list[Finding]]:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"recipe {path}: {reason}") from None
     try:
-        content, repeated = _yaml(text)
+        content, found = read_families(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f" at {_place(mark)}" if mark else ""
+        where = f" at {place(mark)}" if mark else ""
         reason = getattr(error, "problem", None) or "not readable as YAML"
         raise ConfigError(f"recipe {path}: no valid YAML{where}: {reason}") from None
     if not isinstance(content, dict) or not content:
@@ -52,46 +55,61 @@ def read_loosely(path: str | Path) -> tuple[Families, list[Finding]]:
             raise ConfigError(f"recipe {path}: {family!r} is no name of a family")
         if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
             raise ConfigError(f"recipe {path}: {family} must be a mapping of options")
-    return content, repeated
+    return content, found
 
 
-def overridden(families: Families, settings: Iterable[str]) -> Families:
-    """Apply `key=value` settings (values read as YAML) to a copy of the families.
+def overridden(families: Families, settings: Iterable[str], others: Mapping[str, str] = NO_OTHERS) -> Families:
+    """Apply settings `key=value` or `family.key=value` (values read as YAML) to a copy of the families.
 
     A key goes where the recipe has it, or to the family in which it is documented.
 
+    Args:
+        others: families of the options that the host knows beside ours, by key.
+
     Raises:
-        ConfigError: no `=`, or a key that neither the recipe nor the plugin knows.
+        ConfigError: no `=`, a key that neither the recipe nor the plugin knows, or a family that is not the key's.
     """
     result = {family: dict(options) for family, options in families.items()}
     for setting in settings:
-        key, equals, text = setting.partition("=")
+        name, equals, text = setting.partition("=")
+        given, _, key = name.strip().rpartition(".")
         if not equals:
             raise ConfigError(f"--set {setting}: write key=value")
-        home = next((family for family, options in result.items() if key in options), None)
-        if home is None and key not in OPTIONS:
-            raise ConfigError(f"--set {setting}: unknown option '{key}'{nearest(key, OPTIONS)}")
+        # Of two families that have the key, FedML keeps the last.
+        home = next((family for family in reversed(result) if key in result[family]), None)
+        documented = family_of(key) if key in OPTIONS else others.get(key)
+        if home is None and documented is None:
+            raise ConfigError(f"--set {setting}: unknown option '{key}'{nearest(key, [*OPTIONS, *others])}")
+        if given and given not in (home, documented):
+            raise ConfigError(f"--set {setting}: {key} stands in {home or documented}, not in {given}")
         try:
-            value, repeated = _yaml(text)
+            value, repeated = read_value(text)
         except yaml.YAMLError:
             raise ConfigError(f"--set {setting}: '{text}' is no valid YAML value") from None
         if repeated:
             raise ConfigError(f"--set {setting}: {repeated[0]}")
-        result.setdefault(home or family_of(key), {})[key] = value
+        result.setdefault(home or str(documented), {})[key] = value
     return result
 
 
-def problems(families: Families, brings_silos: Collection[str] = ()) -> tuple[Config | None, list[Finding]]:
-    """The config, and everything wrong with the recipe's keys and values. `brings_silos` is that of `parse`."""
+def problems(
+    families: Families, brings_silos: Collection[str] = (), others: Mapping[str, str] = NO_OTHERS
+) -> tuple[Config | None, list[Finding]]:
+    """The config, and everything wrong with the recipe's keys and values. `brings_silos` is that of `parse`, `others`
+    that of `misplaced`."""
     config, wrong = parse(flat(families), brings_silos)
-    found = misplaced(families)
-    mistyped = {finding.key for finding in found if finding.kind == "misspelt"}
+    found = misplaced(families, others)
+    mistyped = {finding.key for finding in found if finding.kind == "missing"}
     return config, found + [f for f in wrong if f.kind != "missing" or f.key not in mistyped]
 
 
-def misplaced(families: Families) -> list[Finding]:
+def misplaced(families: Families, others: Mapping[str, str] = NO_OTHERS) -> list[Finding]:
     """What is wrong with the recipe's keys: unknown, misspelt (`key` is then the right one), or in two
-    families."""
+    families. Where a misspelt option is missing, its kind is that.
+
+    Args:
+        others: families of the options that the host knows beside ours, by key.
+    """
     found = [
         Finding("unknown", key, f"{family}.{key} is unknown{nearest(key, _keys_of(family))}")
         for family in OURS
@@ -117,10 +135,15 @@ def misplaced(families: Families) -> list[Finding]:
         if family not in homes and (close := difflib.get_close_matches(family, homes, n=1, cutoff=0.9))
     ]
     for key, family in seen.items():
-        near = difflib.get_close_matches(key, OPTIONS, n=1, cutoff=0.88)
-        if family not in OURS and key not in OPTIONS and near and near[0] not in seen:
-            line = f"{family}.{key} looks like a misspelling of '{near[0]}'"
-            found.append(Finding("misspelt", near[0], line))
+        if family in OURS or key in OPTIONS or key in others:
+            continue
+        near = _near(key, [*OPTIONS, *others])
+        # With the right key beside it, only one letter more or less tells that this is no other option.
+        if near is None or (near in seen and not _one_letter_apart(key, near)):
+            continue
+        missing = near in OPTIONS and OPTIONS[near].required and near not in seen
+        line = f"{family}.{key} looks like a misspelling of '{near}'"
+        found.append(Finding("missing" if missing else "misspelt", near, line))
     return found
 
 
@@ -131,14 +154,26 @@ def resolve(families: Families, brings_silos: Collection[str] = ()) -> Config:
         ConfigError: with everything that is wrong.
     """
     config, found = problems(families, brings_silos)
-    if config is None or found:
-        raise ConfigError(" | ".join(map(str, found)))
+    fatal = [finding for finding in found if not finding.is_note]
+    if config is None or fatal:
+        raise ConfigError(" | ".join(map(str, fatal)))
     return config
 
 
 def flat(families: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """All options in one mapping, as FedML has them."""
     return {key: value for options in families.values() for key, value in options.items()}
+
+
+def with_numbers(families: Families) -> Families:
+    """The families, with a number for each option that is one and that YAML 1.1 reads as text, as `1e-3`."""
+    valid = validated(flat(families))[0]
+    result = {family: dict(options) for family, options in families.items()}
+    for options in result.values():
+        for key, value in options.items():
+            if isinstance(value, str) and isinstance(valid.get(key), int | float):
+                options[key] = valid[key]
+    return result
 
 
 def resolved_families(families: Families, config: Config) -> Families:
@@ -150,38 +185,21 @@ def resolved_families(families: Families, config: Config) -> Families:
     return result
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys and says nothing."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.repeated: list[Finding] = []
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for number, (key, _) in enumerate(node.value):
-            if key.value in keys[:number] and key.value != "<<":
-                line = f"{key.value} stands twice, again at {_place(key.start_mark)}"
-                self.repeated.append(Finding("repeated", str(key.value), line))
-        return super().construct_mapping(node, deep)
-
-
-def _yaml(text: str) -> tuple[Any, list[Finding]]:
-    """The content of a YAML text, and its repeated keys."""
-    try:
-        loader = _Loader(text)
-        try:
-            return loader.get_single_data(), loader.repeated
-        finally:
-            loader.dispose()
-    except (ValueError, LookupError, AttributeError, RecursionError) as error:
-        # PyYAML lets these out for values such as a date in month 13, or `!!bool x`.
-        raise yaml.MarkedYAMLError(problem=str(error)) from None
-
-
-def _place(mark: Any) -> str:
-    return f"line {mark.line + 1}, column {mark.column + 1}"
-
-
 def _keys_of(family: str) -> list[str]:
     return [key for key in OPTIONS if family_of(key) == family]
+
+
+def _near(key: str, known: Collection[str]) -> str | None:
+    """The known name of which `key` looks like a misspelling."""
+    near = [*difflib.get_close_matches(key, known, n=1, cutoff=0.88)]
+    return next(iter([*(name for name in known if _one_letter_apart(key, name)), *near]), None)
+
+
+def _one_letter_apart(one: str, other: str) -> bool:
+    """Whether one letter more, less or other, or two letters in the other order, make one name of the other. In names
+    of up to three letters this says nothing."""
+    if one == other or min(len(one), len(other)) < 4:
+        return False
+    start = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    a, b = one[start:], other[start:]
+    return a[1:] == b[1:] or a[1:] == b or a == b[1:] or (a[:2] == b[:2][::-1] and a[2:] == b[2:])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
+from ..federation.algorithm import Algorithm
 from ..federation.options import Options, option, runs_rounds
 
 
-def _no_finetuning(finetune_epochs: int | None, own_finetune_epochs: int) -> str | None:
-    epochs = own_finetune_epochs if finetune_epochs is None else finetune_epochs
-    return None if epochs else "there is no final fine-tuning"
+def _no_finetuning(finetune_epochs: int | None, algorithm: Algorithm | None) -> str | None:
+    own = algorithm.finetune_epochs if algorithm else 0
+    return None if (own if finetune_epochs is None else finetune_epochs) else "there is no final fine-tuning"
 
 
 class ModelOptions(Options):

@@ -37,7 +37,7 @@ def _tls(tls_cert: str | None, tls_key: str | None, tls_ca: str | None) -> str |
     return None
 
 
-def _tls_road(tls_cert: str | None, backend: str) -> str | None:
+def _tls_backend(tls_cert: str | None, backend: str) -> str | None:
     # In one process there is nothing to encrypt; elsewhere nobody shall believe that it is.
     if tls_cert and backend not in ("sp", "GRPC"):
         return f"tls_cert is given, but only backend GRPC has TLS, and backend is {backend}"
@@ -56,5 +56,5 @@ def _resume(resume: bool, checkpoint_dir: str | None) -> str | None:
     return None
 
 
-RULES: tuple[Rule, ...] = (_silos, _weights, _gates, _tls, _tls_road, _nesterov, _resume)
+RULES: tuple[Rule, ...] = (_silos, _weights, _gates, _tls, _tls_backend, _nesterov, _resume)
 """The first parameter of a rule is the option to mend."""

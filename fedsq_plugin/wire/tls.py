@@ -76,7 +76,9 @@ def credentials(options: TlsOptions, rank: int) -> Credentials | None:
     context = _make_context(ssl.PROTOCOL_TLS_SERVER, read["tls_ca"], ca)
     try:
         for side in (context, caller):
-            side.load_cert_chain(paths["tls_cert"], paths["tls_key"], password=_no_password)
+            side.load_cert_chain(
+                paths["tls_cert"], paths["tls_key"], password=lambda: ""
+            )  # asked for at the terminal otherwise
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":
             raise ConfigError(f"{key} is not the key of tls_cert {paths['tls_cert']}") from None
@@ -108,10 +110,6 @@ def _make_context(side: ssl._SSLMethod, pem: bytes, what: str) -> ssl.SSLContext
     except (ssl.SSLError, ValueError):
         raise ConfigError(f"{what} is no certificate in PEM") from None
     return context
-
-
-def _no_password() -> str:
-    return ""  # OpenSSL would ask for it at the terminal
 
 
 def _handshake(listener: ssl.SSLContext, caller: ssl.SSLContext, refused: str) -> list[str]:

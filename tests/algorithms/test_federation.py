@@ -14,7 +14,7 @@ from torch import nn
 from fedsq_plugin.algorithms.registry import builtin
 from fedsq_plugin.dualcopy import DualCopy
 from fedsq_plugin.errors import UpdateError
-from fedsq_plugin.federation import checkpoint
+from fedsq_plugin.federation import state_files
 from fedsq_plugin.federation.evaluate import pooled
 from fedsq_plugin.federation.seeding import isolated, sample_clients
 from fedsq_plugin.federation.server_state import ServerState
@@ -158,15 +158,15 @@ def test_clients_differ_from_round_to_round(name: str) -> None:
 
 def saved(found: Federation, folder: Path) -> None:
     state = found.own_server.state
-    checkpoint.save(folder / "server.safetensors", state.tensors(), state.about())
-    checkpoint.save(folder / "clients.safetensors", found.client.states.tensors(), {})
+    state_files.save(folder / "server.safetensors", state.tensors(), state.about())
+    state_files.save(folder / "clients.safetensors", found.client.states.tensors(), {})
 
 
 def resumed(found: Federation, folder: Path) -> None:
     """A new process: everything but the two files is as at the start."""
-    state = ServerState.of(*checkpoint.load(folder / "server.safetensors"))
+    state = ServerState.of(*state_files.load(folder / "server.safetensors"))
     found.own_server.state = state
-    found.client.states.restore(checkpoint.load(folder / "clients.safetensors")[0])
+    found.client.states.restore(state_files.load(folder / "clients.safetensors")[0])
     if isinstance(found.client.model, DualCopy):
         # Nobody tells clients again what they were told before.
         if state.structural is None:

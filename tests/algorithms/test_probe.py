@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedsq_plugin.algorithms import algorithm
-from fedsq_plugin.algorithms.probe import apply, class_means_first, collect, expected, probe_first
+from fedsq_plugin.algorithms.probe import ClassMeans, class_means_first, probe_first
 from fedsq_plugin.dualcopy import DualCopy
 from fedsq_plugin.errors import ConfigError, UpdateError
 from fedsq_plugin.federation.algorithm import EVERYTHING, HEAD
@@ -49,35 +49,37 @@ def test_any_partition_gives_the_same_head(data: list[Sample], draw: st.DataObje
     silo = [draw.draw(st.integers(0, 2)) for _ in data]
     parts = [[sample for sample, own in zip(data, silo, strict=True) if own == n] for n in range(3)]
     net = model()
-    whole = collect("1")(net, [batch(data)], "cpu")
-    split = add_sums(collect("1")(net, [batch(part)] if part else [], "cpu") for part in parts)
+    whole = ClassMeans("1").collect(net, [batch(data)], "cpu")
+    split = add_sums(ClassMeans("1").collect(net, [batch(part)] if part else [], "cpu") for part in parts)
     start = state_of(net)
-    assert fingerprint(apply("1")(start, split)) == fingerprint(apply("1")(start, whole))
+    assert fingerprint(ClassMeans("1").apply(start, split)) == fingerprint(ClassMeans("1").apply(start, whole))
 
 
 @given(samples)
 def test_rows_have_length_one_or_are_zero(data: list[Sample]) -> None:
     net = model()
-    rows = apply("1")(state_of(net), collect("1")(net, [batch(data)], "cpu"))["1.weight"]
+    rows = ClassMeans("1").apply(state_of(net), ClassMeans("1").collect(net, [batch(data)], "cpu"))["1.weight"]
     assert all(length == 0 or abs(length - 1) < 1e-6 for length in rows.norm(dim=1).tolist())
 
 
 def test_class_without_a_sample_gets_zeros() -> None:
     net = model()
-    found = apply("1")(state_of(net), collect("1")(net, [batch([((1, 2), 0), ((3, 4), 2)])], "cpu"))
+    found = ClassMeans("1").apply(
+        state_of(net), ClassMeans("1").collect(net, [batch([((1, 2), 0), ((3, 4), 2)])], "cpu")
+    )
     assert found["1.weight"][1].tolist() == [0.0, 0.0]
 
 
 def test_head_without_a_bias_gets_none() -> None:
     net = model(bias=False)
-    found = apply("1")(state_of(net), collect("1")(net, [batch([((1, 2), 0)])], "cpu"))
+    found = ClassMeans("1").apply(state_of(net), ClassMeans("1").collect(net, [batch([((1, 2), 0)])], "cpu"))
     assert list(found) == ["1.weight"]
 
 
 def test_only_the_head_changes() -> None:
     net = mlp()
     start = state_of(net)
-    found = apply("3")(start, collect("3")(net, [corners(20, seed=0)], "cpu"))
+    found = ClassMeans("3").apply(start, ClassMeans("3").collect(net, [corners(20, seed=0)], "cpu"))
     assert {key for key in start if found[key] is not start[key]} == {"3.weight", "3.bias"}
     assert list(found) == list(start)
 
@@ -86,21 +88,21 @@ def test_state_that_comes_in_is_left_alone() -> None:
     net = mlp()
     start = state_of(net)
     before = fingerprint(start)
-    apply("3")(start, collect("3")(net, [corners(20, seed=0)], "cpu"))
+    ClassMeans("3").apply(start, ClassMeans("3").collect(net, [corners(20, seed=0)], "cpu"))
     assert fingerprint(start) == before
 
 
 def test_type_of_the_head_is_the_models() -> None:
     net = mlp().half()
     sums = {"class sums": torch.ones(2, 32, dtype=torch.float64)}
-    assert apply("3")(state_of(net), sums)["3.weight"].dtype is torch.float16
+    assert ClassMeans("3").apply(state_of(net), sums)["3.weight"].dtype is torch.float16
 
 
 def test_features_are_those_of_evaluation_mode() -> None:
     # Dropout would scale what it keeps by 2, and the norm would take the batch's own statistics.
     net = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout(0.5), nn.Linear(2, 2)).train()
     x = torch.tensor([[3.0, 4.0], [6.0, 8.0]])
-    sums = collect("2")(net, [(x, torch.tensor([0, 0]))], "cpu")
+    sums = ClassMeans("2").collect(net, [(x, torch.tensor([0, 0]))], "cpu")
     # Running statistics of a new layer: mean 0, variance 1.
     assert sums["class sums"][0].tolist() == pytest.approx([9.0, 12.0], rel=1e-4)
     assert int(net[0].num_batches_tracked) == 0
@@ -109,26 +111,26 @@ def test_features_are_those_of_evaluation_mode() -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_mode_is_put_back_and_the_hook_removed(training: bool) -> None:
     net = model().train(training)
-    collect("1")(net, [batch([((1, 2), 0)])], "cpu")
+    ClassMeans("1").collect(net, [batch([((1, 2), 0)])], "cpu")
     assert (net.training, len(net[1]._forward_pre_hooks)) == (training, 0)
 
 
 def test_hook_is_removed_after_an_exception() -> None:
     net = model()
     with pytest.raises(RuntimeError):
-        collect("1")(net, [(torch.zeros(1, 99), torch.tensor([0]))], "cpu")
+        ClassMeans("1").collect(net, [(torch.zeros(1, 99), torch.tensor([0]))], "cpu")
     assert (net.training, len(net[1]._forward_pre_hooks)) == (True, 0)
 
 
 def test_no_graph_is_kept() -> None:
-    sums = collect("3")(mlp(), [corners(20, seed=0)], "cpu")
+    sums = ClassMeans("3").collect(mlp(), [corners(20, seed=0)], "cpu")
     assert not any(value.requires_grad for value in sums.values())
 
 
 def test_head_that_is_no_linear_is_an_error() -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(ConfigError, match=r"head '1' is Sequential: class means need an nn\.Linear"):
-        collect("1")(net, [], "cpu")
+        ClassMeans("1").collect(net, [], "cpu")
 
 
 def test_dualcopy_gives_the_features_under_its_gates() -> None:
@@ -141,10 +143,10 @@ def test_dualcopy_gives_the_features_under_its_gates() -> None:
         dual.eval()(x)
     features = taken[-1].detach().double()
     handle.remove()
-    found = collect("3")(dual, [(x, labels)], "cpu")["class sums"]
+    found = ClassMeans("3").collect(dual, [(x, labels)], "cpu")["class sums"]
     wanted = torch.stack([features[labels == c].sum(0) for c in range(2)])
     assert torch.allclose(found, wanted)
-    own = collect("3")(dual.quantitative, [(x, labels)], "cpu")["class sums"]
+    own = ClassMeans("3").collect(dual.quantitative, [(x, labels)], "cpu")["class sums"]
     assert not torch.allclose(found, own)
 
 
@@ -155,7 +157,7 @@ def test_first_round_sets_the_head_and_nothing_else() -> None:
     found = Federation("FedNCM").repeat(1)
     start = state_of(mlp())
     pooled = [batch for silo in silos() for batch in silo]
-    wanted = apply("3")(start, collect("3")(mlp(), pooled, "cpu"))
+    wanted = ClassMeans("3").apply(start, ClassMeans("3").collect(mlp(), pooled, "cpu"))
     for key, value in found.state.items():
         assert torch.allclose(value, wanted[key], atol=1e-7), key
         assert key.startswith("3.") or torch.equal(value, start[key])
@@ -188,7 +190,7 @@ def test_sums_of_a_silo_that_is_lost_are_not_counted() -> None:
     found = Federation("FedNCM")
     found.round([0, 1, 2], lost=[1])
     others = [batch for n, silo in enumerate(silos()) if n != 1 for batch in silo]
-    wanted = apply("3")(state_of(mlp()), collect("3")(mlp(), others, "cpu"))
+    wanted = ClassMeans("3").apply(state_of(mlp()), ClassMeans("3").collect(mlp(), others, "cpu"))
     assert torch.allclose(found.state["3.weight"], wanted["3.weight"], atol=1e-7)
 
 
@@ -207,7 +209,7 @@ def test_model_is_evaluated_with_the_new_head() -> None:
 def test_update_with_sums_alone_counts() -> None:
     server = Server(algorithm("FedNCM"), OPTIONS, state_of(mlp()), roles(mlp(), "3"), 0)
     gathering = server.begin([0])
-    gathering.add(Update(0, 5, {}, collect("3")(mlp(), silos()[0], "cpu")))
+    gathering.add(Update(0, 5, {}, ClassMeans("3").collect(mlp(), silos()[0], "cpu")))
     gathering.finish()
     assert server.state.round == 1
 
@@ -215,7 +217,7 @@ def test_update_with_sums_alone_counts() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_expected_sums_are_like_those_that_silos_send(bias: bool) -> None:
     net = model(bias)
-    sent, wanted = collect("1")(net, [batch([((1, 2), 0)])], "cpu"), expected("1")(state_of(net))
+    sent, wanted = ClassMeans("1").collect(net, [batch([((1, 2), 0)])], "cpu"), ClassMeans("1").expected(state_of(net))
     assert [(k, v.shape, v.dtype) for k, v in sent.items()] == [(k, v.shape, v.dtype) for k, v in wanted.items()]
 
 
@@ -238,7 +240,7 @@ def test_sums_are_expected_in_the_first_round_alone() -> None:
 )
 def test_targets_that_are_no_labels_are_refused(targets: Tensor, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        collect("1")(model(), [(torch.ones(4, FEATURES), targets)], "cpu")
+        ClassMeans("1").collect(model(), [(torch.ones(4, FEATURES), targets)], "cpu")
 
 
 def naive_head(features: list[list[float]], labels: list[int], classes: int) -> list[list[float]]:
@@ -257,8 +259,8 @@ def test_class_means_by_hand() -> None:
     # Class 2: none.
     model = nn.Sequential(nn.Identity(), nn.Linear(2, 3))
     data = [(torch.tensor([[3.0, 0], [0, -2]]), torch.tensor([0, 1])), (torch.tensor([[3.0, 8]]), torch.tensor([0]))]
-    sums = collect("1")(model, data, "cpu")
-    found = apply("1")(state_of(model), sums)
+    sums = ClassMeans("1").collect(model, data, "cpu")
+    found = ClassMeans("1").apply(state_of(model), sums)
     assert torch.allclose(found["1.weight"], torch.tensor([[0.6, 0.8], [0, -1], [0, 0]]))
     assert found["1.bias"].tolist() == [0.0, 0.0, 0.0]
     assert {name: value.tolist() for name, value in sums.items()} == {"class sums": [[6, 8], [0, -2], [0, 0]]}
@@ -273,7 +275,7 @@ def test_class_means_follow_the_naive_ones_over_the_pooled_data() -> None:
         copy.deepcopy(net).eval()(x)
     handle.remove()
     sums = phased.client("class means first").train(0, phased.batches(), 0).sums
-    found = apply("head")(state_of(net), sums)["head.weight"].tolist()
+    found = ClassMeans("head").apply(state_of(net), sums)["head.weight"].tolist()
     expected = naive_head(taken[0].tolist(), labels.tolist(), 3)
     assert found == [pytest.approx(row, rel=1e-5, abs=1e-7) for row in expected]
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from fedsq_plugin.dualcopy import DualCopy
 from fedsq_plugin.errors import WeightsError
-from fedsq_plugin.federation import checkpoint
+from fedsq_plugin.federation import state_files
 from fedsq_plugin.federation.client_states import ClientStates
 from fedsq_plugin.federation.roles import Role, roles
 from fedsq_plugin.federation.state import State, fingerprint, state_of
@@ -180,8 +180,8 @@ def test_parts_come_back_from_a_file(tmp_path: Path) -> None:
     kept, other = states(), states()
     for client in (10, 2):
         kept.keep(client, keeping(client))
-    checkpoint.save(tmp_path / "clients.safetensors", kept.tensors(), {})
-    other.restore(checkpoint.load(tmp_path / "clients.safetensors")[0])
+    state_files.save(tmp_path / "clients.safetensors", kept.tensors(), {})
+    other.restore(state_files.load(tmp_path / "clients.safetensors")[0])
     assert fingerprint(other.tensors()) == fingerprint(kept.tensors())
 
 

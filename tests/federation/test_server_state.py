@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedsq_plugin.errors import WeightsError
-from fedsq_plugin.federation import checkpoint
+from fedsq_plugin.federation import state_files
 from fedsq_plugin.federation.server_state import ServerState
 from fedsq_plugin.federation.state import State, fingerprint
 
@@ -71,8 +71,8 @@ def test_state_comes_back_from_its_parts(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(VARIANTS))
 def test_state_comes_back_from_a_file(name: str, tmp_path: Path) -> None:
     given_state = VARIANTS[name]
-    checkpoint.save(tmp_path / "server.safetensors", given_state.tensors(), given_state.about())
-    assert_same(ServerState.of(*checkpoint.load(tmp_path / "server.safetensors")), given_state)
+    state_files.save(tmp_path / "server.safetensors", given_state.tensors(), given_state.about())
+    assert_same(ServerState.of(*state_files.load(tmp_path / "server.safetensors")), given_state)
 
 
 @given(
@@ -102,8 +102,8 @@ def test_slots_that_share_their_tensors_come_back(tmp_path: Path) -> None:
     # FedMR's first stage: every slot is the model.
     shared = state(1)
     given_state = ServerState(shared, slots=(shared, shared), structural=shared)
-    checkpoint.save(tmp_path / "server.safetensors", given_state.tensors(), given_state.about())
-    assert_same(ServerState.of(*checkpoint.load(tmp_path / "server.safetensors")), given_state)
+    state_files.save(tmp_path / "server.safetensors", given_state.tensors(), given_state.about())
+    assert_same(ServerState.of(*state_files.load(tmp_path / "server.safetensors")), given_state)
 
 
 def test_order_of_the_keys_comes_back() -> None:

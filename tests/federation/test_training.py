@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsq_plugin.algorithms.fedprox import proximal
+from fedsq_plugin.errors import ConfigError
 from fedsq_plugin.federation.local import LocalResult, Phase, local_update
 from fedsq_plugin.federation.roles import Role, roles
 from fedsq_plugin.federation.state import fingerprint, state_of
@@ -354,3 +355,12 @@ def test_every_step_is_reported_with_its_loss() -> None:
         loss=half_square, on_step=lambda loss: losses.append(loss.item()),
     )  # fmt: skip
     assert losses == [2.0, 0.5]  # (1 - 3)²/2, then (2 - 3)²/2
+
+
+def test_wrong_options_are_one_line_that_names_each() -> None:
+    with pytest.raises(ConfigError) as caught:
+        OptimizerTraining(learning_rate=-1, momentum="x")  # type: ignore[arg-type, call-arg]
+    assert str(caught.value) == (
+        "learning_rate is -1: input should be greater than 0 | momentum is 'x': input should be a valid number"
+        " | optimizer is missing"
+    )

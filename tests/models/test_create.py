@@ -32,10 +32,10 @@ def equal(first, second):
 
 def test_names_are_the_plain_models_and_the_dual_copies_of_those_with_gates():
     assert models.names() == GATED + SMOOTH + [f"dualcopy_{name}" for name in GATED]
-    assert [name for name in models.names() if models.smooth(name)] == SMOOTH
+    assert [name for name in models.names() if models.find_backbone(name).smooth] == SMOOTH
     for name in GATED:
-        assert models.head(f"dualcopy_{name}") == models.head(name)
-        assert models.ungated(f"dualcopy_{name}") == models.ungated(name) == ()
+        assert models.find_backbone(f"dualcopy_{name}") == models.find_backbone(name)
+        assert models.find_backbone(name).ungated == ()
 
 
 @pytest.mark.parametrize("name", SMOOTH)
@@ -77,7 +77,7 @@ def test_every_name_makes_its_model_with_a_new_head(name, layers, width):
         model = models.create(name, 7)
     found = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     assert len(found) == layers
-    assert model.get_submodule(models.head(name)) is found[-1]
+    assert model.get_submodule(models.find_backbone(name).head) is found[-1]
     assert (found[-1].in_features, found[-1].out_features) == (width, 7)
 
 
@@ -224,9 +224,8 @@ def test_a_file_of_another_model_is_refused(tmp_path):
 def test_an_unknown_name_is_refused_with_the_nearest(name, hint):
     message = raised(ConfigError, name, 10)
     assert repr(name) in message and hint in message
-    for ask in (models.head, models.smooth, models.ungated):
-        with pytest.raises(ConfigError, match="unknown model"):
-            ask(name)
+    with pytest.raises(ConfigError, match="unknown model"):
+        models.find_backbone(name)
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.0, "10", True, None])

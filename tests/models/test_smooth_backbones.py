@@ -34,7 +34,7 @@ def rectified(name, model):
         for key, child in parent.named_children():
             if isinstance(child, SMOOTH):
                 setattr(parent, key, nn.ReLU(inplace=getattr(child, "inplace", False)))
-    nn.init.normal_(model.get_submodule(models.head(name)).weight, std=0.1)
+    nn.init.normal_(model.get_submodule(models.find_backbone(name).head).weight, std=0.1)
     return model
 
 
@@ -57,7 +57,7 @@ def test_it_is_refused_as_it_is(model):
 
 
 def test_what_stays_ungated_with_relus_is_what_is_listed(name, rectified, images):
-    patterns = models.ungated(name)
+    patterns = models.find_backbone(name).ungated
     assert validate(rectified, images, accept=patterns) == []
     left = validate(rectified, images)
     # 16 blocks, each with one squeeze-and-excitation.
@@ -65,7 +65,7 @@ def test_what_stays_ungated_with_relus_is_what_is_listed(name, rectified, images
 
 
 def test_with_relus_the_dual_copy_equals_the_plain_model(name, rectified, images):
-    dual = DualCopy(rectified.eval(), accept=models.ungated(name))
+    dual = DualCopy(rectified.eval(), accept=models.find_backbone(name).ungated)
     # With gradients: without, torch runs plain attention, and no other, by a fused kernel that rounds
     # differently.
     assert torch.equal(dual(images), rectified(images))
@@ -75,7 +75,7 @@ def test_with_relus_the_dual_copy_equals_the_plain_model(name, rectified, images
 
 def test_with_relus_a_training_step_reaches_all_that_the_plain_model_trains(name, rectified, images):
     labels = torch.tensor([0, 3])
-    dual = DualCopy(rectified.train(), accept=models.ungated(name))
+    dual = DualCopy(rectified.train(), accept=models.find_backbone(name).ungated)
     reached = []
     for network in (rectified, dual):
         torch.manual_seed(2)  # for dropout and stochastic depth
@@ -86,7 +86,7 @@ def test_with_relus_a_training_step_reaches_all_that_the_plain_model_trains(name
         reached.append(list(gradients))
     assert reached[0] == reached[1]
     stem = next(module for module in rectified.modules() if isinstance(module, nn.Conv2d))
-    assert stem.weight.grad.any() and rectified.get_submodule(models.head(name)).weight.grad.any()
+    assert stem.weight.grad.any() and rectified.get_submodule(models.find_backbone(name).head).weight.grad.any()
 
 
 # Stems: the weight's shape, stride and padding with the options; the initial deviations are the models'

@@ -409,3 +409,49 @@ def test_a_model_of_flambys_on_other_data_hides_nothing_else() -> None:
     lines = check(families)
     assert any("is made for one of FLamby's data sets" in line for line in lines)
     assert any("learning_rat" in line for line in lines)
+
+
+def on_cifar(**options: Any) -> Families:
+    """A recipe for a data set that FedML's own loader divides."""
+    return recipe(**{"dataset": "cifar10", "data_cache_dir": "none", "partition_alpha": 0.5, **options})
+
+
+@pytest.mark.parametrize(
+    ("method", "line"),
+    [
+        ("dirichlet", "is unknown; known: hetero, hetero-fix, homo (FedML's loader of cifar10 takes homo, hetero, het"),
+        ("homogen", "is unknown; did you mean 'homo'? (FedML's loader of cifar10 takes homo, hetero, hetero-fix)"),
+    ],
+)
+def test_a_partition_method_that_fedmls_loader_does_not_take(method: str, line: str) -> None:
+    (found,) = check(on_cifar(partition_method=method))
+    assert found.startswith(f"data_args.partition_method '{method}' {line}")
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "cinic10"])
+@pytest.mark.parametrize("method", ["homo", "hetero"])
+def test_the_partition_methods_of_fedmls_loaders_are_fine(dataset: str, method: str) -> None:
+    assert check(on_cifar(dataset=dataset, partition_method=method)) == []
+
+
+def test_a_fixed_partition_of_fedmls_needs_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("data_preprocessing/non-iid-distribution/CIFAR10")
+    (line,) = check(on_cifar(partition_method="hetero-fix"))
+    assert line.startswith(f"data_args.partition_method hetero-fix: FedML reads {folder}/net_dataidx_map.txt")
+    folder.mkdir(parents=True)
+    for name in ("net_dataidx_map.txt", "distribution.txt"):
+        (folder / name).touch()
+    assert check(on_cifar(partition_method="hetero-fix")) == []
+
+
+def test_a_partition_method_has_no_effect_on_data_that_come_divided() -> None:
+    found = recipe(dataset="femnist", data_cache_dir="none", partition_method="homo", model="cnn")
+    assert "data_args.partition_method has no effect: femnist comes divided over silos" in notes(found)
+
+
+def test_a_misspelt_key_of_fedmls_families_is_a_note() -> None:
+    found = recipe()
+    found["train_args"]["learning_rat"] = 0.1
+    assert check(found) == []
+    assert "train_args.learning_rat looks like a misspelling of 'learning_rate'" in notes(found)

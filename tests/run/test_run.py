@@ -22,7 +22,7 @@ from torch import nn
 from fedsq_plugin import cli
 from fedsq_plugin.algorithms import algorithms
 from fedsq_plugin.errors import ConfigError, RunError, UpdateError
-from fedsq_plugin.federation import checkpoint
+from fedsq_plugin.federation import state_files
 from fedsq_plugin.federation.algorithm import CHOICES
 from fedsq_plugin.federation.evaluate import Metrics
 from fedsq_plugin.federation.record import RoundRecord
@@ -143,7 +143,7 @@ def test_what_stayed_with_the_silos_is_saved(told: Any, tmp_path: Path) -> None:
 
     told(execute)
     runs.run(recipe(), tmp_path / "out", Console(file=io.StringIO()))
-    tensors, about = checkpoint.load(tmp_path / "out" / "FedSQ-seed0-silos.safetensors")
+    tensors, about = state_files.load(tmp_path / "out" / "FedSQ-seed0-silos.safetensors")
     assert tensors["0/fc.bias"].tolist() == [1.0, 1.0]
     assert "silo" in about["content"]
 

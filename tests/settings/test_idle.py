@@ -11,7 +11,7 @@ from fedsq_plugin.algorithms import algorithm
 from fedsq_plugin.settings.config import OPTIONS, validated
 from fedsq_plugin.settings.idle import OWN, Facts, compiled_for_cpu, unused
 
-FACTS = {*Facts.__dataclass_fields__, "own_finetune_epochs"}
+FACTS = {*Facts.__dataclass_fields__}
 RECIPE = {
     **{"dataset": "digits", "model": "resnet18", "federated_optimizer": "FedSQ", "backend": "GRPC"},
     **{"client_num_in_total": 4, "client_num_per_round": 4, "comm_round": 10},

@@ -17,12 +17,14 @@ from fedsq_plugin.settings.config import OPTIONS, family_of
 from fedsq_plugin.settings.recipe import (
     Families,
     flat,
+    misplaced,
     overridden,
     problems,
     read_loosely,
     read_yaml,
     resolve,
     resolved_families,
+    with_numbers,
 )
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -209,6 +211,41 @@ def test_value_of_a_setting_is_yaml(text: str, value: Any) -> None:
     assert overridden({}, [f"head={text}"]) == {"fedsq_args": {"head": value}}
 
 
+OTHERS = {"wandb_project": "tracking_args", "server_optimizer": "train_args"}
+"""What a host knows beside our options."""
+
+
+def test_setting_may_name_the_family() -> None:
+    found = overridden({"train_args": {"epochs": 1}}, ["train_args.epochs=2", "fedsq_args.small_images=true"])
+    assert found == {"train_args": {"epochs": 2}, "fedsq_args": {"small_images": True}}
+
+
+def test_setting_goes_where_the_recipe_has_the_key_whichever_of_its_families_is_named() -> None:
+    for family in ("elsewhere", "train_args"):
+        assert overridden({"elsewhere": {"epochs": 1}}, [f"{family}.epochs=2"]) == {"elsewhere": {"epochs": 2}}
+
+
+def test_setting_of_the_hosts_own_option_goes_to_its_family() -> None:
+    for name in ("wandb_project", "tracking_args.wandb_project"):
+        assert overridden({}, [f"{name}=mine"], OTHERS) == {"tracking_args": {"wandb_project": "mine"}}
+
+
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ("train_args.small_images=true", "small_images stands in fedsq_args, not in train_args"),
+        ("fedsq_args.epochs=2", "epochs stands in elsewhere, not in fedsq_args"),
+        ("common_args.wandb_project=x", "wandb_project stands in tracking_args, not in common_args"),
+        ("fedsq_args.smal_images=true", "unknown option 'smal_images'; did you mean 'small_images'?"),
+        ("tracking_args.wandb_projct=x", "unknown option 'wandb_projct'; did you mean 'wandb_project'?"),
+    ],
+)
+def test_setting_of_a_wrong_family_or_key_gives_the_right_one(setting: str, line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        overridden({"elsewhere": {"epochs": 1}}, [setting], OTHERS)
+    assert str(caught.value) == f"--set {setting}: {line}"
+
+
 def test_given_families_are_left_alone() -> None:
     given_ = families()
     before = copy.deepcopy(given_)
@@ -258,6 +295,47 @@ def test_misspelled_optional_key_of_fedmls_families_is_found() -> None:
     found = without("learning_rate")
     found["train_args"]["learning_rte"] = 0.1
     assert only(found) == "train_args.learning_rte looks like a misspelling of 'learning_rate'"
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("learning_rat", "learning_rate"),
+        ("learing_rate", "learning_rate"),
+        ("laerning_rate", "learning_rate"),
+        ("batchsize", "batch_size"),
+        ("batch_sizes", "batch_size"),
+        ("epoch", "epochs"),
+        ("epohcs", "epochs"),
+        ("momemtum", "momentum"),
+        ("server_optimiser", "server_optimizer"),
+        ("wandb_projects", "wandb_project"),
+    ],
+)
+def test_a_key_one_letter_from_a_known_one_is_a_note(key: str, near: str) -> None:
+    found = families(train_args={key: 1})
+    (finding,) = misplaced(found, OTHERS)
+    assert (finding.is_note, finding.key) == (True, near)
+    assert finding.line == f"train_args.{key} looks like a misspelling of '{near}'"
+    assert resolve(found).epochs == 1  # a run may start
+
+
+def test_a_key_one_letter_from_a_known_one_is_a_note_beside_that_too() -> None:
+    (finding,) = misplaced(families(train_args={"learning_rate": 0.1, "learning_rates": 0.2}))
+    assert (finding.is_note, finding.key) == (True, "learning_rate")
+
+
+@pytest.mark.parametrize(("key", "near"), [("comm_rounds", "comm_round"), ("com_round", "comm_round")])
+def test_a_misspelt_key_that_is_required_is_missing(key: str, near: str) -> None:
+    found = without(near)
+    found["train_args"][key] = 3
+    with pytest.raises(ConfigError, match=f"^train_args.{key} looks like a misspelling of '{near}'$"):
+        resolve(found)
+
+
+@pytest.mark.parametrize("key", ["server_optimizer", "mu", "lr", "learning_rate_min", "rounds", "data", "x"])
+def test_a_key_that_is_near_to_none_is_no_note(key: str) -> None:
+    assert misplaced(families(train_args={key: 1}), OTHERS) == []
 
 
 def test_keys_that_only_fedml_knows_are_left_alone() -> None:
@@ -443,6 +521,15 @@ def test_host_defaults_leave_the_given_families_alone() -> None:
     before = copy.deepcopy(given_)
     with_host_defaults(given_)
     assert given_ == before
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers() -> None:
+    """So that FedML's own algorithms, too, train with what was checked."""
+    found = families(train_args={"learning_rate": "1e-3", "name": "1e-3", "client_optimizer": "sgd", "epochs": "x"})
+    train = with_numbers(found)["train_args"]
+    assert (train["learning_rate"], train["name"], train["client_optimizer"]) == (0.001, "1e-3", "sgd")
+    assert train["epochs"] == "x"  # wrong, and said elsewhere
+    assert found["train_args"]["learning_rate"] == "1e-3"
 
 
 def resolved(**changes: dict[str, Any]) -> Families:

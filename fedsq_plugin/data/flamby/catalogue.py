@@ -77,8 +77,8 @@ class FlambyData:
 _LINEAR = "a linear model"
 
 CATALOGUE: dict[str, FlambyData] = {
-    row.key: row
-    for row in (
+    about.key: about
+    for about in (
         FlambyData(
             "fed_camelyon16",
             outputs=1,
@@ -154,7 +154,7 @@ CATALOGUE: dict[str, FlambyData] = {
             baseline="VNet, whose ELUs are smooth",
             head="out_tr.conv2",
             over="scan",
-            instead="a row without gates, as FedAvg, or a network of your own with nn.LeakyReLU",
+            instead="an algorithm without gates, as FedAvg, or a network of your own with nn.LeakyReLU",
             test_batch=1,
             needs_gpu=True,
         ),

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from ...errors import ConfigError, in_one_line, nearest
 from ...federation.seeding import derive, isolated
 from ...federation.task import MeanOverBatches, Metric, OfPredictions, Task
-from .catalogue import CATALOGUE, FlambyData
+from .catalogue import CATALOGUE
 
 NO_FLAMBY = (
     "FLamby is not importable, and is not on the package index: "
@@ -25,13 +25,6 @@ NO_FLAMBY = (
     "and pip install 'fedsq-plugin[flamby]'"
 )
 PINS = "pip install 'fedsq-plugin[flamby]' gives the versions with which FLamby works"
-
-
-def find_dataset(name: str) -> FlambyData:
-    """The data set that a recipe calls `name`. Raises ConfigError for an unknown one."""
-    if name not in CATALOGUE:
-        raise ConfigError(f"data_args.dataset '{name}' is unknown{nearest(name, CATALOGUE)}")
-    return CATALOGUE[name]
 
 
 class FlambyPackage:
@@ -42,12 +35,13 @@ class FlambyPackage:
         folder: where the data are; "": where FLamby's own configuration says.
 
     Raises:
-        ConfigError: FLamby, what it needs, the data or the licence is missing.
+        ConfigError: the name is unknown; FLamby, what it needs, the data or the licence is missing.
     """
 
     def __init__(self, name: str, folder: str = "") -> None:
-        self.about = find_dataset(name)
-        self._folder = folder
+        if name not in CATALOGUE:
+            raise ConfigError(f"data_args.dataset '{name}' is unknown{nearest(name, CATALOGUE)}")
+        self.about, self._folder = CATALOGUE[name], folder
         self.module = import_flamby(f"flamby.datasets.{self.about.name}", self.about.key)
         self._own: Any = getattr(self.module, "Baseline", None)
 
@@ -142,7 +136,12 @@ class FlambyPackage:
         if not about.takes_path and self._folder:
             raise ConfigError(f"data_args.data_cache_dir: {about.key} is read from FLamby's own place; leave it out")
         if not about.get:
-            self._refuse_without_licence()
+            # FLamby asks for the licence on standard input when the data are first read; the user must answer that.
+            if not (self._scripts() / f"license_agreement_{about.name}").is_file():
+                raise ConfigError(
+                    f"{about.key}: its data terms are not accepted yet; read them and answer FLamby: "
+                    f'python -c "from flamby.datasets.{about.name} import FedClass; FedClass()"'
+                )
             return None
         folder = Path(self._folder).expanduser() if self._folder else self._configured()
         if not folder.is_dir():
@@ -174,15 +173,6 @@ class FlambyPackage:
                 raise ConfigError(f"{self.about.key}: the {step} is not finished ({file}); {self._how()}")
         return Path(options["dataset_path"])
 
-    def _refuse_without_licence(self) -> None:
-        """FLamby asks for the licence on standard input when the data are first read; the user must answer that."""
-        name = self.about.name
-        if not (self._scripts() / f"license_agreement_{name}").is_file():
-            raise ConfigError(
-                f"{self.about.key}: its data terms are not accepted yet; read them and answer FLamby: "
-                f'python -c "from flamby.datasets.{name} import FedClass; FedClass()"'
-            )
-
     def _scripts(self) -> Path:
         return Path(str(self.module.__file__)).parent / "dataset_creation_scripts"
 
@@ -198,13 +188,11 @@ class FlambyPackage:
         try:
             with _quietly():
                 yield
-        except (AttributeError, TypeError, ImportError) as error:
-            raise _unfit(self.about.key, f"{what} cannot be had", error) from None
         except Exception as error:
-            remedy = f" {self._how()}" if what == "the data" else ""
-            raise ConfigError(
-                f"{self.about.key}: {what} cannot be had ({in_one_line(error)});{remedy}".rstrip(";")
-            ) from None
+            remedy = f"; {self._how()}" if what == "the data" else ""
+            if isinstance(error, (AttributeError, TypeError, ImportError)):
+                remedy = f"; {PINS}"  # FLamby uses a name that a later version of its dependencies does not have
+            raise ConfigError(f"{self.about.key}: {what} cannot be had ({in_one_line(error)}){remedy}") from None
 
 
 def import_flamby(module: str, why: str) -> Any:
@@ -224,12 +212,7 @@ def import_flamby(module: str, why: str) -> Any:
                 what = f"is incomplete (no {error.name}): {NO_FLAMBY.partition(': ')[2]}"
             raise ConfigError(f"{why}: FLamby {what}") from None
         except Exception as error:
-            raise _unfit(why, "it does not import here", error) from None
-
-
-def _unfit(who: str, what: str, error: Exception) -> ConfigError:
-    """An error for names that FLamby uses and that later versions of its dependencies do not have."""
-    return ConfigError(f"{who}: {what} ({in_one_line(error)}); {PINS}")
+            raise ConfigError(f"{why}: it does not import here ({in_one_line(error)}); {PINS}") from None
 
 
 _PACKAGES = {

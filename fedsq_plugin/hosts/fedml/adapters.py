@@ -24,14 +24,14 @@ from ...federation.evaluate import evaluate
 from ...federation.local import trains
 from ...federation.mean import WeightedMean
 from ...federation.messages import unpacked, update_of
-from ...federation.roles import NORMALISATION, Role, roles, with_roles
+from ...federation.roles import NORMALISATION, Role, with_roles
 from ...federation.server import Server, add_sums
-from ...federation.server_state import ServerState, load_state
+from ...federation.server_state import ServerState
 from ...federation.simulation import test_seeded
 from ...federation.state import State, clone, state_of
 from ...run.plan import Plan
-from .aggregation import HostedServer
-from .security import check_security, security_enabled
+from .aggregation import OurServer, TheirServer
+from .security import security_enabled
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,7 @@ class FedSQTrainer(ClientTrainer):  # type: ignore[misc]
                 config.keep_gates,
                 config.compile,
                 plan.task.loss,
+                reading=plan.task.reading,
             )
         return self._client
 
@@ -107,17 +108,14 @@ class FedSQTrainer(ClientTrainer):  # type: ignore[misc]
 
 
 class FedSQAggregator(ServerAggregator):  # type: ignore[misc]
-    """The server's side, for every algorithm: FedML's life-cycle of an aggregator around a `Server`.
-
-    The model follows the server's state, to be evaluated and released.
-    """
+    """The server's side, for every algorithm: FedML's life-cycle of an aggregator around a `Server`."""
 
     def __init__(self, model: nn.Module, args: Any, plan: Plan) -> None:
         super().__init__(model, args)
         self.plan = plan
         self.positions: Sequence[int] | None = None
         """Positions, in the round's order, of the silos whose updates come as a list; None: all."""
-        self._server: Server | None = None
+        self._server: OurServer | None = None
         self._begun_with: nn.Module | None = None
         self._after: ServerState | None = None
         self._screened = False
@@ -126,19 +124,9 @@ class FedSQAggregator(ServerAggregator):  # type: ignore[misc]
 
     @property
     def server(self) -> Server:
-        """Made when it is first used, and again for another model: FedML replaces an aggregator's model.
-
-        Raises:
-            ConfigError: the algorithm does not go with FedML's attack, defence or privacy code.
-        """
+        """Made when it is first used, and again for another model: FedML replaces an aggregator's model."""
         if self._server is None or self._begun_with is not self.model:
-            plan, model = self.plan, self.model
-            seed = plan.config.random_seed
-            known = roles(model, plan.head)
-            begun = HostedServer(plan.algorithm, plan.options, state_of(model), known, seed)
-            begun.aggregator = self
-            check_security(begun, plan)
-            self._server, self._begun_with = begun, model
+            self._server, self._begun_with = OurServer(self), self.model
         return self._server
 
     @property
@@ -147,16 +135,6 @@ class FedSQAggregator(ServerAggregator):  # type: ignore[misc]
         hooks = ("on_before_aggregation", "aggregate", "on_after_aggregation")
         ours = all(getattr(type(self), hook) is getattr(FedSQAggregator, hook) for hook in hooks)
         return ours and not security_enabled()
-
-    def resume(self, state: ServerState) -> None:
-        """Go on where a run was between two rounds."""
-        load_state(self.model, state)
-        self.server.state = state
-
-    def hold(self, state: ServerState) -> None:
-        """Take the server's state after a round."""
-        self.server.state = state
-        self.model.load_state_dict(state.model)
 
     def get_model_params(self) -> State:
         """What travels of the global model, without the counters while FedML's code screens it."""
@@ -174,7 +152,7 @@ class FedSQAggregator(ServerAggregator):  # type: ignore[misc]
                     f"there is no {self.plan.algorithm.name}"
                 )
             state = replace(before, round=before.round + 1)
-        self.hold(replace(state, model=OrderedDict(state.model, **model_parameters)))
+        self.server.state = replace(state, model=OrderedDict(state.model, **model_parameters))
 
     def on_before_aggregation(self, raw_client_model_or_grad_list: Any) -> Any:
         received = [update_of(n, *update) for n, update in enumerate(raw_client_model_or_grad_list)]
@@ -253,3 +231,13 @@ def weighted_mean(args: Any, raw_grad_list: Any) -> State:
         if samples:  # a defence gives no weight to what it distrusts
             mean.add(state, samples)
     return mean.result()
+
+
+def is_ours(part: Any) -> bool:
+    """Whether a trainer or an aggregator is the plugin's own, or derived from it; None stands for ours."""
+    return part is None or isinstance(part, (FedSQTrainer, FedSQAggregator))
+
+
+def server_of(aggregator: Any, plan: Plan) -> Server | TheirServer:
+    """What rounds are run with. Raises ConfigError where our aggregator does not go with FedML's security code."""
+    return aggregator.server if is_ours(aggregator) else TheirServer(aggregator, plan)

@@ -10,7 +10,7 @@ from .names import SETS_CLIENT_NUMBER
 
 FINDINGS = "fedsq_findings"
 """Attribute of FedML's args: what is wrong with the keys of its YAML files."""
-FATAL: frozenset[Kind] = frozenset({"repeated", "unknown", "family"})
+FATAL: frozenset[Kind] = frozenset({"repeated", "number", "unknown", "family"})
 """Kinds of findings that end a run of ours; the others are FedML's business."""
 
 

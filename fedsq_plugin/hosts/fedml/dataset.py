@@ -10,6 +10,9 @@ from ...data.registry import is_flamby
 from ...data.silos import SilosData
 from ...errors import ConfigError
 
+PLACES = ("global_test_size", "global_train", "global_test", "sizes", "train", "test", "outputs")
+"""The parts after the first one, which is the number of all training samples."""
+
 
 class EightTuple(list[Any]):
     """What FedML calls the 8-tuple; `silos` has what it has no place for."""
@@ -19,18 +22,7 @@ class EightTuple(list[Any]):
 
 def to_tuple(data: SilosData) -> EightTuple:
     """FedML's form of the data: its own loops and a user's script find what they expect."""
-    found = EightTuple(
-        [
-            sum(data.sizes.values()),
-            data.global_test_size,
-            data.global_train,
-            data.global_test,
-            data.sizes,
-            data.train,
-            data.test,
-            data.outputs,
-        ]
-    )
+    found = EightTuple([sum(data.sizes.values()), *(getattr(data, place) for place in PLACES)])
     found.silos = data
     return found
 
@@ -51,11 +43,7 @@ def from_tuple(dataset: Iterable[Any], name: str) -> SilosData:
     parts = list(dataset)
     if len(parts) != 8:
         raise ConfigError(f"the data set has {len(parts)} parts; FedML's have 8, as fedml.data.load gives them")
-    _, global_test_size, global_train, global_test, sizes, train, test, outputs = parts
-    places = {
-        **{"train": train, "test": test, "sizes": sizes, "outputs": outputs},
-        **{"global_train": global_train, "global_test": global_test, "global_test_size": global_test_size},
-    }
+    places = dict(zip(PLACES, parts[1:], strict=True))
     if isinstance(dataset, EightTuple):
         return replace(dataset.silos, **places)
     if is_flamby(name):

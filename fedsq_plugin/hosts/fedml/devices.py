@@ -118,11 +118,12 @@ def device_name(values: Mapping[str, Any], rank: int = 0, processes: int | None 
     if mapping is not None and rank >= len(mapping):
         raise ConfigError(f"device_args: the GPU mapping has no place for process {rank}, only for {len(mapping)}")
     index = mapping[rank] if mapping is not None else values.get("gpu_id") or 0
-    if kind == "mps":
-        _need_mps()
-        return "mps"
     import torch
 
+    if kind == "mps":
+        if not torch.backends.mps.is_available():
+            raise ConfigError("device_args.device_type is mps, which is not available; use gpu or using_gpu: false")
+        return "mps"
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
         raise ConfigError(NO_GPU)
@@ -131,13 +132,6 @@ def device_name(values: Mapping[str, Any], rank: int = 0, processes: int | None 
         has = "1 GPU, which is 0" if count == 1 else f"{count} GPUs, 0 to {count - 1}"
         raise ConfigError(f"device_args: {key} {index}, but this machine has {has}")
     return f"cuda:{index}"
-
-
-def _need_mps() -> None:
-    import torch
-
-    if not torch.backends.mps.is_available():
-        raise ConfigError("device_args.device_type is mps, which is not available; use gpu or using_gpu: false")
 
 
 def device_of(args: Any) -> Any:

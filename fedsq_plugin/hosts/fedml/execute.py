@@ -7,7 +7,6 @@ import logging
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from ...errors import ConfigError, FedSQError, RunError, in_one_line
 from ...federation.record import RoundRecord
 from ...run.host import Outcome, Start
 from ...settings.recipe import Families, flat
-from .dataset import from_tuple
 from .devices import described
 from .names import with_host_defaults
 
@@ -28,19 +26,30 @@ def execute(
     families: Families, log_file: Path, on_start: Callable[[Start], None], on_round: Callable[[RoundRecord], None]
 ) -> Outcome:
     """Run a recipe by FedML's own five lines, with our FedAvg and FedProx in place of its own: all of it, or the
-    server process of it where the recipe's road has several.
+    server process of it where the recipe has several.
 
     FedML's log lines and prints go to `log_file`.
     """
     with _recipe(families, log_file) as path:
-        return _run(path, on_start, on_round, _fedml_arguments(families, rank=0))
+        made = _runner(path, _fedml_arguments(families, rank=0))
+        main = made.runner
+        main.on_round = on_round
+        scoring, data = main.scoring, main.scoring.data
+        metrics, metric = scoring.evaluate()[0], main.plan.task.metric.name
+        device, finished = described(scoring.device), main.checkpoints.round
+        on_start(Start(device, data.counts, data.classes, metrics, made.reluised, made.notes, finished, metric))
+        made.run()
+        if getattr(main.args, "enable_wandb", False):
+            import wandb
+
+            wandb.finish()  # the next run of a comparison is a run of its own
+        return Outcome(main.aggregator.model, main.server.structural_fingerprint, main.plan.head, main.silo_parts)
 
 
 def serve(families: Families, log_file: Path, rank: int) -> None:
     """A client process of a run over MPI or GRPC, until the server ends it."""
     with _recipe(families, log_file) as path:
-        runner = _runner(path, _fedml_arguments(families, rank)).runner
-        runner.run()
+        _runner(path, _fedml_arguments(families, rank)).runner.run()
 
 
 def _fedml_arguments(families: Families, rank: int) -> list[str]:
@@ -69,17 +78,8 @@ def _recipe(families: Families, log_file: Path) -> Iterator[Path]:
             raise RunError(f"{in_one_line(error)} (full trace in {log_file})") from error
 
 
-@dataclass
-class _Ready:
-    """What FedML's five lines made, before the last of them."""
-
-    runner: Any
-    args: Any
-    device: Any
-    dataset: Any
-
-
-def _runner(path: Path, arguments: list[str]) -> _Ready:
+def _runner(path: Path, arguments: list[str]) -> Any:
+    """FedMLRunner, by FedML's five lines without the last one."""
     import fedml
 
     from . import hook
@@ -89,27 +89,7 @@ def _runner(path: Path, arguments: list[str]) -> _Ready:
     setattr(args, hook.OWN_ROWS, True)
     device = fedml.device.get_device(args)
     dataset, classes = _load(fedml, args)
-    model = fedml.model.create(args, classes)
-    return _Ready(fedml.FedMLRunner(args, device, dataset, model), args, device, dataset)
-
-
-def _run(
-    path: Path, on_start: Callable[[Start], None], on_round: Callable[[RoundRecord], None], arguments: list[str]
-) -> Outcome:
-    ready = _runner(path, arguments)
-    args, dataset, made, main = ready.args, ready.dataset, ready.runner, ready.runner.runner
-    metrics = main.scoring.evaluate()[0]
-    main.on_round = on_round
-    data = from_tuple(dataset, args.dataset)
-    finished, device = main.checkpoints.round, described(ready.device)
-    metric = main.plan.task.metric.name
-    on_start(Start(device, data.counts, data.classes, metrics, made.reluised, made.notes, finished, metric))
-    made.run()
-    if getattr(args, "enable_wandb", False):
-        import wandb
-
-        wandb.finish()  # the next run of a comparison is a run of its own
-    return Outcome(main.aggregator.model, main.structural_fingerprint, main.plan.head, main.silo_parts)
+    return fedml.FedMLRunner(args, device, dataset, fedml.model.create(args, classes))
 
 
 def _init(fedml: Any, path: Path, arguments: list[str]) -> Any:

@@ -34,12 +34,22 @@ from ...settings.agreement import kept_options
 from ...settings.config import OPTIONS, Config
 from ...settings.config import OURS as OUR_FAMILIES
 from ...settings.idle import compiled_for_cpu, untrained_gates, unused
-from ...settings.recipe import flat, misplaced, read_loosely
+from ...settings.recipe import flat, misplaced, read_loosely, with_numbers
 from . import offline
 from .arguments import FINDINGS, HostName, algorithm_of, config_of
 from .dataset import from_tuple, to_tuple
 from .devices import NO_GPU, device_of
-from .names import FEDML_DATASETS, FEDML_MODELS, NATIVE_SP, ROADS, broken_road, refused_road
+from .names import (
+    BACKENDS,
+    FEDML_DATASETS,
+    FEDML_MODELS,
+    NATIVE_SP,
+    OTHER_OPTIONS,
+    backend_of,
+    broken_backend,
+    refused_backend,
+    wrong_partition,
+)
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +58,6 @@ OWN_ROWS = "fedsq_own_rows"
 
 ASKED = "fedsq_asked"
 """Attribute of FedML's args: whether its YAML files have a family of ours, perhaps misspelt."""
-
-ROAD = {"training_type": "simulation", "backend": "sp", "scenario": "horizontal"}
-"""Options that name a road, with their defaults."""
 
 _registered = False
 
@@ -85,19 +92,13 @@ def _load_yaml_config(self: Any, path: str) -> dict[str, Any]:
     """FedML goes on without a file that is missing or broken. What is wrong with the keys waits on
     `self`, for the case that something of ours runs."""
     families, found = read_loosely(path)
-    found += misplaced(families)
+    found += misplaced(families, OTHER_OPTIONS)
     setattr(self, FINDINGS, getattr(self, FINDINGS, []) + found)
-    _refuse_road(flat(families))
+    if reason := broken_backend(flat(families)):
+        raise ConfigError(reason)
     asked = bool(families.keys() & set(OUR_FAMILIES)) or any(finding.kind == "family" for finding in found)
     setattr(self, ASKED, getattr(self, ASKED, False) or asked)
-    return families
-
-
-def _refuse_road(values: dict[str, Any]) -> None:
-    """Before FedML starts on a road that it cannot go: there it fails oddly, or ends with status 0."""
-    road = [str(values.get(key, default)) for key, default in ROAD.items()]
-    if reason := broken_road(*road):
-        raise ConfigError(reason)
+    return with_numbers(families)
 
 
 def _load(original: Any) -> Any:
@@ -109,6 +110,8 @@ def _load(original: Any) -> Any:
         if args.dataset not in FEDML_DATASETS:
             known = [*registry.NAMES, *FEDML_DATASETS]
             raise ConfigError(f"data_args.dataset '{args.dataset}' is unknown{nearest(args.dataset, known)}")
+        if partition := wrong_partition(args.dataset, str(getattr(args, "partition_method", "homo"))):
+            raise ConfigError(partition)
         return original(args)
 
     return load
@@ -128,11 +131,10 @@ def _load_ours(args: Any) -> SilosData:
 def _get_device(original: Any) -> Any:
     @functools.wraps(original)
     def get_device(args: Any) -> Any:
-        road = (args.training_type, str(getattr(args, "backend", ROAD["backend"])))
         asked = getattr(args, "using_gpu", False) or getattr(args, "gpu_util_parse", None)
         # FedML's own algorithms stay FedML's, its way of finding a device too.
         theirs = not hasattr(args, "federated_optimizer") or (_is_native(args) and not _asks_for_ours(args))
-        return original(args) if not asked or road not in ROADS or theirs else device_of(args)
+        return device_of(args) if asked and backend_of(vars(args)) in BACKENDS and not theirs else original(args)
 
     return get_device
 
@@ -153,7 +155,7 @@ def _create(original: Any) -> Any:
                     f"model_args.model '{args.model}': FedML cannot make it for {args.dataset} ({in_one_line(error)})"
                 ) from error
             if args.model.startswith(PREFIX):
-                models.head(args.model)  # says what a name like this lacks
+                models.find_backbone(args.model)  # says what a name like this lacks
             homes = ", ".join(FEDML_MODELS.get(args.model, ()))
             hint = f"; it is FedML's for {homes}" if homes else nearest(args.model, models.names())
             raise ConfigError(f"model_args.model '{args.model}' is unknown to FedML for {args.dataset}{hint}") from None
@@ -196,8 +198,8 @@ def _init(original: Any) -> Any:
             original(self, args, device, dataset, model, *rest)
             return
         data = from_tuple(dataset, args.dataset)
-        plan = plan_of(config, model, data.task)  # refuses what does not fit before anything is trained
-        from .distributed.node import is_client, node, refuse_road
+        plan = plan_of(config, model, data.task, data.outputs)  # refuses what does not fit before anything is trained
+        from .distributed.node import is_client, node, refuse_unreachable
         from .security import check_options
         from .simulation import Simulation, refuse_foreign
 
@@ -205,9 +207,9 @@ def _init(original: Any) -> Any:
         one_process, own = _is_sp(args), (client_trainer, server_aggregator)
         refuse_foreign(plan, args, *own)  # before a warm start that takes long
         if not one_process:
-            refuse_road(args, config)
+            refuse_unreachable(args, config)
         prepare_host(args)
-        checkpoints = server_checkpoints(config) if one_process or not is_client(args) else None
+        checkpoints = _server_checkpoints(config) if one_process or not is_client(args) else None
         if checkpoints is not None and not checkpoints.resumes:
             _warm_start(self, model, config, data, device)
         elif config.relu_ise:
@@ -252,13 +254,14 @@ def is_ours(args: Any, custom: bool) -> bool:
         ConfigError: nobody knows the algorithm, or it cannot run as asked.
     """
     name, native = algorithm_of(args), _has_native(args)
-    if is_flamby(args.dataset) and native and not known(name):
-        raise ConfigError(
-            f"FedML's own {name} trains on cross-entropy, which is not the loss of {args.dataset}; "
-            f"use one of {', '.join(algorithms())}"
-        )
-    if _has_tls(args) and native and not known(name):
-        raise ConfigError(f"FedML's own {name} has no TLS (fedsq_args.tls_cert); use one of {', '.join(algorithms())}")
+    instead = f"use one of {', '.join(algorithms())}"
+    if native and not known(name):
+        if is_flamby(args.dataset):
+            raise ConfigError(
+                f"FedML's own {name} trains on cross-entropy, which is not the loss of {args.dataset}; {instead}"
+            )
+        if _has_tls(args):
+            raise ConfigError(f"FedML's own {name} has no TLS (fedsq_args.tls_cert); {instead}")
     if _is_native(args) and not (custom and _is_sp(args)):
         return False
     if "+" in name:
@@ -266,13 +269,11 @@ def is_ours(args: Any, custom: bool) -> bool:
     if not known(name):
         if native:
             raise ConfigError(
-                f"FedML's own {name} ignores client_trainer and server_aggregator in sp; "
-                f"pass none, or use one of {', '.join(algorithms())}"
+                f"FedML's own {name} ignores client_trainer and server_aggregator in sp; pass none, or {instead}"
             )
         names = {*algorithms(), *NATIVE_SP}
         raise ConfigError(f"train_args.federated_optimizer '{name}' is unknown{nearest(name, names)}")
-    reason = refused_road(*(str(getattr(args, key, default)) for key, default in ROAD.items()))
-    if reason is not None:
+    if reason := refused_backend(vars(args)):
         raise ConfigError(f"{name}: {reason}")
     return True
 
@@ -282,7 +283,7 @@ def _is_sp(args: Any) -> bool:
 
 
 def _has_native(args: Any) -> bool:
-    """Whether FedML has an algorithm of this name on this road."""
+    """Whether FedML has an algorithm of this name with this backend."""
     name = algorithm_of(args)
     return name in NATIVE_SP if _is_sp(args) else not known(name) or name in ("FedAvg", "FedProx")
 
@@ -303,8 +304,7 @@ def _asks_for_ours(args: Any) -> bool:
     return getattr(args, ASKED, False) or getattr(args, "warm_start", "none") not in ("none", None)
 
 
-def server_checkpoints(config: Config) -> ServerCheckpoints:
-    """The server's checkpoints, as the recipe has them."""
+def _server_checkpoints(config: Config) -> ServerCheckpoints:
     about = (kept_options(config), config.checkpoint_every, config.comm_round, config.resume)
     return ServerCheckpoints(config.checkpoint_dir, *about)
 

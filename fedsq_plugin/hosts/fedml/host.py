@@ -23,6 +23,8 @@ class FedML:
     brings_silos: Collection[str] = names.SETS_CLIENT_NUMBER
     models: Collection[str] = names.FEDML_MODELS
     algorithms: Collection[str] = names.NATIVE_SP
+    options: Mapping[str, str] = names.OTHER_OPTIONS
+    partitions: Mapping[str, Collection[str]] = names.FEDML_PARTITIONS
 
     def require(self) -> None:
         offline.require_home()
@@ -33,8 +35,7 @@ class FedML:
         return problems(values, valid)
 
     def needs_several_processes(self, values: Mapping[str, Any]) -> bool:
-        road = (values.get("training_type", "simulation"), values.get("backend", "sp"))
-        return road in names.ROADS and road != ("simulation", "sp")
+        return names.backend_of(values) in names.BACKENDS[1:]
 
     def local_recipe(self, families: Families, clients: int, folder: Path) -> Families:
         from .local import local_recipe

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from ...errors import nearest
 
 NATIVE_SP = (
     *("FedAvg", "FedOpt", "FedNova", "FedDyn", "FedProx", "SCAFFOLD", "Mime"),
@@ -30,20 +34,45 @@ FEDML_MODELS: dict[str, tuple[str, ...]] = {
 WITHOUT_GATES = ("lr", "rnn")
 """Models of FedML's without a piecewise-linear activation."""
 
+FEDML_PARTITIONS = {**dict.fromkeys(("cifar10", "cifar100", "cinic10"), ("homo", "hetero", "hetero-fix"))}
+"""The values of partition_method that FedML's loaders take. Its other loaders do not read it: those data sets come
+divided, or are divided in one way."""
+_FIXED = "data_preprocessing/non-iid-distribution"
+"""Where FedML's loaders look, in the current folder, for the files of partition_method hetero-fix."""
+
+
+def wrong_partition(dataset: str, method: str) -> str | None:
+    """What is wrong with a partition method for a data set of FedML's, in one line. FedML's loaders end in the middle
+    of their work."""
+    methods = FEDML_PARTITIONS.get(dataset)
+    if methods is None:
+        return None
+    if method not in methods:
+        return (
+            f"data_args.partition_method '{method}' is unknown{nearest(method, methods)}"
+            f" (FedML's loader of {dataset} takes {', '.join(methods)})"
+        )
+    files = (Path(_FIXED, dataset.upper(), name) for name in ("net_dataidx_map.txt", "distribution.txt"))
+    missing = [str(file) for file in files if method == "hetero-fix" and not file.is_file()]
+    if missing:
+        return f"data_args.partition_method hetero-fix: FedML reads {missing[0]}, and there is no such file; use hetero"
+    return None
+
+
 SETS_CLIENT_NUMBER = (
     *("mnist", "femnist", "shakespeare", "fed_shakespeare", "fed_cifar100", "stackoverflow_lr"),
     *("stackoverflow_nwp", "gld23k", "gld160k"),
 )
 """Data sets of FedML whose loader sets client_num_in_total itself, whatever the recipe says."""
 
-NO_COLOUR_IMAGES = (*("mnist", "femnist", "shakespeare", "fed_shakespeare", "stackoverflow_lr", "stackoverflow_nwp"),)
+NO_COLOUR_IMAGES = ("mnist", "femnist", "shakespeare", "fed_shakespeare", "stackoverflow_lr", "stackoverflow_nwp")
 """Data sets of FedML that give flat vectors, grey levels without a channel, or text."""
 
 OTHER_LOSSES = ("fed_shakespeare", "stackoverflow_nwp", "stackoverflow_lr")
 """Data sets that FedML trains with other losses than cross-entropy over classes."""
 
-ROADS = (("simulation", "sp"), ("simulation", "MPI"), ("cross_silo", "GRPC"), ("cross_silo", "MPI"))
-"""Training platforms and back ends on which our algorithms run."""
+BACKENDS = (("simulation", "sp"), ("simulation", "MPI"), ("cross_silo", "GRPC"), ("cross_silo", "MPI"))
+"""Training platforms and backends on which our algorithms run."""
 
 _BROKEN = {
     "NCCL": "FedML 0.9.6 comes without its NCCL simulation",
@@ -53,22 +82,30 @@ _BROKEN = {
 }
 
 
-def broken_road(training_type: str, backend: str, scenario: str) -> str | None:
-    """What is wrong with a road on which FedML 0.9.6 itself runs nothing, in one line."""
-    if (training_type, backend) == ("simulation", "NCCL"):
+def backend_of(values: Mapping[str, Any]) -> tuple[str, str]:
+    """The training platform and the backend of options, with FedML's defaults."""
+    return str(values.get("training_type", "simulation")), str(values.get("backend", "sp"))
+
+
+def broken_backend(values: Mapping[str, Any]) -> str | None:
+    """What is wrong with a backend with which FedML 0.9.6 itself runs nothing: it fails oddly, or ends with status
+    0."""
+    if backend_of(values) == ("simulation", "NCCL"):
         return f"comm_args.backend NCCL: {_BROKEN['NCCL']}; use backend: MPI"
-    if (training_type, scenario) == ("cross_silo", "hierarchical"):
+    if backend_of(values)[0] == "cross_silo" and values.get("scenario") == "hierarchical":
         return f"common_args.scenario hierarchical: {_BROKEN['hierarchical']}; use scenario: horizontal"
     return None
 
 
-def refused_road(training_type: str, backend: str, scenario: str) -> str | None:
-    """Why our algorithms do not run on a road, in one line; None where they do."""
-    if broken := broken_road(training_type, backend, scenario):
+def refused_backend(values: Mapping[str, Any]) -> str | None:
+    """Why our algorithms do not run with a backend, in one line; None where they do."""
+    training_type, backend = backend_of(values)
+    if broken := broken_backend(values):
         return broken
-    if (training_type, backend) in ROADS and (training_type == "simulation" or scenario == "horizontal"):
+    horizontal = training_type == "simulation" or values.get("scenario", "horizontal") == "horizontal"
+    if (training_type, backend) in BACKENDS and horizontal:
         return None
-    known = ", ".join(f"{platform} with {backend}" for platform, backend in ROADS)
+    known = ", ".join(f"{platform} with {name}" for platform, name in BACKENDS)
     reason = f" ({_BROKEN[backend]})" if backend in _BROKEN else ""
     return (
         f"comm_args.backend {backend}, common_args.training_type {training_type}: this version does not run "
@@ -76,8 +113,31 @@ def refused_road(training_type: str, backend: str, scenario: str) -> str | None:
     )
 
 
+OTHER_OPTIONS = {
+    key: family
+    for family, keys in {
+        "common_args": "scenario using_mlops config_version mlops_api_key mlops_project_name mlops_run_name",
+        "data_args": "data_file_path partition_file_path part_file test_batch_size private_local_data "
+        "synthetic_data_url",
+        "model_args": "deeplearning_backend model_file_cache_folder global_model_file_path",
+        "train_args": "run_id rank role client_id_list worker_num server_optimizer lr wd mu gmf alpha feddyn_alpha "
+        "mimelite group_method group_num group_comm_round ci",
+        "validation_args": "test_on_clients frequency_of_train_acc_report",
+        "device_args": "device_type gpu_util_parse n_proc_in_silo n_proc_per_node n_node_in_silo",
+        "comm_args": "is_mobile grpc_ipconfig_path trpc_master_config_path mqtt_config_path s3_config_path",
+        "tracking_args": "enable_tracking enable_wandb wandb_key wandb_entity wandb_project wandb_name "
+        "wandb_only_server wandb_group_id run_name log_file_dir sys_perf_profiling",
+        "attack_args": "enable_attack attack_type poison_type attack_prob ratio_of_poisoned_client",
+        "defense_args": "enable_defense defense_type",
+        "dp_args": "enable_dp dp_solution_type mechanism_type epsilon delta sensitivity clipping_norm",
+        "fhe_args": "enable_fhe enable_contribution contribution_alg",
+    }.items()
+    for key in keys.split()
+}
+"""Families of the options that FedML reads beside ours, by key: those of its own recipes, and of its guides."""
+
 MPI_DEFAULTS: dict[str, Any] = {"gpu_mapping_file": None, "gpu_mapping_key": None}
-"""What FedML reads under the back end MPI, in `device_args`, GPU or none."""
+"""What FedML reads with the backend MPI, in `device_args`, GPU or none."""
 
 HOST_DEFAULTS: dict[str, dict[str, Any]] = {
     "common_args": {"training_type": "simulation", "random_seed": 0},

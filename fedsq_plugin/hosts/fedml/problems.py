@@ -12,31 +12,35 @@ from ...dualcopy.precision import refuse_unsupported
 from ...errors import ConfigError
 from ...settings.config import family_of
 from .devices import UNMAPPED, device_name, gpus
-from .names import FEDML_DATASETS, FEDML_MODELS, NO_COLOUR_IMAGES, OTHER_LOSSES, WITHOUT_GATES, refused_road
+from .names import (
+    FEDML_DATASETS,
+    FEDML_MODELS,
+    NO_COLOUR_IMAGES,
+    OTHER_LOSSES,
+    WITHOUT_GATES,
+    backend_of,
+    refused_backend,
+    wrong_partition,
+)
 
 HOST_DEVICE = ("device_type", "gpu_util_parse")
 """Options of FedML's that name a device, beside ours."""
 
 
 def problems(values: Mapping[str, Any], valid: Mapping[str, Any]) -> Iterator[str]:
-    """One line per thing that is known to be refused.
-
-    Args:
-        values: all options of the recipe, flat.
-        valid: those of our options that are valid by themselves, with their defaults.
-    """
+    """See `run.host.Host.problems`."""
     dataset, model = valid.get("dataset", ""), valid.get("model", "")
-    row = find(valid.get("federated_optimizer", ""))
-    training, backend = valid.get("training_type", "simulation"), valid.get("backend", "sp")
-    reason = refused_road(training, backend, str(values.get("scenario", "horizontal")))
-    if reason is not None:
+    algorithm, backend = find(valid.get("federated_optimizer", "")), backend_of(valid)[1]
+    if reason := refused_backend({**valid, "scenario": values.get("scenario", "horizontal")}):
         yield reason
-    elif backend != "sp":
-        yield from _packages(backend)
+    elif (module := {"MPI": "mpi4py", "GRPC": "grpc"}.get(backend)) and find_spec(module) is None:
+        yield f"comm_args.backend {backend} needs {module}: pip install 'fedsq-plugin[{backend.lower()}]'"
     if dataset in FEDML_DATASETS:
         for key in ("data_cache_dir", "partition_method", "partition_alpha", "batch_size"):
             if key not in values:
                 yield f"{family_of(key)}.{key} is missing; FedML's loader of {dataset} has no default for it"
+    if partition := wrong_partition(dataset, valid.get("partition_method", "homo")):
+        yield partition
     if dataset and model in FEDML_MODELS and FEDML_MODELS[model] and dataset not in FEDML_MODELS[model]:
         homes = ", ".join(FEDML_MODELS[model])
         yield f"model_args.model {model} is FedML's for {homes}, not for {dataset}"
@@ -44,22 +48,16 @@ def problems(values: Mapping[str, Any], valid: Mapping[str, Any]) -> Iterator[st
         yield f"model_args.model {model} takes images of three channels, {dataset} has none"
     if dataset in OTHER_LOSSES:
         yield f"data_args.dataset {dataset} is no classification task; pass a trainer of your own in main.py"
-    if row is not None and row.gated and model in WITHOUT_GATES:
-        yield f"model_args.model {model} has no ReLU-like activation that {row.name} could gate"
-    if row is not None and row.needs_head and not valid.get("head", "?") and model in FEDML_MODELS:
-        yield f"{row.name} treats the head apart from the body: set fedsq_args.head, {model}'s last layer"
+    if algorithm is not None and algorithm.gated and model in WITHOUT_GATES:
+        yield f"model_args.model {model} has no ReLU-like activation that {algorithm.name} could gate"
+    if algorithm is not None and algorithm.needs_head and not valid.get("head", "?") and model in FEDML_MODELS:
+        yield f"{algorithm.name} treats the head apart from the body: set fedsq_args.head, {model}'s last layer"
     yield from _device({**{key: values.get(key) for key in HOST_DEVICE if key in values}, **valid})
     if values.get("enable_wandb") and not values.get("wandb_project"):
         yield "tracking_args.wandb_project is missing; enable_wandb: true needs it"
     for key in ("enable_fhe", "enable_contribution"):
         if values.get(key):
             yield f"{key} is true, which this plugin's algorithms do not support"
-
-
-def _packages(backend: str) -> Iterator[str]:
-    module = {"MPI": "mpi4py", "GRPC": "grpc"}[backend]
-    if find_spec(module) is None:
-        yield f"comm_args.backend {backend} needs {module}: pip install 'fedsq-plugin[{backend.lower()}]'"
 
 
 def _device(values: dict[str, Any]) -> Iterator[str]:

@@ -8,19 +8,22 @@ from typing import Any
 from fedml import mlops
 
 from ...data.silos import SilosData
+from ...dualcopy import DualCopy
 from ...federation.evaluate import Metrics
 from ...federation.record import RoundRecord
+from ...federation.seeding import derive, isolated
+from ...federation.simulation import test_seeded
 from ...run.plan import Plan
-from .sides import ServerSide
+from .adapters import is_ours
 
 log = logging.getLogger(__name__)
 
 
 class Scoring:
-    """Tests the global model."""
+    """Tests the model of an aggregator."""
 
-    def __init__(self, plan: Plan, args: Any, device: Any, side: ServerSide, data: SilosData) -> None:
-        self._plan, self._args, self._device, self._side, self._data = plan, args, device, side, data
+    def __init__(self, plan: Plan, args: Any, device: Any, aggregator: Any, data: SilosData) -> None:
+        self._plan, self._args, self.device, self.aggregator, self.data = plan, args, device, aggregator, data
 
     def is_due(self, round: int) -> bool:
         """Whether a round (1-based) is tested."""
@@ -30,11 +33,21 @@ class Scoring:
     def evaluate(self) -> tuple[Metrics | None, Metrics | None]:
         """The global model on the global test data: as trained, and released (the quantitative copy alone, with its own
         gates)."""
-        return self._side.test(self._data.global_test, self._data.global_test_size, self._device)
+        batches, model, seed = self.data.global_test, self.aggregator.model, self._plan.config.random_seed
+        if not is_ours(self.aggregator):
+            with isolated(derive("test", seed)):
+                tested = self.aggregator.test(batches, self.device, self.aggregator.args)
+            # (accuracy, loss, …) is what FedML expects of an aggregator.
+            known = isinstance(tested, tuple)
+            return (Metrics(tested[1], tested[0], self.data.global_test_size) if known else None), None
+        metrics = test_seeded(model, batches, self.device, self._plan.task, seed)
+        if not isinstance(model, DualCopy):
+            return metrics, metrics
+        return metrics, test_seeded(model.quantitative, batches, self.device, self._plan.task, seed)
 
     def score(self, record: RoundRecord) -> None:
         """Let FedML's own test run, and measure the global model."""
-        self._side.aggregator.test_all(self._data.train, self._data.test, self._device, self._args)
+        self.aggregator.test_all(self.data.train, self.data.test, self.device, self._args)
         record.metrics, record.released = self.evaluate()
 
     def report(self, record: RoundRecord) -> None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedml import mlops
-
 from ...data.silos import SilosData
+from ...errors import ConfigError
 from ...federation.checkpoints import SiloCheckpoints
+from ...federation.client import Client
 from ...federation.evaluate import Metrics
 from ...federation.messages import Assignment, packed
 from ...federation.seeding import derive, isolated, sample_clients
 from ...federation.simulation import test_seeded
-from ...federation.state import State
+from ...federation.state import State, clone
 from ...run.plan import Plan
+from .adapters import is_ours
+from .aggregation import event
 from .security import label_flipping
-from .sides import client_side
 
 
 def draw_silos(plan: Plan, args: Any, round_idx: int) -> list[int]:
@@ -25,7 +26,7 @@ def draw_silos(plan: Plan, args: Any, round_idx: int) -> list[int]:
 
 
 class Silos:
-    """The silos of this process.
+    """The silos of this process, and the trainer that serves them: ours, or a user's own.
 
     Args:
         checkpoints: what is saved of the silos' own parts; None: they are not saved here.
@@ -41,8 +42,17 @@ class Silos:
         checkpoints: SiloCheckpoints | None = None,
     ) -> None:
         self._checkpoints = checkpoints
-        self.plan, self.args, self.device, self.data = plan, args, device, data
-        self.side = client_side(trainer)
+        self.plan, self.args, self.device, self.trainer, self.data = plan, args, device, trainer, data
+
+    @property
+    def client(self) -> Client | None:
+        """That of our trainer; None: a user's own is sent weights alone, and sends weights alone."""
+        return self.trainer.client if is_ours(self.trainer) else None
+
+    @property
+    def structural_fingerprint(self) -> str | None:
+        """SHA-256 of the structural copy under which the trainer trains; None without one."""
+        return None if self.client is None else self.client.structural_fingerprint
 
     def samples(self, silo: int) -> int:
         """Number of training samples of a silo."""
@@ -50,17 +60,12 @@ class Silos:
         return int(data.sizes.get(silo) or 0) if data.train.get(silo) is not None else 0
 
     def resume(self, finished: int) -> None:
-        """Before a task that comes after so many finished rounds. Raises WeightsError where the silos' saved parts
-        are damaged."""
+        """Before a task that comes after so many finished rounds: see `SiloCheckpoints.restore`."""
         if self._checkpoints is not None:
             self._checkpoints.restore(finished)
 
     def rewind(self) -> None:
-        """The server was started anew, and goes on from its checkpoint, perhaps behind what the silos have done since.
-
-        Raises:
-            ConfigError: something stays with the silos, and none of it was saved.
-        """
+        """The server was started anew: see `SiloCheckpoints.rewind`."""
         if self._checkpoints is not None:
             self._checkpoints.rewind()
 
@@ -71,30 +76,29 @@ class Silos:
     def train_message(self, silo: int, round: int, message: State, server_at: int = 0) -> State:
         """The same by FedML's whole life-cycle of a trainer, from a message. `server_at` is the round of the server's
         newest checkpoint."""
-        side, args = self.side, self.args
-        trainer = side.trainer
+        trainer, args, samples = self.trainer, self.args, self.data.sizes[silo]
         args.round_idx = round
-        event = f"{round}_{silo}"
-        mlops.event("train", event_started=True, event_value=event)
-        local = self.data.train[silo], self.data.test.get(silo)
-        if (attack := label_flipping()) is not None:
-            # It chooses by counting the calls of its process: this is the count that one process would have.
-            position = draw_silos(self.plan, args, round).index(silo)
-            attack.counter = round * args.client_num_per_round + position
-        # A user's own trainer draws from the global generators, too.
-        with isolated(derive("client", self.plan.config.random_seed, round, silo)):
-            trainer.set_id(silo)
-            trainer.update_dataset(*local, self.data.sizes[silo])
-            side.receive(message)
-            # A data-poisoning attack puts other data into the trainer.
-            data = local[0] if trainer.local_train_dataset is None else trainer.local_train_dataset
-            trainer.on_before_local_training(data, self.device, args)
-            trainer.train(data, self.device, args)
-            trainer.on_after_local_training(data, self.device, args)
-        if self._checkpoints is not None:
-            self._checkpoints.save(silo, round, server_at)
-        mlops.event("train", event_started=False, event_value=event)
-        return side.answer()
+        with event("train", f"{round}_{silo}"):
+            local = self.data.train[silo], self.data.test.get(silo)
+            if (attack := label_flipping()) is not None:
+                # It chooses by counting the calls of its process: this is the count that one process would have.
+                position = draw_silos(self.plan, args, round).index(silo)
+                attack.counter = round * args.client_num_per_round + position
+            # A user's own trainer draws from the global generators, too.
+            with isolated(derive("client", self.plan.config.random_seed, round, silo)):
+                trainer.set_id(silo)
+                trainer.update_dataset(*local, samples)
+                # A user's own may go on training what it is given.
+                trainer.set_model_params(clone(message) if self.client is None else message)
+                # A data-poisoning attack puts other data into the trainer.
+                data = local[0] if trainer.local_train_dataset is None else trainer.local_train_dataset
+                trainer.on_before_local_training(data, self.device, args)
+                trainer.train(data, self.device, args)
+                trainer.on_after_local_training(data, self.device, args)
+            if self._checkpoints is not None:
+                self._checkpoints.save(silo, round, server_at)
+        answer: State = trainer.get_model_params()
+        return clone(answer) if self.client is None else answer
 
     def test(self, silo: int, assignment: Assignment, epochs: int) -> Metrics:
         """The silo's own model on its own test data, after a fine-tuning of so many epochs."""
@@ -105,9 +109,10 @@ class Silos:
         batches, config = self.data.test.get(silo), self.plan.config
         if batches is None:
             return Metrics(float("nan"), float("nan"), 0)
+        if self.client is None:
+            raise ConfigError("a trainer of your own has no models of its silos")
         train = self.data.train[silo] if self.samples(silo) else ()
-        self.side.receive(message)
+        self.trainer.set_model_params(message)
         head_only = config.finetune_part == "head"
-        self.side.personalise(silo, train, epochs if train else 0, head_only, self.device)
-        model = self.side.trainer.model
-        return test_seeded(model, batches, self.device, self.plan.task, config.random_seed)
+        self.client.personalise(silo, train, epochs if train else 0, head_only, self.device)
+        return test_seeded(self.trainer.model, batches, self.device, self.plan.task, config.random_seed)

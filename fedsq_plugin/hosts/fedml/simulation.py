@@ -7,6 +7,7 @@ state of the global model to the first silo. Here the life-cycle is that of FedM
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 from fedml import mlops
@@ -18,17 +19,21 @@ from ...federation import simulation
 from ...federation.checkpoints import ServerCheckpoints
 from ...federation.evaluate import Metrics, pooled
 from ...federation.record import RoundRecord
+from ...federation.server import Server
 from ...federation.state import clone
 from ...run.plan import RECIPE, Plan
-from .adapters import FedSQAggregator, FedSQTrainer
+from .adapters import FedSQAggregator, FedSQTrainer, is_ours, server_of
+from .aggregation import TheirServer, restore
 from .names import OTHER_LOSSES
 from .scoring import Scoring
-from .sides import is_ours, server_side
 from .silo import Silos, draw_silos
 
 
 class Simulation(simulation.Simulation):
     """One run in one process. `on_round` is called after every round."""
+
+    server: Server | TheirServer
+    silos: Silos
 
     def __init__(
         self,
@@ -48,30 +53,18 @@ class Simulation(simulation.Simulation):
                 part.model = network
         self.model_trainer = client_trainer or FedSQTrainer(model, args, plan)
         self.aggregator = server_aggregator or FedSQAggregator(copy.deepcopy(model), args, plan)
-        self.side = server_side(self.aggregator, plan)
-        silos = Silos(plan, args, device, self.model_trainer, data)
-        self.client = silos.side
-        super().__init__(
-            self.side.server,
-            silos,
-            data.sizes,
-            args.comm_round,
-            lambda number: draw_silos(plan, args, number),
-            plan.fatal,
-        )
-        self.scoring = Scoring(plan, args, device, self.side, data)
-        self.side.restore(checkpoints, self.client)
+        server, silos = server_of(self.aggregator, plan), Silos(plan, args, device, self.model_trainer, data)
 
-    @property
-    def structural_fingerprint(self) -> str | None:
-        """SHA-256 of the structural copy as it is now; None without one."""
-        return self.side.server.structural_fingerprint
+        draw = functools.partial(draw_silos, plan, args)
+        super().__init__(server, silos, data.sizes, args.comm_round, draw, plan.fatal)
+        self.scoring = Scoring(plan, args, device, self.aggregator, data)
+        restore(checkpoints, server, plan, silos.client if checkpoints.resumes else None)
 
     @property
     def silo_parts(self) -> dict[str, Tensor]:
         """What stayed with each silo, as <silo>/<key>."""
-        states = self.client.states
-        return {} if states is None else states.tensors()
+        client = self.silos.client
+        return {} if client is None else client.states.tensors()
 
     def run(self) -> None:
         """FedMLRunner calls this."""
@@ -82,7 +75,9 @@ class Simulation(simulation.Simulation):
         with worded(RECIPE):
             self.run_rounds(self.checkpoints.round)
         # The script's own model object is the trainer's: it ends as the global model.
-        self.model_trainer.set_model_params(clone(self.side.weights()))
+        ours = is_ours(self.aggregator)
+        weights = self.aggregator.model.state_dict() if ours else self.aggregator.get_model_params()
+        self.model_trainer.set_model_params(clone(weights))
         mlops.log_training_finished_status()
         mlops.log_aggregation_finished_status()
 
@@ -105,11 +100,11 @@ class Simulation(simulation.Simulation):
         self.scoring.report(record)
 
     def after_round(self, record: RoundRecord) -> None:
-        self.side.save(self.checkpoints, self.client)
+        self.checkpoints.save(self.server.state, self.silo_parts)
 
     def _own_models(self, epochs: int) -> dict[int, Metrics]:
         silos = list(self.data.test)
-        return self.test_silos(dict(zip(silos, self.side.server.show(silos), strict=True)), epochs)
+        return self.test_silos(dict(zip(silos, self.server.show(silos), strict=True)), epochs)
 
 
 def refuse_foreign(plan: Plan, args: Any, client_trainer: Any, server_aggregator: Any) -> None:

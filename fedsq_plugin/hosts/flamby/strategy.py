@@ -6,6 +6,7 @@ import copy
 import inspect
 import secrets
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from ...errors import ConfigError, nearest
 from ...federation.client import Client
 from ...federation.mean import MeanOfDifferences
 from ...federation.messages import Assignment
+from ...federation.reading import Reading, ReadingOptions
 from ...federation.record import RoundRecord
 from ...federation.roles import roles
 from ...federation.round import Round
@@ -30,56 +32,38 @@ from .steplog import StepLog
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
+@dataclass
 class Silo:
-    """One of FLamby's clients: its model, its batches, its optimizer. `model` is where FLamby evaluates it."""
+    """One of FLamby's clients: its batches, of which a round takes `updates`, and what trains on them."""
 
-    def __init__(
-        self,
-        client: Client,
-        number: int,
-        batches: EndlessBatches,
-        updates: int,
-        device: torch.device,
-        on_step: Callable[[Tensor], None] | None,
-    ) -> None:
-        self.client, self._number, self._device, self._on_step = client, number, device, on_step
-        self.batches, self._updates = batches, updates
+    client: Client
+    number: int
+    batches: EndlessBatches
+    updates: int
+    device: torch.device
+    on_step: Callable[[Tensor], None] | None
 
     @property
     def model(self) -> nn.Module:
+        """Where FLamby evaluates it."""
         return self.client.model
 
     def train(self, assignment: Assignment, round: int) -> State:
         """One round from what the server assigns: the silo's answer."""
         self.client.receive(assignment)
-        result = self.client.train(
-            self._number,
-            Updates(self.batches, self._updates),
-            round,
-            self._device,
-            data=self.batches.loader,
-            on_step=self._on_step,
-        )
+        batches = Updates(self.batches, self.updates)
+        result = self.client.train(self.number, batches, round, self.device, self.batches.loader, self.on_step)
         return self.client.answer(round, result.sums)
 
     def load(self, state: State) -> None:
         """Take over the part of the model that travels, beside the part that stays here."""
         self.client.receive(Assignment(state))
-        self.client.states.load(self._number, self.model)
-
-    def forget_optimizer(self) -> None:
-        self.client.forget_optimizers(self._number)
+        self.client.states.load(self.number, self.model)
 
     def personalise(self, steps: int) -> None:
         """Fine-tune for so many updates, after the last round."""
-        self.client.personalise(
-            self._number,
-            Updates(self.batches, steps),
-            epochs=1,
-            head_only=False,
-            device=self._device,
-            on_step=self._on_step,
-        )
+        batches = Updates(self.batches, steps)
+        self.client.personalise(self.number, batches, 1, head_only=False, device=self.device, on_step=self.on_step)
 
 
 class Strategy:
@@ -130,10 +114,11 @@ class Strategy:
         self.nrounds, self.num_updates = nrounds, num_updates
         self.bits_counting_function = bits_counting_function
         privacy = self.privacy(dp_target_epsilon, dp_target_delta, dp_max_grad_norm, num_fine_tuning_steps)
-        viewed, chosen, nonfinite = self.viewed(model, options)
+        viewed, chosen, nonfinite, reading = self.viewed(model, options)
         self._fatal = "nonfinite: fail" if nonfinite == "fail" else None
         self.training_dataloaders_with_memory = [EndlessBatches(loader) for loader in training_dataloaders]
-        self._fine_tuning = [self._steps(loader, num_fine_tuning_steps) for loader in training_dataloaders]
+        epochs, steps = self.algorithm.finetune_epochs, num_fine_tuning_steps
+        self._fine_tuning = [epochs * len(one) if steps is None else steps for one in training_dataloaders]
         if privacy is not None:
             privacy.warn(training_dataloaders, num_updates)
         device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -144,31 +129,24 @@ class Strategy:
             optimizer = optimizer_class
             if privacy is not None:
                 # Whoever knows the seed of the noise can take it away.
-                noise_seed = secrets.randbits(63) if seed is None else seed
-                made = privacy.optimizer(
-                    own, optimizer_class, learning_rate, batches.loader, nrounds, noise_seed, device
-                )
+                noise = secrets.randbits(63) if seed is None else seed
+                made = privacy.optimizer(own, optimizer_class, learning_rate, batches.loader, nrounds, noise, device)
                 optimizer = _always(made)
             training = OptimizerTraining(optimizer=optimizer, learning_rate=learning_rate, comm_round=max(nrounds, 1))
-            client = self._client(own, chosen, training, copy.deepcopy(loss))
-            period = (len(batches.loader), num_updates, log_period)
-            on_step = StepLog(own, number, *period, logdir, name) if log else None
+            client = self._client(own, chosen, training, copy.deepcopy(loss), reading)
+            on_step = None
+            if log:
+                on_step = StepLog(own, number, len(batches.loader), num_updates, log_period, logdir, name)
             self.models_list.append(Silo(client, number, batches, num_updates, device, on_step))
-        self.server = Server(
-            self.algorithm,
-            chosen,
-            state_of(viewed),
-            roles(viewed, chosen.head),
-            torch.initial_seed() if seed is None else seed,
-            mean=MeanOfDifferences,
-        )
+        server_seed, known = torch.initial_seed() if seed is None else seed, roles(viewed, chosen.head)
+        self.server = Server(self.algorithm, chosen, state_of(viewed), known, server_seed, MeanOfDifferences)
 
     def _refuse_empty(self, loaders: Sequence[Any]) -> None:
         for number, loader in enumerate(loaders):
             if loader is None or not len(loader.dataset):
                 raise ConfigError(f"{self.algorithm.name}: training_dataloaders[{number}] has no samples: leave it out")
 
-    def _client(self, model: nn.Module, options: Any, training: LocalTraining, loss: Loss) -> Client:
+    def _client(self, model: nn.Module, options: Any, training: LocalTraining, loss: Loss, reading: Reading) -> Client:
         return Client(
             model,
             self.algorithm,
@@ -178,6 +156,7 @@ class Strategy:
             keep_gates=getattr(options, "keep_gates", False),
             loss=loss,
             keep_optimizers=True,
+            reading=reading,
         )
 
     @classmethod
@@ -196,14 +175,22 @@ class Strategy:
         return found
 
     @classmethod
-    def viewed(cls, model: nn.Module, options: dict[str, Any]) -> tuple[nn.Module, Any, str]:
-        """A copy of the model as the algorithm trains it, what the algorithm reads, and the option `nonfinite`. The
-        errors are those of the constructor."""
-        valid = _validated(cls.algorithm, options)
+    def viewed(cls, model: nn.Module, options: dict[str, Any]) -> tuple[nn.Module, Any, str, Reading]:
+        """A copy of the model as the algorithm trains it, what the algorithm reads, the option `nonfinite`, and how
+        batches and outputs are read. The errors are those of the constructor."""
+        name, known = cls.algorithm.name, known_options(cls.algorithm)
+        for key in options:
+            if key not in known:
+                raise ConfigError(f"{name} has no option '{key}'{nearest(key, known)}")
+        every, found = validated(options)
+        if wrong := [f.line.removeprefix(f"{family_of(f.key)}.") for f in found if f.key in options]:
+            raise ConfigError(f"{name}: {'; '.join(wrong)}")
+        valid = {key: every[key] for key in options}
         nonfinite = str(valid.pop("nonfinite", "skip"))
+        reading = ReadingOptions(batch=valid.pop("batch", None), output=valid.pop("output", None)).reading()
         chosen = cls.algorithm.settings(**valid)
         cls.algorithm.refuse_misfit(model, chosen)
-        return cls.algorithm.view.make(copy.deepcopy(model), chosen), chosen, nonfinite
+        return cls.algorithm.view.make(copy.deepcopy(model), chosen), chosen, nonfinite, reading
 
     def perform_round(self) -> None:
         """Train every client for `num_updates` batches from the server's model, and gather what they send."""
@@ -217,7 +204,7 @@ class Strategy:
             current.take(silo, answer)
         current.close()
         for silo in current.refused:
-            self.models_list[silo].forget_optimizer()
+            self.models_list[silo].client.forget_optimizers(silo)
         for client in self.models_list:
             client.load(server.travelling(server.state.model))
 
@@ -232,9 +219,6 @@ class Strategy:
                 client.personalise(steps)
         return [client.model for client in self.models_list]
 
-    def _steps(self, loader: Any, given: int | None) -> int:
-        return self.algorithm.finetune_epochs * len(loader) if given is None else given
-
 
 def strategy_class(name: str) -> type[Strategy]:
     """The strategy of an algorithm, or of several joined by `+`, by its name: a class for `flamby.strategies`.
@@ -248,10 +232,13 @@ def strategy_class(name: str) -> type[Strategy]:
 def make_strategy(algorithm: Algorithm, name: str | None = None) -> type[Strategy]:
     """An algorithm as a strategy, called `name`. Its options are named parameters: FLamby's configuration files know no
     others."""
-    known = {**_signature(Strategy), **{key: _parameter(key) for key in known_options(algorithm)}}
+    parameters = [p for p in inspect.signature(Strategy).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    for key in known_options(algorithm):
+        default = Config.model_fields[key].default
+        parameters.append(inspect.Parameter(key, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default))
     about = {"algorithm": algorithm, "__doc__": f"{algorithm.name} ({algorithm.source})."}
     made = type(name or algorithm.name, (Strategy,), about)
-    made.__signature__ = inspect.Signature(list(known.values()))  # type: ignore[attr-defined]
+    made.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return made
 
 
@@ -259,17 +246,7 @@ def known_options(algorithm: Algorithm) -> tuple[str, ...]:
     """The options that an algorithm has in FLamby."""
     head = ("head",) if algorithm.needs_head else ()
     own = (key for key in algorithm.option_names if key in Config.model_fields)
-    return (*head, "buffers", "nonfinite", *own)
-
-
-def _validated(algorithm: Algorithm, given: dict[str, Any]) -> dict[str, Any]:
-    for key in given:
-        if key not in known_options(algorithm):
-            raise ConfigError(f"{algorithm.name} has no option '{key}'{nearest(key, known_options(algorithm))}")
-    valid, found = validated(given)
-    if wrong := [f.line.removeprefix(f"{family_of(f.key)}.") for f in found if f.key in given]:
-        raise ConfigError(f"{algorithm.name}: {'; '.join(wrong)}")
-    return {key: valid[key] for key in given}
+    return (*head, "buffers", "nonfinite", *ReadingOptions.model_fields, *own)
 
 
 def _always(optimizer: torch.optim.Optimizer) -> OptimizerClass:
@@ -280,13 +257,3 @@ def _always(optimizer: torch.optim.Optimizer) -> OptimizerClass:
         return optimizer
 
     return made
-
-
-def _signature(cls: type) -> dict[str, Any]:
-    parameters = inspect.signature(cls).parameters
-    return {name: p for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
-
-
-def _parameter(key: str) -> Any:
-    default = Config.model_fields[key].default
-    return inspect.Parameter(key, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default)

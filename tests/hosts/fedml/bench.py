@@ -15,7 +15,6 @@ from fedsq_plugin.hosts.fedml.adapters import FedSQTrainer
 from fedsq_plugin.hosts.fedml.arguments import config_of
 from fedsq_plugin.hosts.fedml.dataset import from_tuple
 from fedsq_plugin.hosts.fedml.hook import prepare_host
-from fedsq_plugin.hosts.fedml.sides import server_side
 from fedsq_plugin.hosts.fedml.silo import Silos
 from fedsq_plugin.run.plan import build_view, plan_of
 from fedsq_plugin.settings.agreement import shared_options
@@ -35,15 +34,12 @@ class Transport:
         self.seen: dict[int, float] = {}
         self.stopped = False
 
-    def add_observer(self, observer: Any) -> None:
-        pass
-
     def send_message(self, message: Any, within: float = 1.0, wait: bool = True) -> None:
         if message.receiver in self.unreachable:
             raise RunError(f"rank 0 cannot reach rank {message.receiver}")
         self.sent.append(message)
 
-    def stop_receive_message(self) -> None:
+    def stop(self) -> None:
         self.stopped = True
 
 
@@ -64,12 +60,11 @@ class Bench:
         model = build_view(model, self.plan)
         from fedsq_plugin.hosts.fedml.adapters import FedSQAggregator
 
-        side = server_side(FedSQAggregator(model, args, self.plan), self.plan)
-        scoring = Scoring(self.plan, args, torch.device("cpu"), side, data)
+        aggregator = FedSQAggregator(model, args, self.plan)
+        scoring = Scoring(self.plan, args, torch.device("cpu"), aggregator, data)
         checkpoints = ServerCheckpoints(None, {}, 1, args.comm_round, False)
         self.transport = Transport()
-        self.server = Server(args, self.transport, self.plan, side, scoring, 2, checkpoints)
-        self.server.register_message_receive_handlers()
+        self.server = Server(args, self.transport, self.plan, aggregator.server, scoring, 2, checkpoints)
         self.records: list[Any] = []
         self.server.on_round = self.records.append
         trainer = FedSQTrainer(copy.deepcopy(model), args, self.plan)
@@ -97,11 +92,11 @@ class Bench:
         silo = asked.silo
         state = self.silos.train_message(silo, asked.round, asked.state)
         said = {"kind": "train", "silo": silo, "round": asked.round, "state": state}
-        said |= {"samples": self.silos.samples(silo), "structural": self.silos.side.structural_fingerprint}
+        said |= {"samples": self.silos.samples(silo), "structural": self.silos.structural_fingerprint}
         return Result(**{"sender": asked.receiver, "receiver": 0, **said, **wrong})
 
     def deliver(self, message: Any) -> None:
-        self.server.receive_message(message.type, message)
+        self.server.receive(message)
 
     def finish(self, last_first: bool = False) -> State:
         waiting = self.tasks()

@@ -169,7 +169,7 @@ def test_a_run_with_options_of_a_gpu_node(fedml: Any, make_args: MakeArgs, optio
     assert run.records[-1].metrics.accuracy > 0.5
     plain = simulate(fedml, make_args(comm_round=2))
     assert [r.bytes_up for r in run.records] == [r.bytes_up for r in plain.records]
-    assert run.structural_fingerprint == plain.structural_fingerprint
+    assert run.server.structural_fingerprint == plain.server.structural_fingerprint
     known = {"fp32": None, "bf16": torch.bfloat16}[options.get("structural_precision", "fp32")]
     assert model.gate_dtype == known
 

@@ -48,12 +48,11 @@ class Network:
         transport = GrpcTransport(str(table or self.table), rank, peers, MIB, tls)
         self.open.append(transport)
         self.heard[rank] = []
-        transport.add_observer(self)
-        threading.Thread(target=transport.handle_receive_message, daemon=True).start()
+        threading.Thread(target=transport.receive, args=(self.hear,), daemon=True).start()
         return transport
 
-    def receive_message(self, kind: str, message: Any) -> None:
-        self.heard[message.receiver].append((kind, message.sender, message.reason))
+    def hear(self, message: Any) -> None:
+        self.heard[message.receiver].append((message.type, message.sender, message.reason))
 
 
 @pytest.fixture
@@ -61,7 +60,7 @@ def network(fedml: Any, tmp_path: Path) -> Iterator[Network]:
     made = Network(tmp_path)
     yield made
     for transport in made.open:
-        transport.stop_receive_message()
+        transport.stop()
 
 
 def identity(folder: Path, rank: int) -> Credentials:

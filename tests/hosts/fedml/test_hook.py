@@ -139,6 +139,24 @@ def test_keys_that_are_fedmls_business_are_warnings(fedml: Any, init: Any, caplo
     assert "epochs stands in train_args and in more_args; FedML keeps one of them" in caplog.messages
 
 
+def test_shared_values_are_merged_as_yaml_says(fedml: Any, init: Any, caplog: pytest.LogCaptureFixture) -> None:
+    shared = "x-shared: &shared {warm_start_epochs: 3, clip_norm: 1.0}\n"
+    args = init(shared + "fedsq_args: {<<: *shared, clip_norm: 2.0}\n")
+    fedml.FedMLRunner(args, "cpu", silos(), network())
+    assert (args.warm_start_epochs, args.clip_norm) == (3, 2.0)
+    assert not any("FedML keeps one of them" in line for line in caplog.messages)
+
+
+def test_fedmls_own_algorithm_gets_a_number_that_yaml_reads_as_text(fedml: Any, make_args: MakeArgs) -> None:
+    assert make_args(federated_optimizer="FedAvg", learning_rate="1e-3").learning_rate == 0.001
+
+
+def test_fedmls_loader_is_not_asked_for_a_partition_that_it_has_not(fedml: Any, make_args: MakeArgs) -> None:
+    args = make_args(dataset="cifar10", partition_method="dirichlet")
+    with pytest.raises(ConfigError, match=r"^data_args\.partition_method 'dirichlet' is unknown; known: hetero"):
+        fedml.data.load(args)
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [

@@ -27,7 +27,7 @@ def test_fedsq_trains_and_keeps_its_structural_copy(fedml: Any, make_args: MakeA
     assert isinstance(run.aggregator.model, DualCopy)
     assert fingerprint(run.aggregator.model.structural.state_dict()) == start
     assert fingerprint(run.model_trainer.model.structural.state_dict()) == start
-    assert run.structural_fingerprint == start
+    assert run.server.structural_fingerprint == start
     assert run.records[-1].metrics.accuracy > 0.8
     assert [record.round for record in run.records] == [1, 2, 3, 4, 5]
 

@@ -245,4 +245,4 @@ def test_the_fingerprint_that_a_checkpoint_names_is_that_of_its_structural_copy(
     way: str, fedml: Any, make_args: MakeArgs
 ) -> None:
     run = simulate(fedml, args_for(make_args, "FedSQ", structural_copy=way))
-    assert run.structural_fingerprint == fingerprint(structural(run.aggregator))
+    assert run.server.structural_fingerprint == fingerprint(structural(run.aggregator))

@@ -119,8 +119,8 @@ def test_fedsq_on_its_first_step_is_fedavg() -> None:
     results = []
     for name in ("FedAvg", "FedSQ"):
         strategy = made(name, rounds=1)
-        strategy.models_list[0]._updates = 1
-        strategy.models_list[1]._updates = strategy.models_list[2]._updates = 1
+        strategy.models_list[0].updates = 1
+        strategy.models_list[1].updates = strategy.models_list[2].updates = 1
         torch.manual_seed(3)
         results.append(strategy.run()[0])
     assert equal(*results)

@@ -1,1 +1,1 @@
-"""FedML's roads between processes: MPI, and GRPC across silos."""
+"""Runs over several processes, with FedML's backends MPI, and GRPC across silos."""

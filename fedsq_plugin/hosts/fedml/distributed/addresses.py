@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Collection
-from dataclasses import dataclass
 
 from ....errors import ConfigError
 
 COLUMNS = "eid,rank,grpc_server_ip,grpc_server_port"
 
 
-@dataclass(frozen=True)
-class Addresses:
-    """By rank, as host:port."""
-
-    listening: dict[int, str]
-    """Where a process listens."""
-    found: dict[int, str]
-    """Where the others find it."""
-
-
-def addresses(path: str | None, ranks: Collection[int]) -> Addresses:
-    """The table, a CSV file; a row without an address means 127.0.0.1.
+def addresses(path: str | None, ranks: Collection[int]) -> tuple[dict[int, str], dict[int, str]]:
+    """Where each rank listens, and where the others find it, as host:port: from a CSV file, in which a row without an
+    address means 127.0.0.1.
 
     Raises:
         ConfigError: the table cannot be read, or lacks one of the ranks.
@@ -45,7 +35,7 @@ def addresses(path: str | None, ranks: Collection[int]) -> Addresses:
     missing = [str(rank) for rank in ranks if rank not in listening]
     if missing:
         raise ConfigError(f"comm_args.grpc_ipconfig_path {path} has no row for rank {', '.join(missing)}")
-    return Addresses(listening, found)
+    return listening, found
 
 
 def _joined(host: str, port: int) -> str:

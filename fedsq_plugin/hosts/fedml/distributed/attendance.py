@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from enum import Enum
 
 from ....errors import RunError
-from .protocol import SILENCE_S
+from .transport import SILENCE_S
 
 
 class Lost(Enum):
@@ -47,9 +47,6 @@ class Attendance:
 
     def hear(self, rank: int) -> None:
         self.heard[rank] = time.monotonic()
-
-    def is_online(self, rank: int) -> bool:
-        return rank in self.online
 
     def is_there(self, rank: int, process: str) -> bool:
         return rank in self.online and self._processes[rank] == process

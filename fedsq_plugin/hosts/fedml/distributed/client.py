@@ -7,16 +7,13 @@ import secrets
 import time
 from typing import Any
 
-from fedml.core.distributed.fedml_comm_manager import FedMLCommManager
-
 from ....errors import EndedByServer, RunError, in_one_line, worded
 from ....federation.updates import brief
 from ....run.plan import RECIPE
 from ....settings.agreement import shared_options
 from ....wire.message import End, Failed, Message, Online, Result, Task
 from ..silo import Silos
-from .protocol import MARGIN_S, SILENCE_S
-from .transport import SEND_S
+from .transport import MARGIN_S, SEND_S, SILENCE_S
 from .watch import Watch
 
 log = logging.getLogger(__name__)
@@ -25,52 +22,45 @@ ALIVE_S = 2.0
 """Seconds from one sign of life to the next."""
 
 
-class Client(FedMLCommManager):  # type: ignore[misc]
+class Client:
     """One rank above 0. `silos` knows the data and the model of the silos `mine`, which this process serves.
 
     Raises:
         RunError: from `run`, when the server ended the run with a reason, or is gone.
     """
 
-    def __init__(self, args: Any, transport: Any, silos: Silos, mine: list[int]) -> None:
+    def __init__(self, transport: Any, silos: Silos, mine: list[int]) -> None:
         self._transport, self._silos, self._mine = transport, silos, mine
+        self.rank = transport.rank
         self._last: tuple[Any, ...] = ()
         self._failure: str | None = None
         self._heard = self._reached = time.monotonic()
         self._return_s = silos.plan.config.server_return_s
         self._patience = silos.plan.config.round_timeout_s + 2 * MARGIN_S
         self._watch = Watch()
-        super().__init__(args, None, int(args.rank), 0, args.backend)
         self._server: bytes | None = None
         self._server_is_new = False
         self._process = secrets.token_hex(8)
-        transport.on_tick, transport.on_ready = self._look, self._announce
-
-    def _init_manager(self) -> None:
-        self.com_manager = self._transport
-        self._transport.add_observer(self)
 
     def run(self) -> None:
         try:
             with worded(RECIPE):
-                super().run()
+                self._announce()
+                self._transport.receive(self._take, self._look)
         except (KeyboardInterrupt, RunError) as error:
             raise self._last_word() or self._watch.failure(error) from None
         finally:
             self._watch.close()
-            self._transport.stop_receive_message()
+            self._transport.stop()
 
-    def register_message_receive_handlers(self) -> None:
-        self.register_message_receive_handler("task", self._work)
-        self.register_message_receive_handler("end", self._end)
-
-    def receive_message(self, msg_type: str, msg_params: Message) -> None:
-        """FedML's own reports any KeyError of a handler as a wrong rank."""
-        if msg_params.sender != 0:
-            log.warning("a message of rank %d, which is not the server, was passed over", msg_params.sender)
+    def _take(self, message: Message) -> None:
+        if message.sender != 0:
+            log.warning("a message of rank %d, which is not the server, was passed over", message.sender)
             return
-        if msg_type in self.message_handler_dict:
-            self.message_handler_dict[msg_type](msg_params)
+        if isinstance(message, Task):
+            self._work(message)
+        elif isinstance(message, End):
+            self._end(message)
         self._heard = time.monotonic()
 
     def _look(self) -> None:
@@ -125,7 +115,7 @@ class Client(FedMLCommManager):  # type: ignore[misc]
             # Here, because a user's own trainer may return what is no state.
             result = Result(
                 sender=self.rank, receiver=0, kind=kind, silo=silo, round=round_idx,
-                samples=self._silos.samples(silo), structural=self._silos.side.structural_fingerprint, **answer,
+                samples=self._silos.samples(silo), structural=self._silos.structural_fingerprint, **answer,
             )  # fmt: skip
         except (Exception, SystemExit) as error:  # sys.exit() of a user's code, too
             # The server decides whether the run goes on; a process that ended by itself would end all of MPI.
@@ -138,7 +128,7 @@ class Client(FedMLCommManager):  # type: ignore[misc]
     def _end(self, end: End) -> None:
         if end.process not in (None, self._process):
             return
-        self._transport.stop_receive_message()
+        self._transport.stop()
         if end.reason:
             raise EndedByServer(brief(end.reason, 1000))
         # Over MPI, an error here would end the server before it has written its results.

@@ -91,8 +91,7 @@ class GrpcTransport(Transport):
         super().__init__(rank, limit_bytes)
         self.processes: dict[int, bytes] = {}
         """The token of the process that answered last, by rank."""
-        both = addresses(table, (rank, *peers))
-        listening, self._addresses = both.listening, both.found
+        listening, self._addresses = addresses(table, (rank, *peers))
         self._options = [
             ("grpc.max_send_message_length", limit_bytes),
             ("grpc.max_receive_message_length", limit_bytes),
@@ -126,8 +125,8 @@ class GrpcTransport(Transport):
         self._server.start()
         self._stubs: dict[int, Any] = {}
 
-    def stop_receive_message(self) -> None:
-        super().stop_receive_message()
+    def stop(self) -> None:
+        super().stop()
         self._server.stop(grace=1.0).wait()
 
     def show_life(self, receiver: int, within: float) -> bytes | None:

@@ -14,16 +14,15 @@ from ....run.plan import Plan
 from ....settings.agreement import kept_options
 from ....settings.config import Config
 from ....wire.tls import credentials
-from ..adapters import FedSQAggregator, FedSQTrainer
+from ..adapters import FedSQAggregator, FedSQTrainer, is_ours, server_of
+from ..aggregation import restore
 from ..scoring import Scoring
-from ..sides import client_side, is_ours, server_side
 from ..silo import Silos
 from . import rounds
 from .addresses import addresses
 from .client import Client
-from .protocol import MARGIN_S
 from .server import Server
-from .transport import SEND_S, MpiTransport
+from .transport import MARGIN_S, SEND_S, MpiTransport
 
 MIB = 2**20
 
@@ -33,19 +32,17 @@ def is_client(args: Any) -> bool:
     return int(args.rank) > 0
 
 
-def refuse_road(args: Any, config: Config) -> None:
+def refuse_unreachable(args: Any, config: Config) -> None:
     """Raise ConfigError for what keeps this process from its peers, before a warm start that takes long."""
-    rank, ranks = int(args.rank), _ranks(args)
+    peers = _peers(args)
     if args.backend == "GRPC":
-        peers = [0] if is_client(args) else range(1, ranks + 1)
-        addresses(getattr(args, "grpc_ipconfig_path", None), (rank, *peers))
-        credentials(config, rank)
+        addresses(getattr(args, "grpc_ipconfig_path", None), (int(args.rank), *peers))
+        credentials(config, int(args.rank))
 
 
 def silos_of(args: Any) -> list[int]:
     """The silos that this process serves; none, where it is the server."""
-    rank, ranks = int(args.rank), _ranks(args)
-    return rounds.silos_of(rank, range(args.client_num_in_total), ranks)
+    return rounds.silos_of(int(args.rank), range(args.client_num_in_total), _ranks(args))
 
 
 def node(
@@ -61,7 +58,7 @@ def node(
     """What FedMLRunner runs in this process; the arguments are FedMLRunner's and the plan.
 
     Raises:
-        ConfigError: the parts do not go together, or the road cannot be had.
+        ConfigError: the parts do not go together, or there is no way to the others.
     """
     if not (is_ours(client_trainer) and is_ours(server_aggregator)) and plan.algorithm.gated:
         raise ConfigError(
@@ -71,22 +68,19 @@ def node(
     for part in (client_trainer, server_aggregator):
         if part is not None:
             part.model = model
-    ranks = _ranks(args)
     if is_client(args):
         trainer, mine = client_trainer or FedSQTrainer(model, args, plan), silos_of(args)
-        states, config = client_side(trainer).states, plan.config
-        saved = None
-        if states is not None:
+        config, saved = plan.config, None
+        if is_ours(trainer):
             run = kept_options(config)
-            saved = SiloCheckpoints(config.checkpoint_dir, run, states, mine, config.resume)
+            saved = SiloCheckpoints(config.checkpoint_dir, run, trainer.client.states, mine, config.resume)
         silos = Silos(plan, args, device, trainer, data, saved)
-        return Client(args, _transport(args, plan, model, [0]), silos, mine)
+        return Client(_transport(args, plan, model), silos, mine)
     assert checkpoints is not None
-    side = server_side(server_aggregator or FedSQAggregator(model, args, plan), plan)
-    side.restore(checkpoints)
-    scoring = Scoring(plan, args, device, side, data)
-    transport = _transport(args, plan, model, range(1, ranks + 1))
-    return Server(args, transport, plan, side, scoring, ranks, checkpoints)
+    aggregator = server_aggregator or FedSQAggregator(model, args, plan)
+    server, scoring = server_of(aggregator, plan), Scoring(plan, args, device, aggregator, data)
+    restore(checkpoints, server, plan, None)
+    return Server(args, _transport(args, plan, model), plan, server, scoring, _ranks(args), checkpoints)
 
 
 def _ranks(args: Any) -> int:
@@ -99,7 +93,12 @@ def _ranks(args: Any) -> int:
     return ranks
 
 
-def _transport(args: Any, plan: Plan, model: nn.Module, peers: Any) -> Any:
+def _peers(args: Any) -> list[int]:
+    ranks = _ranks(args)
+    return [0] if is_client(args) else list(range(1, ranks + 1))
+
+
+def _transport(args: Any, plan: Plan, model: nn.Module) -> Any:
     # The most that is sent at once is the whole model with its structural copy.
     limit = 4 * nbytes(state_of(model)) + MIB
     if args.backend == "MPI":
@@ -110,6 +109,5 @@ def _transport(args: Any, plan: Plan, model: nn.Module, peers: Any) -> Any:
         from .grpc_transport import GrpcTransport
     except ImportError as error:
         raise ConfigError(f"comm_args.backend GRPC: {error}; pip install 'fedsq-plugin[grpc]'") from None
-    rank = int(args.rank)
-    table = getattr(args, "grpc_ipconfig_path", None)
-    return GrpcTransport(table, rank, list(peers), limit, credentials(plan.config, rank))
+    rank, table = int(args.rank), getattr(args, "grpc_ipconfig_path", None)
+    return GrpcTransport(table, rank, _peers(args), limit, credentials(plan.config, rank))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Literal
 
 from ....federation.checkpoints import ServerCheckpoints
@@ -11,12 +11,13 @@ from ....federation.evaluate import Metrics, pooled
 from ....federation.messages import packed
 from ....federation.record import RoundRecord
 from ....federation.round import Round, note, skip_empty
+from ....federation.server import Server
 from ....federation.state import State
 from ....federation.updates import brief, changed_count, metrics_of, metrics_problem
 from ....run.plan import Plan
 from ....wire.message import Kind, Result, Task
+from ..aggregation import TheirServer
 from ..scoring import Scoring
-from ..sides import ServerSide
 from ..silo import draw_silos
 
 Stage = Literal["start", "train", "silos", "tune", "end"]
@@ -41,25 +42,25 @@ class Rounds:
     Args:
         ranks: number of client processes.
         send: sends a task. It does not raise: it takes a process that cannot be reached for lost (`lose`).
-        is_there: whether the client process of a rank is there.
+        online: the ranks whose client processes are there, as they come and go.
     """
 
     def __init__(
         self,
         args: Any,
         plan: Plan,
-        side: ServerSide,
+        server: Server | TheirServer,
         scoring: Scoring,
         ranks: int,
         checkpoints: ServerCheckpoints,
         send: Callable[[Task], None],
-        is_there: Callable[[int], bool],
+        online: Collection[int],
+        on_round: Callable[[RoundRecord], None],
         on_end: Callable[[], None],
     ) -> None:
-        self._args, self._plan, self._side, self._scoring = args, plan, side, scoring
+        self._args, self._plan, self._server, self._scoring = args, plan, server, scoring
         self._ranks, self._checkpoints = ranks, checkpoints
-        self._send, self._is_there, self._on_end = send, is_there, on_end
-        self.on_round: Callable[[RoundRecord], None] = lambda record: None
+        self._send, self._online, self._on_round, self._on_end = send, online, on_round, on_end
         self.samples: dict[int, int] = {}
         """Training samples of every silo that a client process announced."""
         self.stage: Stage = "start"
@@ -74,10 +75,6 @@ class Rounds:
         self._tested: dict[int, Metrics] = {}
         self._notes: list[str] = []
         self._absent: set[int] = set()
-
-    def silos_of(self, rank: int) -> list[int]:
-        """The silos that a client process serves, as far as they are known."""
-        return silos_of(rank, sorted(self.samples), self._ranks)
 
     def note(self, line: str) -> None:
         """Tell the user, in the record of the round that is under way or of the next one."""
@@ -124,7 +121,11 @@ class Rounds:
         record = self.current.record
         due = self._scoring.is_due(record.round)
         if self.stage == "train":
-            self._close(self.current)
+            if self.current.missing == self.current.silos:  # there is a quorum, but none of its silos was drawn
+                note(record, f"round {record.round}: none of its silos answered, the model stays as it is")
+                self.current.pass_over()
+            else:
+                self.current.close()
             record.seconds = time.monotonic() - self._started
             self._started = time.monotonic()
             if due:
@@ -156,12 +157,12 @@ class Rounds:
             note(record, f"from round {record.round} on, silo {silos} is not there")
         self._absent = (self._absent | absent) - set(there)
         silos_now = skip_empty(there, self.samples, record) if there else []
-        self.current = Round(self._side.server, silos_now, self.samples, record, self._plan.fatal)
+        self.current = Round(self._server, silos_now, self.samples, record, self._plan.fatal)
         self.stage = "train"
         self._give({silo: ("train", packed(sent)) for silo, sent in self.current.assignments.items()})
 
     def _there(self, silos: Iterable[int]) -> list[int]:
-        return [silo for silo in silos if self._is_there(rank_of(silo, self._ranks))]
+        return [silo for silo in silos if rank_of(silo, self._ranks) in self._online]
 
     def _give(self, tasks: Mapping[int, tuple[Kind, State]]) -> None:
         self._waiting = {}
@@ -189,24 +190,16 @@ class Rounds:
         """Why an answer must be refused, whatever its values are."""
         if reason := changed_count(result.samples, self.samples[result.silo]):
             return reason
-        ours, theirs = self._side.server.structural_fingerprint, brief(result.structural)
+        ours, theirs = self._server.structural_fingerprint, brief(result.structural)
         if theirs == brief(ours):
             return None
         return f"it was made under the structural copy {theirs[:14]}…, the server has {brief(ours)[:14]}…"
-
-    def _close(self, current: Round) -> None:
-        if current.missing == current.silos:  # there is a quorum, but none of its silos was drawn
-            record = current.record
-            note(record, f"round {record.round}: none of its silos answered, the model stays as it is")
-            current.pass_over()
-        else:
-            current.close()
 
     def _test(self, stage: Literal["silos", "tune"]) -> None:
         """Let every silo test its own model."""
         self.stage, self._tested, self.since = stage, {}, time.monotonic()
         silos = self._there(sorted(self.samples))
-        shown = zip(silos, self._side.server.show(silos), strict=True)
+        shown = zip(silos, self._server.show(silos), strict=True)
         self._give({silo: (stage, packed(assignment)) for silo, assignment in shown})
 
     def _pooled(self) -> Metrics:
@@ -216,7 +209,7 @@ class Rounds:
     def _finish(self, record: RoundRecord) -> None:
         self.current = None
         self._scoring.report(record)
-        self.on_round(record)
-        self._side.save(self._checkpoints)
+        self._on_round(record)
+        self._checkpoints.save(self._server.state, {})
         self.number += 1
         self.start_next()

@@ -5,25 +5,24 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from fedml.core.distributed.fedml_comm_manager import FedMLCommManager
 from torch import Tensor
 
 from ....errors import RunError, worded
+from ....federation import server as federation
 from ....federation.checkpoints import ServerCheckpoints
 from ....federation.record import RoundRecord
 from ....federation.updates import brief, counts_problem
 from ....run.plan import RECIPE, Plan
 from ....settings.agreement import disagreement, shared_options
 from ....wire.message import Alive, End, Failed, Message, Online, Result, Task
+from ..aggregation import TheirServer
 from ..scoring import Scoring
-from ..sides import ServerSide
 from .attendance import Attendance, Lost
-from .protocol import MARGIN_S, SILENCE_S
 from .rounds import Rounds, silos_of
-from .transport import TICK_S
+from .transport import MARGIN_S, SILENCE_S, TICK_S
 from .watch import Watch
 
 log = logging.getLogger(__name__)
@@ -32,7 +31,7 @@ FAREWELL_S = 5.0
 """Seconds that a client may take to be told of the end."""
 
 
-class Server(FedMLCommManager):  # type: ignore[misc]
+class Server:
     """Rank 0 of a run with so many client processes, each of which has one task at a time. `on_round` is called after
     every round.
 
@@ -40,49 +39,30 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         RunError: from `run`, when client processes are missing and there is no quorum without them.
     """
 
+    silo_parts: Mapping[str, Tensor] = {}
+    """Nothing: what stays with a silo stays in its process."""
+
     def __init__(
         self,
         args: Any,
         transport: Any,
         plan: Plan,
-        side: ServerSide,
+        server: federation.Server | TheirServer,
         scoring: Scoring,
         ranks: int,
         checkpoints: ServerCheckpoints,
     ) -> None:
-        self.plan, self.side, self.scoring, self.checkpoints = plan, side, scoring, checkpoints
-        self.aggregator = side.aggregator
+        self.args, self.plan, self.scoring, self.checkpoints = args, plan, scoring, checkpoints
+        self.server, self.aggregator = server, scoring.aggregator
         self._transport, self._ranks = transport, ranks
         self._attendance = Attendance(ranks, plan.config.min_clients)
+        self.on_round: Callable[[RoundRecord], None] = lambda record: None
         self.rounds = Rounds(
-            args, plan, side, scoring, ranks, checkpoints, self._send_task, self._attendance.is_online, self._end
-        )
+            args, plan, server, scoring, ranks, checkpoints, online=self._attendance.online,
+            send=self._send_task, on_round=lambda record: self.on_round(record), on_end=self._end,
+        )  # fmt: skip
         self._turned = self._greeted = time.monotonic()
         self._watch = Watch()
-        super().__init__(args, None, 0, ranks, args.backend)
-        transport.on_tick = self._look
-
-    def _init_manager(self) -> None:
-        self.com_manager = self._transport
-        self._transport.add_observer(self)
-
-    @property
-    def on_round(self) -> Callable[[RoundRecord], None]:
-        return self.rounds.on_round
-
-    @on_round.setter
-    def on_round(self, called: Callable[[RoundRecord], None]) -> None:
-        self.rounds.on_round = called
-
-    @property
-    def structural_fingerprint(self) -> str | None:
-        """SHA-256 of the structural copy as it is now; None without one."""
-        return self.side.server.structural_fingerprint
-
-    @property
-    def silo_parts(self) -> dict[str, Tensor]:
-        """Nothing: what stays with a silo stays in its process."""
-        return {}
 
     def run(self) -> None:
         self.aggregator.set_id(0)
@@ -90,7 +70,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
         try:
             with worded(RECIPE):
                 self._watch.start(TICK_S, self._overdue)
-                super().run()
+                self._transport.receive(self.receive, self._look)
         except BaseException as error:
             failure = self._watch.failure(error)
             if isinstance(error, SystemExit):  # it would end the run as if all were well
@@ -101,7 +81,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
             raise failure from error
         finally:
             self._watch.close()
-            self._transport.stop_receive_message()
+            self._transport.stop()
 
     def _overdue(self) -> str | None:
         """The main thread may hang in a user's code, while the clients wait for it."""
@@ -113,21 +93,20 @@ class Server(FedMLCommManager):  # type: ignore[misc]
             f"within {limit:g} s (fedsq_args.round_timeout_s and {MARGIN_S:g} s)"
         )
 
-    def register_message_receive_handlers(self) -> None:
-        self.register_message_receive_handler("online", self._come)
-        self.register_message_receive_handler("result", self._take)
-        self.register_message_receive_handler("failed", self._fail)
-
-    def receive_message(self, msg_type: str, msg_params: Message) -> None:
-        """In place of FedML's own, which reports any KeyError of a handler as a wrong rank."""
-        handler, sender = self.message_handler_dict.get(msg_type), msg_params.sender
-        if handler is None:
+    def receive(self, message: Message) -> None:
+        """Take a message."""
+        if not isinstance(message, (Online, Result, Failed)):
             return
-        if not 1 <= sender <= self._ranks:
-            log.warning("a message of rank %d, which this run has not, was passed over", sender)
+        if not 1 <= message.sender <= self._ranks:
+            log.warning("a message of rank %d, which this run has not, was passed over", message.sender)
             return
-        self._attendance.hear(sender)
-        handler(msg_params)
+        self._attendance.hear(message.sender)
+        if isinstance(message, Online):
+            self._come(message)
+        elif isinstance(message, Result):
+            self._take(message)
+        else:
+            self._fail(message)
 
     def _come(self, hello: Online) -> None:
         rank, counts, rounds = hello.sender, hello.samples, self.rounds
@@ -140,9 +119,9 @@ class Server(FedMLCommManager):  # type: ignore[misc]
             return
         if self._attendance.is_there(rank, process):
             return  # sent again, because its arrival was not confirmed in time
-        if self._attendance.is_online(rank) and rounds.stage == "start":
+        if rank in self._attendance.online and rounds.stage == "start":
             rounds.note(f"rank {rank} was started anew before the first round")
-        elif self._attendance.is_online(rank):  # a process that came back knows nothing of what it was told
+        elif rank in self._attendance.online:  # a process that came back knows nothing of what it was told
             self._lose(rank, "its process was started anew")
         rounds.samples.update(counts)
         self._welcome(rank, process)
@@ -151,7 +130,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
     def _refuse(self, rank: int, line: str, process: str) -> None:
         """Go on without a process that cannot take part, where there can still be a quorum."""
         log.error(line)
-        if self._attendance.is_online(rank):  # whoever this is, the rank's own process is there, and stays
+        if rank in self._attendance.online:  # whoever this is, the rank's own process is there, and stays
             self._farewell(rank, line, process)
             return
         self._attendance.refuse(rank)
@@ -170,14 +149,14 @@ class Server(FedMLCommManager):  # type: ignore[misc]
     def _welcome(self, rank: int, process: str | None = None) -> None:
         """A client process takes part from the next round on, and begins with the whole model."""
         self._attendance.come(rank, process)
-        mine = self.rounds.silos_of(rank)
-        self.side.server.forget(mine)
+        mine = silos_of(rank, sorted(self.rounds.samples), self._ranks)
+        self.server.forget(mine)
         log.info("rank %d is there with silos %s", rank, mine)
 
     def _send_task(self, task: Task) -> None:
         self._turned = time.monotonic()
         try:
-            self.send_message(task)
+            self._transport.send_message(task)
         except RunError as error:
             self._lose(task.receiver, str(error), Lost.SILENT)
 
@@ -191,7 +170,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
             self._welcome(result.sender)
 
     def _fail(self, failure: Failed) -> None:
-        if self._attendance.is_online(failure.sender):
+        if failure.sender in self._attendance.online:
             self._lose(failure.sender, brief(failure.reason, 500))
             self.rounds.advance()
 
@@ -252,7 +231,7 @@ class Server(FedMLCommManager):  # type: ignore[misc]
     def _end(self) -> None:
         """The last round is over."""
         self._end_all(None)
-        self._transport.stop_receive_message()
+        self._transport.stop()
 
     def _end_all(self, reason: str | None) -> None:
         """Tell every client process that the run is over, those that are lost too: they may be there and wait."""

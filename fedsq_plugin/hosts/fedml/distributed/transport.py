@@ -1,4 +1,4 @@
-"""FedML's communication managers with a safe form on the wire and a clock; and MPI's.
+"""Messages between the processes of a run, in place of FedML's communication managers; and those over MPI.
 
 FedML unpickles whatever reaches its port, and its receive loop spins. Here every message is decoded by
 `wire.message`, one that is malformed is counted and logged, and the loop sleeps until a message comes or a
@@ -13,8 +13,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from fedml.core.distributed.communication.base_com_manager import BaseCommunicationManager
-
 from ....errors import RunError, UpdateError
 from ....wire.message import Message, decode, encode
 from .mpi import leave_within
@@ -25,53 +23,45 @@ TICK_S = 0.25
 """How often a waiting process looks at its clocks."""
 SEND_S = 15.0
 """How long a message may wait for a peer that is not there."""
+SILENCE_S = 15.0
+"""Over GRPC, where a client shows life all the while, a process that is not heard of for so many seconds is lost."""
+MARGIN_S = 15.0
+"""How many seconds longer than `round_timeout_s` the server's own work may take; its clients wait twice as much."""
 
 
-class Transport(BaseCommunicationManager):  # type: ignore[misc]
-    """What both roads share. `refused` counts the messages that were no messages of ours, or not their
-    sender's; `seen` holds when a rank last showed life, where the road has signs of life."""
+class Transport:
+    """What the backends share. `refused` counts the messages that were no messages of ours, or not their sender's;
+    `seen` holds when a rank last showed life, where the backend has signs of life."""
 
     shows_life = False
 
     def __init__(self, rank: int, limit_bytes: int) -> None:
         self.rank, self.limit_bytes, self.refused = rank, limit_bytes, 0
         self.seen: dict[int, float] = {}
-        self.on_ready: Callable[[], None] = lambda: None
-        """Called once, when this process listens."""
-        self.on_tick: Callable[[], None] = lambda: None
-        self._observers: list[Any] = []
         self._running = True
         self._refusing = threading.Lock()
-
-    def add_observer(self, observer: Any) -> None:
-        self._observers.append(observer)
-
-    def remove_observer(self, observer: Any) -> None:
-        self._observers.remove(observer)
 
     def send_message(self, message: Message, within: float = SEND_S, wait: bool = True) -> None:
         """Raises RunError when the peer cannot be reached within so many seconds; `wait` for one that does
         not listen yet."""
         self._send(message.receiver, encode(message), within, wait)
 
-    def handle_receive_message(self) -> None:
-        """FedML's receive loop, until `stop_receive_message`."""
-        self.on_ready()
+    def receive(self, take: Callable[[Message], None], tick: Callable[[], None] = lambda: None) -> None:
+        """Until `stop`: `take` every message that comes, and call `tick` after each and every `TICK_S`."""
         while self._running:
             if (message := self.arrived(TICK_S)) is not None:
-                for observer in self._observers:
-                    observer.receive_message(message.type, message)
-            self.on_tick()
+                take(message)
+            tick()
 
-    def stop_receive_message(self) -> None:
+    def stop(self) -> None:
         self._running = False
 
     def arrived(self, within: float = 0.0) -> Message | None:
         """The next message, where one comes within so many seconds; one that is refused is none."""
         came = self._next(within)
-        return None if came is None else self._decoded(*came)
-
-    def _decoded(self, source: int, data: bytes | bytearray) -> Message | None:
+        if came is None:
+            return None
+        source, data = came
         try:
             message = decode(data, self.limit_bytes)
             if message.receiver != self.rank:
@@ -92,8 +82,7 @@ class Transport(BaseCommunicationManager):  # type: ignore[misc]
         raise NotImplementedError
 
     def _next(self, timeout: float) -> tuple[int, bytes | bytearray] | None:
-        """The next message as it came, with the rank that the road has it from; None after `timeout`
-        seconds."""
+        """The next message as it came, with the rank that the backend has it from; None after `timeout` seconds."""
         raise NotImplementedError
 
 

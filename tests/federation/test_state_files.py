@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.models import resnet18
 
 from fedsq_plugin.errors import ConfigError, WeightsError
-from fedsq_plugin.federation import checkpoint
+from fedsq_plugin.federation import state_files
 from fedsq_plugin.federation.state import fingerprint, state_of
 
 # Neither sorted by name nor by size of the type, which is how safetensors lays entries out.
@@ -31,31 +31,31 @@ STATE = OrderedDict(
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     file = tmp_path / "state.safetensors"
-    checkpoint.save(file, STATE, {"round": 3, "name": "FedSQ"})
+    state_files.save(file, STATE, {"round": 3, "name": "FedSQ"})
     return file
 
 
 def refused(path: Path) -> str:
     with pytest.raises(WeightsError) as caught:
-        checkpoint.load(path)
+        state_files.load(path)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_tensors_come_back_bit_for_bit_in_their_order(path: Path) -> None:
-    tensors, _ = checkpoint.load(path)
+    tensors, _ = state_files.load(path)
     assert list(tensors) == list(STATE)
     assert fingerprint(tensors) == fingerprint(STATE)
 
 
 def test_description_comes_back_as_given(path: Path) -> None:
-    assert checkpoint.load(path)[1] == {"round": 3, "name": "FedSQ"}
+    assert state_files.load(path)[1] == {"round": 3, "name": "FedSQ"}
 
 
 def test_resnet18_comes_back(tmp_path: Path) -> None:
     state = state_of(resnet18(num_classes=3))
-    checkpoint.save(tmp_path / "a.safetensors", state, {})
-    assert fingerprint(checkpoint.load(tmp_path / "a.safetensors")[0]) == fingerprint(state)
+    state_files.save(tmp_path / "a.safetensors", state, {})
+    assert fingerprint(state_files.load(tmp_path / "a.safetensors")[0]) == fingerprint(state)
 
 
 def test_json_names_the_content(path: Path) -> None:
@@ -68,44 +68,44 @@ def test_only_the_two_files_are_left(path: Path) -> None:
 
 def test_missing_folders_are_made(tmp_path: Path) -> None:
     file = tmp_path / "a" / "b" / "state.safetensors"
-    checkpoint.save(file, STATE, {})
-    assert list(checkpoint.load(file)[0]) == list(STATE)
+    state_files.save(file, STATE, {})
+    assert list(state_files.load(file)[0]) == list(STATE)
 
 
 def test_tensors_that_share_memory_are_written_whole(tmp_path: Path) -> None:
     # safetensors itself refuses them.
     value = torch.arange(6.0)
     state = {"all": value, "tail": value[3:], "columns": value.view(2, 3).t()}
-    checkpoint.save(tmp_path / "a.safetensors", state, {})
-    assert fingerprint(checkpoint.load(tmp_path / "a.safetensors")[0]) == fingerprint(state)
+    state_files.save(tmp_path / "a.safetensors", state, {})
+    assert fingerprint(state_files.load(tmp_path / "a.safetensors")[0]) == fingerprint(state)
 
 
 def test_parameter_that_requires_grad_is_written(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path / "a.safetensors", {"w": torch.ones(2, requires_grad=True)}, {})
-    assert checkpoint.load(tmp_path / "a.safetensors")[0]["w"].tolist() == [1.0, 1.0]
+    state_files.save(tmp_path / "a.safetensors", {"w": torch.ones(2, requires_grad=True)}, {})
+    assert state_files.load(tmp_path / "a.safetensors")[0]["w"].tolist() == [1.0, 1.0]
 
 
 def test_empty_state_comes_back(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path / "a.safetensors", {}, {"round": 0})
-    assert checkpoint.load(tmp_path / "a.safetensors") == ({}, {"round": 0})
+    state_files.save(tmp_path / "a.safetensors", {}, {"round": 0})
+    assert state_files.load(tmp_path / "a.safetensors") == ({}, {"round": 0})
 
 
 def test_older_checkpoint_is_replaced(path: Path) -> None:
-    checkpoint.save(path, {"x": torch.ones(1)}, {"round": 4})
-    tensors, about = checkpoint.load(path)
+    state_files.save(path, {"x": torch.ones(1)}, {"round": 4})
+    tensors, about = state_files.load(path)
     assert (list(tensors), about) == (["x"], {"round": 4})
 
 
 def test_description_that_json_lacks_leaves_no_json_of_it(path: Path) -> None:
     with pytest.raises(TypeError):
-        checkpoint.save(path, STATE, {"what": object()})
-    assert checkpoint.load(path)[1] == {"round": 3, "name": "FedSQ"}
+        state_files.save(path, STATE, {"what": object()})
+    assert state_files.load(path)[1] == {"round": 3, "name": "FedSQ"}
 
 
 def test_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(ConfigError, match="cannot be written"):
-        checkpoint.save(tmp_path / "file" / "a.safetensors", STATE, {})
+        state_files.save(tmp_path / "file" / "a.safetensors", STATE, {})
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
@@ -177,3 +177,9 @@ def test_json_of_another_checkpoint_is_refused(path: Path) -> None:
 
 def test_folder_is_refused(tmp_path: Path) -> None:
     assert "not a whole checkpoint" in refused(tmp_path)
+
+
+def test_versions_of_another_name_do_not_count(tmp_path: Path) -> None:
+    state_files.Versions(tmp_path, "silo-1", {}).save(3, {"weight": torch.ones(1)}, {})
+    assert state_files.Versions(tmp_path, "silo-11", {}).rounds() == []
+    assert state_files.Versions(tmp_path, "silo", {}).rounds() == []
