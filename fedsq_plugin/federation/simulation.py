@@ -13,6 +13,7 @@ from .client import Client
 from .evaluate import Metrics, evaluate
 from .messages import Assignment
 from .record import RoundRecord
+from .reseeding import reseed
 from .round import Round, RoundServer, skip_empty
 from .seeding import derive, isolated
 from .task import CLASSIFICATION, Batches, Task
@@ -65,7 +66,9 @@ def test_seeded(
     """Evaluate under the run's seed for tests: a loader or a model may draw while it is tested. Without test data
     (None), the metrics are NaN."""
     batches = () if batches is None else batches
-    with isolated(derive("test", 0 if seed is None else seed)):
+    own = derive("test", 0 if seed is None else seed)
+    reseed(batches, derive("loader", own))
+    with isolated(own):
         return evaluate(model, batches, device, *task)
 
 

@@ -22,7 +22,7 @@ from ..dualcopy.copies import copy_model
 from ..errors import ConfigError, FedSQError, first_line, in_one_line, worded
 from ..federation.client import Client
 from ..federation.labels import misfit, tell
-from ..federation.local import Part, Phase
+from ..federation.local import BatchError, Part, Phase
 from ..federation.reading import Arguments, Batch, DataError, Reading, call, columns, describe
 from ..federation.seeding import isolated
 from ..federation.task import CLASSIFICATION
@@ -153,6 +153,8 @@ def _line(error: SampleError, plan: Plan, taken: Taken) -> str:
     remedy = "; set fedsq_args.image_size" if ours else ""
     if error.count == 1 and config.batch_size == 1:
         remedy = "; raise train_args.batch_size"
+    elif error.count == 1 and not ours:
+        remedy = "; let the loader leave a last batch of one sample out (drop_last=True), or use another batch_size"
     elif error.count == 1:
         remedy = f"; {taken.place} has a batch of one sample: raise fedsq_args.min_client_samples to 2"
     place = f"{taken.place}: " if taken.silo is not None else ""
@@ -230,13 +232,19 @@ def _train(
         rounds.popitem()
     for one, batch in zip(taken, batches, strict=True):
         for round in rounds:
+            failed: BaseException
             try:
                 client.train(one.silo or 0, [one.batch], round, device)
-            except FedSQError:
-                raise
+            except FedSQError as error:
+                if not isinstance(error, BatchError):
+                    raise
+                failed = error.__cause__ or error
             except BROKEN as error:
-                failed = SampleError(error, batch.inputs, len(batch.labels), training=True)
-                raise ConfigError(_line(failed, plan, one)) from error
+                failed = error
+            else:
+                continue
+            line = _line(SampleError(failed, batch.inputs, len(batch.labels), training=True), plan, one)
+            raise ConfigError(line) from failed
 
 
 def _untested(plan: Plan, data: SilosData) -> Iterator[str]:

@@ -19,7 +19,7 @@ from ...federation.roles import roles
 from ...federation.seeding import derive, isolated
 from ...federation.server import Gathering, Server
 from ...federation.server_state import ServerState, load_structural
-from ...federation.state import State, clone, state_of
+from ...federation.state import State, clone, state_of, with_extras
 from ...run.plan import Plan
 from .security import check_security, security_enabled
 
@@ -54,7 +54,8 @@ class OurServer(Server):
     def state(self, state: ServerState) -> None:
         before = getattr(self, "_state", state)  # the first state is the model's own
         if state.model is not before.model:
-            self._aggregator.model.load_state_dict(state.model)
+            model = self._aggregator.model
+            model.load_state_dict(with_extras(model, state.model))
         if state.structural is not before.structural:
             load_structural(self._aggregator.model, state)
         self._state = state
