@@ -29,7 +29,7 @@ from ...federation.task import CLASSIFICATION, Task
 from ...models.backbones import PREFIX
 from ...run.dry_run import dry_run
 from ...run.facts import facts_of
-from ...run.plan import Plan, build_view, create_model, plan_of
+from ...run.plan import build_view, create_model, plan_of
 from ...run.reluise import replace_smooth
 from ...run.warm_start import warm_start
 from ...settings.agreement import kept_options
@@ -214,8 +214,8 @@ def _init(original: Any) -> Any:
         prepare_host(args)
         checkpoints = _server_checkpoints(config) if one_process or not is_client(args) else None
         if own == (None, None):
-            mine = silos_of(args) if not one_process and is_client(args) else None
-            plan = _tried(self, dry_run(model, plan, data, mine, device))
+            plan, found = dry_run(model, plan, data, None if one_process else silos_of(args) or None, device)
+            say(self, *found)
         if checkpoints is not None and not checkpoints.resumes:
             _warm_start(self, model, config, data, device, plan.task)
         elif config.relu_ise:
@@ -234,13 +234,6 @@ def _refuse_once(data: SilosData, trainer: Any) -> None:
 
     for silo, loader in data.train.items() if is_ours(trainer) else ():
         refuse_once(loader, silo)
-
-
-def _tried(runner: Any, outcome: tuple[Plan, list[str]]) -> Plan:
-    """The plan that the dry run gave, when the user was told what it found."""
-    plan, found = outcome
-    say(runner, *found)
-    return plan
 
 
 def _warm_start(
