@@ -182,8 +182,7 @@ def _init(original: Any) -> Any:
         if algorithm_flow is not None:
             original(self, args, device, dataset, model, *rest)
             return
-        if not hasattr(args, "fedprox_mu"):  # FedML's own FedProx has no default for it
-            args.fedprox_mu = OPTIONS["fedprox_mu"].default
+        vars(args).setdefault("fedprox_mu", OPTIONS["fedprox_mu"].default)  # FedML's own FedProx has none
         ours = is_ours(args, custom=client_trainer is not None or server_aggregator is not None)
         if not ours and not _asks_for_ours(args):
             original(self, args, device, dataset, model, *rest)
