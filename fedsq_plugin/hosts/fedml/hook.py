@@ -36,7 +36,7 @@ from ...settings.config import OURS as OUR_FAMILIES
 from ...settings.idle import compiled_for_cpu, untrained_gates, unused
 from ...settings.recipe import flat, misplaced, read_loosely
 from . import offline
-from .arguments import FINDINGS, HostName, algorithm_of, config_of
+from .arguments import FINDINGS, RUNNING, config_of, known_to_fedml
 from .dataset import from_tuple, to_tuple
 from .devices import NO_GPU, device_of
 from .names import (
@@ -74,6 +74,7 @@ def register() -> None:
     from fedml.core.mlops.mlops_runtime_log import MLOpsRuntimeLog
     from fedml.data import data_loader
     from fedml.device import device
+    from fedml.ml.aggregator.agg_operator import FedMLAggOperator
     from fedml.model import model_hub
 
     offline.quiet_start(mlops)
@@ -84,6 +85,7 @@ def register() -> None:
     fedml.device.get_device = device.get_device = _get_device(device.get_device)
     fedml.data.load = data_loader.load = _load(data_loader.load)
     fedml.model.create = model_hub.create = _create(model_hub.create)
+    FedMLAggOperator.agg = staticmethod(_agg(FedMLAggOperator.agg))
     fedml.FedMLRunner.__init__ = _init(fedml.FedMLRunner.__init__)
     _registered = True
 
@@ -163,6 +165,14 @@ def _create(original: Any) -> Any:
     return create
 
 
+def _agg(original: Any) -> Any:
+    @functools.wraps(original)
+    def agg(args: Any, raw_grad_list: Any) -> Any:
+        return original(known_to_fedml(args), raw_grad_list)
+
+    return agg
+
+
 def _init(original: Any) -> Any:
     @functools.wraps(original)
     def init(
@@ -176,6 +186,7 @@ def _init(original: Any) -> Any:
         algorithm_flow: Any = None,
     ) -> None:
         self.reluised, self.notes = None, []
+        setattr(args, RUNNING, None)  # of a run before
         rest = (client_trainer, server_aggregator, algorithm_flow)
         if algorithm_flow is not None:
             original(self, args, device, dataset, model, *rest)
@@ -253,7 +264,7 @@ def is_ours(args: Any, custom: bool) -> bool:
     Raises:
         ConfigError: nobody knows the algorithm, or it cannot run as asked.
     """
-    name, native = algorithm_of(args), _has_native(args)
+    name, native = args.federated_optimizer, _has_native(args)
     instead = f"use one of {', '.join(algorithms())}"
     if native and not known(name):
         if is_flamby(args.dataset):
@@ -284,7 +295,7 @@ def _is_sp(args: Any) -> bool:
 
 def _has_native(args: Any) -> bool:
     """Whether FedML has an algorithm of this name with this backend."""
-    name = algorithm_of(args)
+    name = args.federated_optimizer
     return name in NATIVE_SP if _is_sp(args) else not known(name) or name in ("FedAvg", "FedProx")
 
 
@@ -324,9 +335,7 @@ def prepare_host(args: Any) -> None:
 
     if getattr(args, "enable_fhe", False):
         raise ConfigError("enable_fhe: homomorphic encryption is not supported by this plugin's algorithms")
-    args.fedsq_algorithm = algorithm_of(args)
-    # FedML's operators and defences branch on this name and know only their own.
-    args.federated_optimizer = HostName("FedAvg")
+    setattr(args, RUNNING, args.federated_optimizer)
     args.enable_wandb = getattr(args, "enable_wandb", False)
     if not getattr(args, "enable_dp", False):
         FedMLDifferentialPrivacy.get_instance().is_enabled = False  # its init never turns it off
