@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..dualcopy import DualCopy
 from ..errors import ConfigError, WeightsError, Word, nearest
 from .table import BACKBONES, Backbone
-from .weights import load_weights, read_state
+from .weights import load_weights
+from .weights_file import WeightsFile, open_weights
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def create(
         except WeightsError as error:
             raise error.after(f"weights {weights} for {name}: ") from None
         for line in left_out:
-            log.info("weights %s for %s: %s", weights, name, line)
+            log.warning("weights %s for %s: %s", weights, name, line)
     return model if name == backbone.name else DualCopy(model)
 
 
@@ -136,15 +137,15 @@ def _build(backbone: Backbone, num_classes: int, small_images: bool, in_channels
 
 def pretrained_state(
     weights: str | os.PathLike[str], name: str, small_images: bool = False, in_channels: int = 3
-) -> Mapping[str, Tensor]:
-    """Return the state dict for `weights`: a file, or "imagenet" (torchvision's weights for the model `name`).
+) -> WeightsFile | Mapping[str, Tensor]:
+    """Return the weights: an opened file, or the state dict for "imagenet" (torchvision's, for the model `name`).
 
     Raises:
         WeightsError: the weights cannot be loaded, or ImageNet's weights do not fit `small_images` or `in_channels`.
         ConfigError: the name is unknown, for "imagenet".
     """
     if weights != "imagenet":
-        return read_state(weights)
+        return open_weights(weights)
     backbone = find_backbone(name)
     name = backbone.name
     if backbone.ours is not None:

@@ -177,7 +177,7 @@ def _missing_folders(config: Config) -> Iterator[str]:
 
 def _read_weights(config: Config, model: nn.Module | None) -> None:
     from ..dualcopy import DualCopy
-    from ..models import read_state
+    from ..models import open_weights
     from .plan import RECIPE
     from .warm_start import load_pretrained
 
@@ -186,7 +186,7 @@ def _read_weights(config: Config, model: nn.Module | None) -> None:
         raise ConfigError(f"warm_start_args.warm_start_file: no file {file}")
     if model is None:
         with worded(RECIPE):
-            read_state(file)
+            open_weights(file)
     else:
         load_pretrained(model.quantitative if isinstance(model, DualCopy) else model, config)
 

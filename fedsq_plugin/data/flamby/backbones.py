@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ from ...models.backbones import PREFIX
 from ...models.mlp import MLP as Perceptron
 from .catalogue import BASELINE, CATALOGUE, MLP, MODELS, NORMED, FlambyData
 from .package import FlambyPackage
+
+log = logging.getLogger(__name__)
 
 
 def create(model: str, dataset: str, outputs: int, seed: int) -> nn.Module:
@@ -79,7 +82,8 @@ def factory(
         name = BASELINE if backbone == "baseline" else backbone
         model = _build(name, about, about.outputs, lambda: baseline(*arguments))
         if weights is not None:
-            models.load_weights(model, models.read_state(weights), head=None)
+            for line in models.load_weights(model, models.open_weights(weights), head=None):
+                log.warning("weights %s: %s", weights, line)
         return model
 
     return make
