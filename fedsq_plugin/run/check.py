@@ -59,9 +59,13 @@ def notes(families: Families) -> list[str]:
     from ..settings.idle import unused
     from .facts import facts_of
 
-    valid = validated(flat(families))[0]
+    values = flat(families)
+    valid = validated(values)[0]
     misspelt = [str(finding) for finding in misplaced(families, host().options) if finding.is_note]
-    return [*misspelt, *unused(valid, facts_of(valid))]
+    idle = unused(valid, facts_of(valid))
+    said = {line.split()[0] for line in idle}
+    native = [line for line in host().ignored(values) if line.split()[0] not in said]
+    return [*misspelt, *idle, *(f"in a script of your own, {line}" for line in native)]
 
 
 def _names(valid: dict[str, Any]) -> Iterator[str]:
