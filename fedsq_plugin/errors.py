@@ -33,6 +33,10 @@ PYTHON: Vocabulary = {
     "no head": "the model has no head '{}'",
     "head": "head",
     "frozen_modules": "frozen_modules",
+    "batch": "batch",
+    "output": "output",
+    "task": "task",
+    "ignore_index": "ignore_index",
 }
 """For somebody who calls the package's functions."""
 

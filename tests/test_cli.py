@@ -273,6 +273,48 @@ def test_our_recipes_have_nothing_wrong(
     assert "nothing wrong" in capsys.readouterr().out
 
 
+SHARED = """
+x-shared: &shared {learning_rate: 1e-2, batch_size: 32, comm_round: 3}
+common_args: {training_type: simulation, random_seed: 0}
+data_args: {dataset: digits, partition_method: homo, partition_alpha: 0.5}
+model_args: {model: gelunet}
+train_args: {<<: *shared, federated_optimizer: FedAvg, client_num_in_total: 2, client_num_per_round: 2, comm_round: 1}
+"""
+
+
+@pytest.mark.parametrize(
+    ("added", "settings", "status", "said"),
+    [
+        ("", (), 0, "nothing wrong"),
+        ("", ("fedsq_args.threads=1",), 0, "nothing wrong"),
+        ("", ("data_args.threads=1",), 2, "threads stands in fedsq_args, not in data_args"),
+        (
+            "more_args: {learning_rat: 1}",
+            (),
+            0,
+            "note: more_args.learning_rat looks like a misspelling of 'learning_rate'",
+        ),
+        ("more_args: {batch_size: 1}", (), 2, "batch_size stands in train_args and in more_args"),
+        ("more_args: {a: 1, a: 1}", (), 2, "a stands twice, again at line 7, column 19"),
+        ("fedsq_args: {thread: 1}", (), 2, "fedsq_args.thread is unknown; did you mean 'threads'?"),
+    ],
+)
+def test_a_recipe_with_shared_values(
+    added: str,
+    settings: tuple[str, ...],
+    status: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "r.yaml").write_text(SHARED + added)
+    words = [word for setting in settings for word in ("--set", setting)]
+    assert fedsq("check", str(tmp_path / "r.yaml"), *words, monkeypatch=monkeypatch) == status
+    out, err = capsys.readouterr()
+    assert said in out + err
+
+
 def test_the_readme_lists_every_option() -> None:
     from fedsq_plugin.settings.config import reference
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,8 @@ from ..errors import ConfigError
 from ..federation.algorithm import EVERYTHING, HEAD, Algorithm, FederationOptions, Phases, everything
 from ..federation.local import Part, Phase, Statistics
 from ..federation.options import Options, option
+from ..federation.reading import Batch, call, move
 from ..federation.state import State
-from ..federation.task import Batches
 
 
 class LpFtOptions(Options):
@@ -56,7 +56,7 @@ class ClassMeans:
     head: str
     """Its module path."""
 
-    def collect(self, model: nn.Module, batches: Batches, device: torch.device | str) -> dict[str, Tensor]:
+    def collect(self, model: nn.Module, batches: Iterable[Batch], device: torch.device | str) -> dict[str, Tensor]:
         """What a silo adds up: the head's inputs by label, as a tensor (classes, features)."""
         layer = model.get_submodule(self.head)
         if not isinstance(layer, nn.Linear):
@@ -71,9 +71,9 @@ class ClassMeans:
         try:
             model.eval()
             with torch.no_grad():
-                for x, labels in batches:
+                for inputs, labels in batches:
                     _refuse_other_targets(labels, layer.out_features)
-                    model(to_device(x, device))
+                    call(model, move(inputs, device))
                     total.index_add_(0, to_device(labels, device).long(), features[0])
         finally:
             handle.remove()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ..dualcopy.precision import to_device
 from ..errors import ConfigError
+from .reading import describe
 
 _PADDING = 8  # a crop moves an image by up to 1/8 of its size, as 4 pixels do at 32
 
@@ -35,8 +37,10 @@ def flip(images: Tensor) -> Tensor:
 AUGMENTATIONS: dict[str, Callable[[Tensor], Tensor]] = {"crop": crop, "flip": flip}
 
 
-def augment(images: Tensor, names: Sequence[str]) -> Tensor:
-    """Apply augmentations by name, in order."""
+def augment(images: Any, names: Sequence[str]) -> Any:
+    """Apply augmentations by name, in order. Raises ConfigError where there are some and the inputs are no images."""
+    if names and not isinstance(images, Tensor):
+        raise ConfigError(f"augmentation is for images (N, C, H, W), not for {describe(images)}; set augmentation: []")
     if names and images.dim() != 4:
         raise ConfigError(
             f"augmentation is for images (N, C, H, W), not for inputs of shape {tuple(images.shape)}; "

@@ -14,6 +14,7 @@ from .algorithm import EVERYTHING, HEAD, Algorithm
 from .client_states import ClientStates
 from .local import LocalResult, Optimizers, Part, Phase, local_update, trains
 from .messages import Announcement, Assignment, with_sums
+from .reading import Reading
 from .roles import roles, with_roles
 from .seeding import derive
 from .server_state import ServerState, load_state
@@ -32,6 +33,7 @@ class Client:
         keep_gates: keep the gates of inputs, which then pass the structural copy only once.
         compile: train through torch.compile.
         loss: of the data set's task.
+        reading: of its batches, and of the model's outputs.
         keep_optimizers: a silo's optimizers, with their moments, go on from round to round.
 
     Raises:
@@ -49,10 +51,11 @@ class Client:
         compile: bool = False,
         loss: Loss = CLASSIFICATION.loss,
         keep_optimizers: bool = False,
+        reading: Reading = CLASSIFICATION.reading,
     ) -> None:
         if keep_optimizers and training.lr_schedule != "constant":
             raise ConfigError(f"optimizers that are kept need lr_schedule constant, not {training.lr_schedule}")
-        self.loss, self._keep_optimizers = loss, keep_optimizers
+        self.loss, self.reading, self._keep_optimizers = loss, reading, keep_optimizers
         self._optimizers: dict[int, Optimizers] = {}
         self.model, self.algorithm, self.options = model, algorithm, options
         self.training, self.seed = training, seed
@@ -135,9 +138,8 @@ class Client:
         return result
 
     def _update(self, batches: Batches, parts: Sequence[Part], **how: Any) -> LocalResult:
-        return local_update(
-            self.model, batches, self.training, parts, self.roles, loss=self.loss, forward=self._forward, **how
-        )
+        about: dict[str, Any] = {"loss": self.loss, "reading": self.reading, "forward": self._forward, **how}
+        return local_update(self.model, batches, self.training, parts, self.roles, **about)
 
     def answer(self, round: int, sums: Mapping[str, Tensor]) -> State:
         """What the silo that trained last sends: an independent copy of the part of the model that travels, where the

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..dualcopy.precision import to_device
+from .reading import Reading, call
 from .task import CLASSIFICATION, Batches, Loss, Metric
 
 
@@ -30,17 +30,6 @@ def pooled(parts: Iterable[Metrics]) -> Metrics:
     return Metrics(loss, sum(part.accuracy * part.samples for part in known) / samples, samples)
 
 
-def main_output(output: Any) -> Tensor:
-    """The prediction of a model that may return more: the entry `logits` or `out` of a mapping, else the first one."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, Mapping):
-        output = next((output[k] for k in ("logits", "out") if k in output), next(iter(output.values())))
-    else:
-        output = output[0]
-    return main_output(output)
-
-
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -48,6 +37,7 @@ def evaluate(
     device: torch.device | str = "cpu",
     loss: Loss = CLASSIFICATION.loss,
     metric: Metric = CLASSIFICATION.metric,
+    reading: Reading = CLASSIFICATION.reading,
 ) -> Metrics:
     """Evaluate a model in evaluation mode and in the precision of its weights, whatever it was trained in. Every
     module's mode is put back. Without any sample the metrics are NaN."""
@@ -57,9 +47,9 @@ def evaluate(
     kept: list[Any] = []
     sizes: list[int] = []
     try:
-        for x, labels in batches:
-            x, labels = to_device(x, device), to_device(labels, device)
-            output = main_output(model(x))
+        for batch in reading.read_all(batches):
+            x, labels = batch.to(device)
+            output = reading.prediction(call(model, x))
             losses.append(loss(output, labels))
             kept.append(metric.of_batch(output, labels))
             sizes.append(metric.size(labels))

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..dualcopy.precision import HALF, to_device
+from ..dualcopy.precision import HALF
 from ..errors import ConfigError
 from .augment import augment
-from .evaluate import main_output
+from .reading import Batch, Reading, call
 from .roles import NORMALISATION, Role
 from .seeding import isolated
 from .state import State
@@ -46,8 +46,8 @@ class Statistics(NamedTuple):
     """A part of a round in which nothing is trained: silos send sums over their data, and the server
     computes something from the totals."""
 
-    collect: Callable[[nn.Module, Batches, torch.device | str], dict[str, Tensor]]
-    """(model, batches, device) -> sums by name, to be added up over the silos."""
+    collect: Callable[[nn.Module, Iterable[Batch], torch.device | str], dict[str, Tensor]]
+    """(model, batches, each taken apart as a `Batch`, device) -> sums by name, to be added up over the silos."""
     apply: Callable[[State, Mapping[str, Tensor]], State]
     """(server's model, totals) -> server's next model."""
     expected: Callable[[State], dict[str, Tensor]]
@@ -84,6 +84,7 @@ def local_update(
     seed: int | None,
     objective: Term | None = None,
     loss: Loss = CLASSIFICATION.loss,
+    reading: Reading = CLASSIFICATION.reading,
     device: torch.device | str = "cpu",
     forward: Callable[[Tensor], object] | None = None,
     factors: Mapping[str, float] | None = None,
@@ -94,37 +95,38 @@ def local_update(
     """Train `model` in place, in training mode.
 
     Args:
-        batches: iterated once per epoch; (inputs, labels).
+        batches: iterated once per epoch; `reading` takes them apart.
         round: 0-based, for the learning rate.
         seed: all randomness of the update (order of the data, augmentation, dropout) comes from it, so that neither
             other silos nor their order matter. None: it comes from the process's generators, as the host has them.
-        forward: what is called in place of the model, where gates are kept or the model is compiled.
+        forward: what is called in place of the model, where gates are kept or the model is compiled. Inputs that are
+            not one tensor pass the model itself.
         factors: of the learning rate, by parameter name; 1 where absent.
         data: all of the silo's data once, for statistics; None: `batches` is that.
         optimizers: where the silo's optimizers are kept between rounds; None: every phase has a new one.
         on_step: called with the loss after every step.
 
     Raises:
-        ConfigError: a phase has no parameter to train.
+        ConfigError: a phase has no parameter to train; a batch or an output cannot be read.
     """
     model.to(device).train()
     named = dict(model.named_parameters())
     required = {name: p.requires_grad for name, p in named.items()}
     first = {name: p.detach().clone() for name, p in named.items()} if objective else {}
-    steps = _Steps(forward or model, training, loss, objective, device, on_step)
+    steps = _Steps(model, forward or model, training, loss, reading, objective, device, on_step)
     sums: dict[str, Tensor] = {}
     try:
         with nullcontext() if seed is None else isolated(seed):
             for phase in phases:
                 if isinstance(phase, Statistics):
-                    sums.update(phase.collect(model, batches if data is None else data, device))
+                    sums.update(phase.collect(model, reading.read_all(batches if data is None else data), device))
                     continue
                 trained = _freeze(model, named, required, roles, phase)
                 optimizer = _optimizer(trained, training, round, factors or {}, optimizers)
                 values, start = list(trained.values()), [first[name] for name in trained if objective]
                 for _ in range(phase.epochs):
-                    for x, labels in batches:
-                        steps.take(optimizer, values, start, x, labels)
+                    for batch in reading.read_all(batches):
+                        steps.take(optimizer, values, start, batch)
     finally:
         for name, p in named.items():
             p.requires_grad_(required[name])
@@ -138,32 +140,30 @@ class _Steps:
 
     def __init__(
         self,
+        model: nn.Module,
         forward: Callable[[Tensor], object],
         training: LocalTraining,
         loss: Loss,
+        reading: Reading,
         objective: Term | None,
         device: torch.device | str,
         on_step: Callable[[Tensor], None] | None,
     ) -> None:
-        self._forward, self._training, self._loss = forward, training, loss
+        self._model, self._forward, self._training = model, forward, training
+        self._loss, self._reading = loss, reading
         self._objective, self._device, self._on_step = objective, device, on_step
         self._scaler = training.scaler(device)
         self.losses: list[Tensor] = []
 
     def take(
-        self,
-        optimizer: torch.optim.Optimizer,
-        values: Sequence[Tensor],
-        start: Sequence[Tensor],
-        x: Tensor,
-        labels: Tensor,
+        self, optimizer: torch.optim.Optimizer, values: Sequence[Tensor], start: Sequence[Tensor], batch: Batch
     ) -> None:
         training, scaler = self._training, self._scaler
-        x, labels = to_device(x, self._device), to_device(labels, self._device)
+        x, labels = batch.to(self._device)
         x = augment(x, training.augmentation)
         optimizer.zero_grad()
         with training.forward(self._device):
-            output = main_output(self._forward(x))
+            output = self._reading.prediction(call(self._forward if isinstance(x, Tensor) else self._model, x))
         value = self._loss(output.float() if output.dtype in HALF.values() else output, labels)
         self.losses.append(value.detach())
         total = value + self._objective(values, start) if self._objective else value

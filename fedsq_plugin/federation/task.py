@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .reading import Reading
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(outputs (N, …), targets (N, …)) -> mean loss of the batch."""
-Batches = Iterable[tuple[Tensor, Tensor]]
-"""(inputs, targets) of a data set, batch by batch, anew in every pass."""
+Batches = Iterable[Any]
+"""The batches of a data set, anew in every pass, in a form that `Reading` takes apart."""
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -91,10 +93,11 @@ class MeanOverBatches(_OfFunction):
 
 
 class Task(NamedTuple):
-    """The task of one data set; by default a classification."""
+    """The task of one data set, by default a classification, and how its batches and the model's outputs are read."""
 
     loss: Loss = cross_entropy
     metric: Metric = Accuracy()
+    reading: Reading = Reading()
 
 
 CLASSIFICATION = Task()

@@ -103,9 +103,9 @@ def _describe_fit(fit: Fit, others: Sequence[str]) -> str:
         copy = " (the quantitative copy of a DualCopy)" if fit.prefix.endswith("quantitative.") else ""
         said.append(f"the prefix '{fit.prefix}'{copy} is taken off the keys")
     if fit.unwrapped:
-        said.append("the names of wrappers, as '_orig_mod.', are taken out of the keys")
+        said.append("the names of wrappers ('module.', '_orig_mod.') are taken out of the keys")
     if others:
-        said.append(f"not taken: {some(others)}, which fit too")
+        said.append(f"fitting too, not taken: {some(others)}")
     elif fit.left:
         said.append(f"left, because they are not the model's: {some(fit.left)}")
     return one_line("; ".join(said))

@@ -24,8 +24,8 @@ PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 SUFFIXES = (".safetensors", *PICKLED)
 NESTS = ("state_dict", "model_state_dict", "model")
 """Names under which a state dict is looked for where there is no model to compare it with."""
-WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_forward_module.")
-"""What torch and its trainers put into keys, in any place."""
+WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_forward_module.")
+"""What torch and its trainers put into keys, in any place: where only a part of the model was wrapped."""
 SHOWN = 3
 """Number of keys that a message names. It gives only the number of the others."""
 _SECONDARY = re.compile(r"(^|[._/ ])(ema|averaged?|swa|structural/?|memory .*|slot .*)($|[._/ ])", re.IGNORECASE)

@@ -14,8 +14,9 @@ from ..data.registry import OURS
 from ..data.silos import SilosData
 from ..dualcopy.tracing import copy_model
 from ..errors import ConfigError, FedSQError, first_line, worded
-from ..federation.evaluate import main_output
+from ..federation.reading import Reading
 from ..federation.seeding import isolated
+from ..federation.task import CLASSIFICATION
 from .plan import RECIPE, Plan
 
 SAMPLES = 2
@@ -33,7 +34,9 @@ class SampleError(ConfigError):
         super().__init__(f"the model {what} ({reason})")
 
 
-def run_samples(model: nn.Module, samples: Tensor, training: bool = False) -> Tensor:
+def run_samples(
+    model: nn.Module, samples: Tensor, training: bool = False, reading: Reading = CLASSIFICATION.reading
+) -> Tensor:
     """The outputs of a copy of the model for a few samples (N, ...), in evaluation or in training mode. The model
     and the random generators stay as they are.
 
@@ -44,7 +47,7 @@ def run_samples(model: nn.Module, samples: Tensor, training: bool = False) -> Te
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     try:
         with isolated(0), torch.no_grad():
-            return main_output(copy_model(model).train(training)(samples.to(device)))
+            return reading.prediction(copy_model(model).train(training)(samples.to(device)))
     except FedSQError:
         raise
     except (RuntimeError, ValueError) as error:
@@ -63,15 +66,17 @@ def dry_run(model: nn.Module, plan: Plan, data: SilosData) -> list[str]:
     """
     config = plan.config
     notes = list(_miscounted(config.dataset, data))
-    samples = _samples(data.global_test)
+    reading = plan.task.reading
+    with worded(RECIPE):
+        samples = _samples(data.global_test, reading)
     if samples is None:
         notes.append("the test set gives no batch: accuracies will be nan; lower train_args.batch_size")
-        samples = _samples(data.global_train)
+        samples = _samples(data.global_train, reading)
     if samples is None:
         return notes
     try:
         with worded(RECIPE):
-            outputs = run_samples(model, samples)
+            outputs = run_samples(model, samples, reading=reading)
     except SampleError as error:
         ours = config.model in models.names() or config.dataset in OURS
         remedy = "; try fedsq_args.small_images or image_size" if ours else ""
@@ -82,10 +87,11 @@ def dry_run(model: nn.Module, plan: Plan, data: SilosData) -> list[str]:
     return notes + list(_other_outputs(config.model, outputs, data.outputs))
 
 
-def _samples(batches: Any) -> Tensor | None:
+def _samples(batches: Any, reading: Reading) -> Tensor | None:
     with isolated(0):
         batch = next(iter(batches if isinstance(batches, Iterable) else ()), None)
-    return batch[0][:SAMPLES] if batch is not None and isinstance(batch[0], Tensor) else None
+    inputs = None if batch is None else reading.read(batch).inputs
+    return inputs[:SAMPLES] if isinstance(inputs, Tensor) else None
 
 
 def _other_outputs(model: str, outputs: Tensor, classes: Any) -> Iterable[str]:

@@ -33,6 +33,10 @@ RECIPE: Vocabulary = {
     "no head": "fedsq_args.head: the model has no module '{}'",
     "head": "fedsq_args.head",
     "frozen_modules": "fedsq_args.frozen_modules",
+    "batch": "fedsq_args.batch",
+    "output": "fedsq_args.output",
+    "task": "fedsq_args.task",
+    "ignore_index": "fedsq_args.ignore_index",
 }
 """What errors say to somebody who writes a recipe."""
 
@@ -71,8 +75,11 @@ class Plan:
         return "fedsq_args.nonfinite: fail" if self.config.nonfinite == "fail" else None
 
 
-def plan_of(config: Config, model: nn.Module, task: Task = CLASSIFICATION) -> Plan:
+def plan_of(config: Config, model: nn.Module, task: Task = CLASSIFICATION, outputs: Any = None) -> Plan:
     """The plan for training `model` on `task` by the algorithm that `federated_optimizer` names.
+
+    Args:
+        outputs: the number of the data set's classes; no number: unknown.
 
     Raises:
         ConfigError: the algorithm or an option does not go with the model.
@@ -96,7 +103,7 @@ def plan_of(config: Config, model: nn.Module, task: Task = CLASSIFICATION) -> Pl
         config,
         chosen.personal if config.silo_evaluation is None else config.silo_evaluation,
         finetune_epochs,
-        task,
+        task._replace(reading=config.reading(outputs)),
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,11 @@ from ..errors import ConfigError
 from ..federation.local import Phase, local_update
 from ..federation.roles import Role, check_finite, roles
 from ..federation.seeding import derive
-from ..federation.task import Batches
+from ..federation.task import CLASSIFICATION, Batches, Task
 from ..federation.training import LocalTraining
 from ..settings.warm_start import Hardening
+
+EVERYTHING = (Phase(1, frozenset(Role)),)
 
 
 def lambda_at(hardening: Hardening, epoch: int, learned: float, target: float) -> float:
@@ -71,6 +74,7 @@ def relu_ise(
     *,
     seed: int,
     device: torch.device | str = "cpu",
+    task: Task = CLASSIFICATION,
     evaluate: Callable[[nn.Module], float],
 ) -> Reluised:
     """Turn `model` in place, on public data, into one with nn.ReLU for every smooth activation module.
@@ -83,6 +87,7 @@ def relu_ise(
         training: its schedule over rounds is one over the epochs here, learning and hardening together.
         seed: all randomness of the training comes from it.
         device: to train on.
+        task: of the data: the loss that is trained.
         evaluate: accuracy, on data that was not trained on; has to see to evaluation mode and device itself.
             Called three times: on the smooth model, at the target λ, on the model with ReLU.
 
@@ -98,10 +103,8 @@ def relu_ise(
 
     def train(epoch: int) -> None:
         own = derive("relu-ise", seed, epoch)
-        phases = (Phase(1, frozenset(Role)),)
-        result = local_update(
-            model, batches, training, phases, known, round=epoch, seed=own, device=device, factors=factors
-        )
+        about: dict[str, Any] = {"device": device, "factors": factors, "loss": task.loss, "reading": task.reading}
+        result = local_update(model, batches, training, EVERYTHING, known, round=epoch, seed=own, **about)
         _check(model, result.steps, epoch)
         history.append(lambdas(model))
 

@@ -23,7 +23,7 @@ from ..federation.local import Phase, local_update
 from ..federation.roles import Role, check_finite, roles
 from ..federation.seeding import derive
 from ..federation.state import fingerprint, state_of
-from ..federation.task import Batches
+from ..federation.task import CLASSIFICATION, Batches, Task
 from ..federation.training import LocalTraining
 from ..models.backbones import PREFIX
 from ..settings.config import Config
@@ -41,12 +41,15 @@ class WarmStart(NamedTuple):
     """Lines for the user: where the weights came from."""
 
 
-def warm_start(model: nn.Module, config: Config, data: SilosData | None, device: torch.device) -> WarmStart:
+def warm_start(
+    model: nn.Module, config: Config, data: SilosData | None, device: torch.device, task: Task = CLASSIFICATION
+) -> WarmStart:
     """Give the model its pretrained weights, and ReLUs in place of its smooth activations where `relu_ise` asks
     for that, in place. The structural copy of a DualCopy is taken anew.
 
     Args:
         data: read only where the recipe has a public split.
+        task: of the data.
 
     Raises:
         ConfigError: the warm start cannot be had, or has diverged.
@@ -56,11 +59,11 @@ def warm_start(model: nn.Module, config: Config, data: SilosData | None, device:
     refuse_warm_start(config)
     notes, reluised = [], None
     if config.warm_start == "public":
-        notes.append(_train_on_public(plain, config, data, device))
+        notes.append(_train_on_public(plain, config, data, device, task))
     elif config.warm_start != "none":
         notes += [f"warm start: {line}" for line in load_pretrained(plain, config)]
     if config.relu_ise:
-        reluised, note = _relu_ise_on_public(plain, config, data, device)
+        reluised, note = _relu_ise_on_public(plain, config, data, device, task)
         notes.append(note)
     if isinstance(model, DualCopy):
         model.refresh()
@@ -99,17 +102,17 @@ def load_pretrained(model: nn.Module, config: Config) -> list[str]:
             raise error.after(f"warm start from {weights}: ") from None
 
 
-def _train_on_public(model: nn.Module, config: Config, data: SilosData | None, device: torch.device) -> str:
+def _train_on_public(model: nn.Module, config: Config, data: SilosData | None, device: torch.device, task: Task) -> str:
     data = with_public_split(data, config)
     content, training = _content(data, config), _training(config, config.warm_start_learning_rate)
     epochs, seed = config.warm_start_epochs, derive("warm start", config.seed("model"))
-    cached = public_warm_start(model, data.public, content, training, epochs, seed, config.cache_dir, device)
+    cached = public_warm_start(model, data.public, content, training, epochs, seed, config.cache_dir, device, task)
     how = "read from the cache" if cached else f"trained for {epochs} epochs"
     return f"warm start on {len(data.public.dataset)} public samples: {how}"
 
 
 def _relu_ise_on_public(
-    model: nn.Module, config: Config, data: SilosData | None, device: torch.device
+    model: nn.Module, config: Config, data: SilosData | None, device: torch.device, task: Task
 ) -> tuple[Reluised, str]:
     """Run `relu_ise`, or load its result from the cache. Accuracies are measured on samples on which nothing is
     trained."""
@@ -119,12 +122,13 @@ def _relu_ise_on_public(
     hardening, seed = config.only(Hardening), derive("relu-ise", config.seed("model"))
 
     def accuracy(model: nn.Module) -> float:
-        return evaluate(model, validation, device).accuracy
+        return evaluate(model, validation, device, *task).accuracy
 
     def train() -> Mapping[str, Any]:
-        return asdict(relu_ise(model, public, training, hardening, seed=seed, device=device, evaluate=accuracy))
+        how: Any = {"seed": seed, "device": device, "task": task, "evaluate": accuracy}
+        return asdict(relu_ise(model, public, training, hardening, **how))
 
-    parts = (_content(data, config), training, hardening, seed)
+    parts = (_content(data, config), training, hardening, seed, task.reading)
     about, cached = _cached("relu-ise", model, parts, config.cache_dir, device, train, replace_smooth)
     done = Reluised(**{name: about[name] for name in Reluised.__dataclass_fields__})
     return done, (
@@ -164,6 +168,7 @@ def public_warm_start(
     seed: int,
     cache: Path,
     device: torch.device | str = "cpu",
+    task: Task = CLASSIFICATION,
 ) -> bool:
     """Train `model` on public data, in place, or load the result from the cache.
 
@@ -180,14 +185,15 @@ def public_warm_start(
 
     def train() -> Mapping[str, Any]:
         everything = (Phase(epochs, frozenset(Role)),)
-        local_update(model, batches, training, everything, roles(model), round=0, seed=seed, device=device)
+        how: Any = {"seed": seed, "device": device, "loss": task.loss, "reading": task.reading}
+        local_update(model, batches, training, everything, roles(model), round=0, **how)
         if not all(check_finite(value) for value in model.state_dict().values() if value.is_floating_point()):
             raise ConfigError(
                 f"the warm start diverged: weights are not finite after {epochs} epochs; lower warm_start_learning_rate"
             )
         return {"epochs": epochs, "seed": seed, "public_data": content}
 
-    parts = (content, training, epochs, seed)
+    parts = (content, training, epochs, seed, task.reading)
     return _cached("warm-start", model, parts, cache, device, train)[1]
 
 

@@ -17,6 +17,7 @@ from ..algorithms.registry import builtin_options
 from ..data.options import DataOptions
 from ..federation.algorithm import ExtraOptions, FederationOptions
 from ..federation.options import options_of, said, wrong_values
+from ..federation.reading import ReadingOptions
 from ..federation.training import LocalTraining
 from ..wire.tls import TlsOptions
 from .processes import ProcessOptions
@@ -62,6 +63,7 @@ class _Shared(
     WarmStartOptions,
     EvaluationOptions,
     FederationOptions,
+    ReadingOptions,
     LocalTraining,
     RoundOptions,
     ModelOptions,

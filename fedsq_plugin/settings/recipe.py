@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from ..errors import ConfigError, nearest
-from .config import OPTIONS, OURS, Config, Finding, family_of, parse
+from .config import OPTIONS, OURS, Config, Finding, family_of, parse, validated
 from .yaml_text import place, read_families, read_value
 
 Families = dict[str, dict[str, Any]]
@@ -163,6 +163,17 @@ def resolve(families: Families, brings_silos: Collection[str] = ()) -> Config:
 def flat(families: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """All options in one mapping, as FedML has them."""
     return {key: value for options in families.values() for key, value in options.items()}
+
+
+def with_numbers(families: Families) -> Families:
+    """The families, with a number for each option that is one and that YAML 1.1 reads as text, as `1e-3`."""
+    valid = validated(flat(families))[0]
+    result = {family: dict(options) for family, options in families.items()}
+    for options in result.values():
+        for key, value in options.items():
+            if isinstance(value, str) and isinstance(valid.get(key), int | float):
+                options[key] = valid[key]
+    return result
 
 
 def resolved_families(families: Families, config: Config) -> Families:

@@ -48,7 +48,9 @@ class Hardening(Options):
 class WarmStartOptions(PublicSplit):
     """Where the weights come from."""
 
-    warm_start_file: str | None = option(None, "warm_start_args", "weights, .safetensors or .pt", may_change=True)
+    warm_start_file: str | None = option(
+        None, "warm_start_args", "weights: .safetensors, .pt or .ckpt; also what a run saved", may_change=True
+    )
     warm_start_epochs: int = option(10, "warm_start_args", "epochs on the public split", idle=_no_training, ge=1)
     warm_start_learning_rate: float = option(
         0.05, "warm_start_args", "its learning rate (sgd)", idle=no_public_split, gt=0

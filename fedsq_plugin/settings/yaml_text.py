@@ -7,8 +7,7 @@ from one place in the file is kept in the last of them alone.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Set
 from typing import Any, NamedTuple
 
 import yaml
@@ -50,12 +49,12 @@ def read_families(text: str) -> tuple[Any, list[Finding]]:
     node, loader = _compose(text)
     # Merged keys are written into the nodes when these are constructed: what stands in the file is looked at before.
     with _one_kind_of_error():
-        repeated, families, uses = _repeated(node, loader), _families(node), _uses(node)
+        repeated, families = _repeated(node, loader), _families(node, loader.anchored)
         bases = {*_bases(node)} if isinstance(node, yaml.MappingNode) else set()
     found = [*repeated, *_other_numbers(families)]
     content = _construct(loader, node)
     if isinstance(content, dict):
-        _leave_one_place(content, families, uses, bases)
+        _leave_one_place(content, families, bases)
     return content, found
 
 
@@ -67,9 +66,11 @@ class _Family(NamedTuple):
     """The node of each key's value, merged keys included."""
     bases: frozenset[int]
     """The mappings that it merges, those that these merge included, by their identity."""
+    anchored: bool
+    """Whether it has an anchor, used or not."""
 
 
-def _compose(text: str) -> tuple[yaml.Node | None, yaml.SafeLoader]:
+def _compose(text: str) -> tuple[yaml.Node | None, _Loader]:
     with _one_kind_of_error():
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -145,11 +146,6 @@ def _nodes(node: yaml.Node | None) -> Iterator[yaml.Node]:
             waiting += reversed([*_children(one)])
 
 
-def _uses(node: yaml.Node | None) -> Counter[int]:
-    """How often each node is used as a value or an item; more than once where aliases stand for it."""
-    return Counter(id(child) for one in _nodes(node) for child in _children(one))
-
-
 def _repeated(node: yaml.Node | None, loader: yaml.SafeLoader) -> list[Finding]:
     """The keys that stand twice in one mapping of the text. PyYAML keeps the last and says nothing."""
     found = []
@@ -211,6 +207,19 @@ class _Loader(yaml.SafeLoader):
     """PyYAML 6.0.4 lets the last of several merged mappings win; by YAML's rule, and in older versions, it is the
     first."""
 
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.anchored: set[int] = set()
+        """The nodes that have an anchor, by their identity."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        anchored = not isinstance(event, yaml.AliasEvent) and getattr(event, "anchor", None) is not None
+        node: yaml.Node | None = super().compose_node(parent, index)
+        if anchored:
+            self.anchored.add(id(node))
+        return node
+
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         merged: dict[str, _Pair] = {}
         for one in _merges(node):
@@ -230,21 +239,21 @@ def _bases(node: yaml.MappingNode) -> Iterator[int]:
             yield from _bases(one)
 
 
-def _families(node: yaml.Node | None) -> dict[str, _Family]:
+def _families(node: yaml.Node | None, anchored: Set[int]) -> dict[str, _Family]:
     """The families of a file by their names, in FedML's order."""
     if not isinstance(node, yaml.MappingNode):
         return {}
-    return {
-        name: _Family(value, {key: one for key, (_, one) in _pairs_of([value]).items()}, frozenset(_bases(value)))
-        if isinstance(value, yaml.MappingNode)
-        else _Family(value, {}, frozenset())
-        for name, (_, value) in _pairs_of([node]).items()
-    }
+    found = {}
+    for name, (_, value) in _pairs_of([node]).items():
+        keys, bases = {}, frozenset[int]()
+        if isinstance(value, yaml.MappingNode):
+            keys = {key: one for key, (_, one) in _pairs_of([value]).items()}
+            bases = frozenset(_bases(value))
+        found[name] = _Family(value, keys, bases, id(value) in anchored)
+    return found
 
 
-def _leave_one_place(
-    content: dict[Any, Any], families: dict[str, _Family], uses: Counter[int], bases: Collection[int]
-) -> None:
+def _leave_one_place(content: dict[Any, Any], families: dict[str, _Family], bases: Collection[int]) -> None:
     """Take the keys away, in place, that another family has from the same place in the file, or replaces after merging
     the family that has them. FedML would flatten all of them."""
     order = [name for name in content if name in families]
@@ -252,11 +261,11 @@ def _leave_one_place(
         family, later = families[name], [families[one] for one in order[number + 1 :]]
         held = content[name]
         if not isinstance(held, dict) or not all(isinstance(key, str) for key in held):
-            if name not in KNOWN_FAMILIES and uses[id(family.node)] > 1:
+            if name not in KNOWN_FAMILIES and family.anchored:
                 del content[name]  # `x-rate: &rate 0.01`: no family, but a value for others
             continue
-        if name not in KNOWN_FAMILIES and id(family.node) in bases:
-            del content[name]  # the file itself merges its families
+        if name not in KNOWN_FAMILIES and (id(family.node) in bases or _is_template(name, family, later)):
+            del content[name]
             continue
         merged = [key for key in held if _is_merged(family.keys.get(key), families.values())]
         given = [key for key in held if any(_replaces(key, family, one) for one in later)]
@@ -264,6 +273,14 @@ def _leave_one_place(
         content[name] = {key: value for key, value in held.items() if key not in gone}
         if gone and not content[name] and name not in KNOWN_FAMILIES:
             del content[name]
+
+
+def _is_template(name: str, family: _Family, later: list[_Family]) -> bool:
+    """Whether a family of an unknown name is there to be merged, though perhaps it is not: one of several to choose
+    from. By its name, or because it changes nothing."""
+    return family.anchored and (
+        name.startswith("x-") or all(any(key in one.keys for one in later) for key in family.keys)
+    )
 
 
 def _replaces(key: str, family: _Family, later: _Family) -> bool:

@@ -381,10 +381,10 @@ def test_statistics_are_taken_from_the_data_where_batches_are_something_else() -
     seen: list[Any] = []
 
     def collect(model: nn.Module, batches: Any, device: Any) -> dict[str, Tensor]:
-        seen.append(batches)
+        seen.append([inputs.item() for inputs, _ in batches])
         return {}
 
     model, part = Weight(), Statistics(collect, lambda state, sums: state, lambda state: {})
-    for data in (None, ["all"]):
+    for data in (None, [{"x": torch.tensor(value), "y": torch.tensor(0)} for value in (7.0, 8.0)]):
         local_update(model, ONE, LocalTraining(), [part], roles(model), round=0, seed=0, data=data)
-    assert seen == [ONE, ["all"]]
+    assert seen == [[ONE[0][0].item()], [7.0, 8.0]]

@@ -117,7 +117,7 @@ def test_a_file_of_lightnings(tmp_path: Path) -> None:
 )
 def test_averages_and_structural_copies_are_not_taken_and_said(tmp_path: Path, content: Any) -> None:
     (line,) = loaded(tmp_path, content)
-    assert "not taken: the " in line
+    assert "fitting too, not taken: the " in line
 
 
 @pytest.mark.parametrize(
@@ -136,14 +136,21 @@ def test_what_torch_itself_wraps_is_read(tmp_path: Path, wrap: Callable[[nn.Modu
     assert loaded(tmp_path, dict(wrap(net).state_dict())) == [line]
 
 
-def test_a_part_that_was_compiled_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_a_part_that_was_wrapped_alone(tmp_path: Path, wrap: Callable[[nn.Module], nn.Module], prefix: str) -> None:
     net = Net()
     net.load_state_dict(state())
-    net.conv = torch.compile(net.conv)  # type: ignore[assignment]
-    content = under("model.", dict(net.state_dict()))
-    assert "model.conv._orig_mod.weight" in content
+    net.conv = wrap(net.conv)  # type: ignore[assignment]
+    content = under(prefix, dict(net.state_dict()))
+    assert f"{prefix}conv.weight" not in content
     (line,) = loaded(tmp_path, content)
-    assert line.endswith("the names of wrappers, as '_orig_mod.', are taken out of the keys")
+    assert line.endswith("the names of wrappers ('module.', '_orig_mod.') are taken out of the keys")
+
+
+def test_keys_of_which_some_have_a_prefix(tmp_path: Path) -> None:
+    content = {f"module.{key}" if "conv" in key else key: value for key, value in state().items()}
+    assert loaded(tmp_path, content) == ["the names of wrappers ('module.', '_orig_mod.') are taken out of the keys"]
 
 
 def test_a_saved_run_of_fedsqs_is_a_weights_file(tmp_path: Path) -> None:
@@ -155,7 +162,7 @@ def test_a_saved_run_of_fedsqs_is_a_weights_file(tmp_path: Path) -> None:
     (line,) = loaded(tmp_path, content, "FedSQ-seed0.safetensors")
     assert line == (
         "the prefix 'quantitative.' (the quantitative copy of a DualCopy) is taken off the keys; "
-        "not taken: the prefix 'structural.', which fit too"
+        "fitting too, not taken: the prefix 'structural.'"
     )
     assert all(bool((value == 4).all()) for value in read_state(tmp_path / "FedSQ-seed0.safetensors").values())
 

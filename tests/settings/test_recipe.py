@@ -24,6 +24,7 @@ from fedsq_plugin.settings.recipe import (
     read_yaml,
     resolve,
     resolved_families,
+    with_numbers,
 )
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -520,6 +521,15 @@ def test_host_defaults_leave_the_given_families_alone() -> None:
     before = copy.deepcopy(given_)
     with_host_defaults(given_)
     assert given_ == before
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers() -> None:
+    """So that FedML's own algorithms, too, train with what was checked."""
+    found = families(train_args={"learning_rate": "1e-3", "name": "1e-3", "client_optimizer": "sgd", "epochs": "x"})
+    train = with_numbers(found)["train_args"]
+    assert (train["learning_rate"], train["name"], train["client_optimizer"]) == (0.001, "1e-3", "sgd")
+    assert train["epochs"] == "x"  # wrong, and said elsewhere
+    assert found["train_args"]["learning_rate"] == "1e-3"
 
 
 def resolved(**changes: dict[str, Any]) -> Families:

@@ -50,6 +50,11 @@ def refused(folder: Path, text: str) -> str:
         ("x-rate: &rate 0.1\ntrain_args: {learning_rate: *rate}", {"learning_rate": 0.1}),
         ("x-names: &names [a, b]\ntrain_args: {x: *names, y: *names}", {"x": ["a", "b"], "y": ["a", "b"]}),
         ("all: &all {train_args: {epochs: 2}}\n<<: *all", {"epochs": 2}),
+        # One of several to choose from.
+        ("x-a: &a {epochs: 1}\nx-b: &b {epochs: 2, c: 3}\ntrain_args: {<<: *a}", {"epochs": 1}),
+        ("train_args: {epochs: 1}\nx-b: &b {epochs: 2}", {"epochs": 1}),
+        ("small: &s {epochs: 1}\nlarge: &l {epochs: 2}\ntrain_args: {<<: *s}", {"epochs": 1}),
+        ("x-rate: &rate 0.1\ntrain_args: {epochs: 1}", {"epochs": 1}),
         ("x-a: &a {epochs: 1}\nx-b: &b {<<: *a, c: 2}\ntrain_args: {<<: *b, epochs: 3}", {"epochs": 3, "c": 2}),
     ],
 )  # fmt: skip
@@ -85,6 +90,8 @@ def test_a_key_that_several_families_have_from_one_place_has_one_value(
         # One family replaces the shared value, the other does not: FedML would take the last.
         "x: &x {epochs: 1}\ncommon_args: {<<: *x, epochs: 2}\ntrain_args: {<<: *x}",
         "train_args: {epochs: 1}\nx: &x {epochs: 2}\ncommon_args: {<<: *x}",
+        "train_args: {epochs: 1}\nmine: &x {epochs: 2}",
+        "mine: {epochs: 1}\ntrain_args: {epochs: 2}",
     ],
 )
 def test_a_key_that_two_families_have_from_two_places_is_found(tmp_path: Path, text: str) -> None:

@@ -62,6 +62,7 @@ class FedSQTrainer(ClientTrainer):  # type: ignore[misc]
                 config.keep_gates,
                 config.compile,
                 plan.task.loss,
+                reading=plan.task.reading,
             )
         return self._client
 

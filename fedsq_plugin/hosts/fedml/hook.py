@@ -33,7 +33,7 @@ from ...settings.agreement import kept_options
 from ...settings.config import OPTIONS, Config
 from ...settings.config import OURS as OUR_FAMILIES
 from ...settings.idle import compiled_for_cpu, untrained_gates, unused
-from ...settings.recipe import flat, misplaced, read_loosely
+from ...settings.recipe import flat, misplaced, read_loosely, with_numbers
 from . import offline
 from .arguments import FINDINGS, RUNNING, config_of, known_to_fedml
 from .choice import ASKED, asks_for_ours, ignored, is_native, is_ours, is_sp
@@ -84,7 +84,7 @@ def _load_yaml_config(self: Any, path: str) -> dict[str, Any]:
         raise ConfigError(reason)
     asked = bool(families.keys() & set(OUR_FAMILIES)) or any(finding.kind == "family" for finding in found)
     setattr(self, ASKED, getattr(self, ASKED, False) or asked)
-    return families
+    return with_numbers(families)
 
 
 def _load(original: Any) -> Any:
@@ -194,7 +194,7 @@ def _init(original: Any) -> Any:
             original(self, args, device, dataset, model, *rest)
             return
         data = from_tuple(dataset, args.dataset)
-        plan = plan_of(config, model, data.task)  # refuses what does not fit before anything is trained
+        plan = plan_of(config, model, data.task, data.outputs)  # refuses what does not fit before anything is trained
         from .distributed.node import is_client, node, refuse_unreachable
         from .security import check_options
         from .simulation import Simulation, refuse_foreign

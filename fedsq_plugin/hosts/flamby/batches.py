@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import Tensor
-
-Batch = tuple[Tensor, Tensor]
-
 
 class EndlessBatches:
     """A loader that never ends, across rounds.
@@ -25,22 +21,21 @@ class EndlessBatches:
         """Number of samples."""
         return len(self.loader.dataset)
 
-    def get_samples(self) -> Batch:
+    def get_samples(self) -> Any:
         """The next batch."""
         try:
-            inputs, labels = next(self._batches)
+            return next(self._batches)
         except StopIteration:
             self._batches = iter(self.loader)
-            inputs, labels = next(self._batches)
-        return inputs, labels
+            return next(self._batches)
 
 
-class Updates(Iterable[Batch]):
+class Updates(Iterable[Any]):
     """The next `count` batches, each time that it is iterated. The core takes them for an epoch."""
 
     def __init__(self, batches: EndlessBatches, count: int) -> None:
         self._batches, self._count = batches, count
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         for _ in range(self._count):
             yield self._batches.get_samples()

@@ -17,6 +17,7 @@ from ...errors import ConfigError, nearest
 from ...federation.client import Client
 from ...federation.mean import MeanOfDifferences
 from ...federation.messages import Assignment
+from ...federation.reading import Reading, ReadingOptions
 from ...federation.record import RoundRecord
 from ...federation.roles import roles
 from ...federation.round import Round
@@ -113,7 +114,7 @@ class Strategy:
         self.nrounds, self.num_updates = nrounds, num_updates
         self.bits_counting_function = bits_counting_function
         privacy = self.privacy(dp_target_epsilon, dp_target_delta, dp_max_grad_norm, num_fine_tuning_steps)
-        viewed, chosen, nonfinite = self.viewed(model, options)
+        viewed, chosen, nonfinite, reading = self.viewed(model, options)
         self._fatal = "nonfinite: fail" if nonfinite == "fail" else None
         self.training_dataloaders_with_memory = [EndlessBatches(loader) for loader in training_dataloaders]
         epochs, steps = self.algorithm.finetune_epochs, num_fine_tuning_steps
@@ -132,7 +133,7 @@ class Strategy:
                 made = privacy.optimizer(own, optimizer_class, learning_rate, batches.loader, nrounds, noise, device)
                 optimizer = _always(made)
             training = OptimizerTraining(optimizer=optimizer, learning_rate=learning_rate, comm_round=max(nrounds, 1))
-            client = self._client(own, chosen, training, copy.deepcopy(loss))
+            client = self._client(own, chosen, training, copy.deepcopy(loss), reading)
             on_step = None
             if log:
                 on_step = StepLog(own, number, len(batches.loader), num_updates, log_period, logdir, name)
@@ -145,7 +146,7 @@ class Strategy:
             if loader is None or not len(loader.dataset):
                 raise ConfigError(f"{self.algorithm.name}: training_dataloaders[{number}] has no samples: leave it out")
 
-    def _client(self, model: nn.Module, options: Any, training: LocalTraining, loss: Loss) -> Client:
+    def _client(self, model: nn.Module, options: Any, training: LocalTraining, loss: Loss, reading: Reading) -> Client:
         return Client(
             model,
             self.algorithm,
@@ -155,6 +156,7 @@ class Strategy:
             keep_gates=getattr(options, "keep_gates", False),
             loss=loss,
             keep_optimizers=True,
+            reading=reading,
         )
 
     @classmethod
@@ -173,9 +175,9 @@ class Strategy:
         return found
 
     @classmethod
-    def viewed(cls, model: nn.Module, options: dict[str, Any]) -> tuple[nn.Module, Any, str]:
-        """A copy of the model as the algorithm trains it, what the algorithm reads, and the option `nonfinite`. The
-        errors are those of the constructor."""
+    def viewed(cls, model: nn.Module, options: dict[str, Any]) -> tuple[nn.Module, Any, str, Reading]:
+        """A copy of the model as the algorithm trains it, what the algorithm reads, the option `nonfinite`, and how
+        batches and outputs are read. The errors are those of the constructor."""
         name, known = cls.algorithm.name, known_options(cls.algorithm)
         for key in options:
             if key not in known:
@@ -185,9 +187,10 @@ class Strategy:
             raise ConfigError(f"{name}: {'; '.join(wrong)}")
         valid = {key: every[key] for key in options}
         nonfinite = str(valid.pop("nonfinite", "skip"))
+        reading = ReadingOptions(batch=valid.pop("batch", None), output=valid.pop("output", None)).reading()
         chosen = cls.algorithm.settings(**valid)
         cls.algorithm.refuse_misfit(model, chosen)
-        return cls.algorithm.view.make(copy.deepcopy(model), chosen), chosen, nonfinite
+        return cls.algorithm.view.make(copy.deepcopy(model), chosen), chosen, nonfinite, reading
 
     def perform_round(self) -> None:
         """Train every client for `num_updates` batches from the server's model, and gather what they send."""
@@ -243,7 +246,7 @@ def known_options(algorithm: Algorithm) -> tuple[str, ...]:
     """The options that an algorithm has in FLamby."""
     head = ("head",) if algorithm.needs_head else ()
     own = (key for key in algorithm.option_names if key in Config.model_fields)
-    return (*head, "buffers", "nonfinite", *own)
+    return (*head, "buffers", "nonfinite", *ReadingOptions.model_fields, *own)
 
 
 def _always(optimizer: torch.optim.Optimizer) -> OptimizerClass:

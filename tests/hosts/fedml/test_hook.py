@@ -147,6 +147,10 @@ def test_shared_values_are_merged_as_yaml_says(fedml: Any, init: Any, caplog: py
     assert not any("FedML keeps one of them" in line for line in caplog.messages)
 
 
+def test_fedmls_own_algorithm_gets_a_number_that_yaml_reads_as_text(fedml: Any, make_args: MakeArgs) -> None:
+    assert make_args(federated_optimizer="FedAvg", learning_rate="1e-3").learning_rate == 0.001
+
+
 def test_fedmls_loader_is_not_asked_for_a_partition_that_it_has_not(fedml: Any, make_args: MakeArgs) -> None:
     args = make_args(dataset="cifar10", partition_method="dirichlet")
     with pytest.raises(ConfigError, match=r"^data_args\.partition_method 'dirichlet' is unknown; known: hetero"):
