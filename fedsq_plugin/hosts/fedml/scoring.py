@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ...data.silos import SilosData
 from ...dualcopy import DualCopy
-from ...dualcopy.precision import to_device
-from ...errors import in_one_line
-from ...federation.evaluate import Metrics, main_output
+from ...errors import FedSQError, in_one_line
+from ...federation.evaluate import Metrics
+from ...federation.reading import Reading, call
 from ...federation.record import RoundRecord
 from ...federation.seeding import derive, isolated
 from ...federation.simulation import test_seeded
@@ -28,7 +28,7 @@ IGNORED = -100
 """The label that torch's cross-entropy passes over."""
 
 
-def no_classification(model: nn.Module, data: SilosData, device: Any) -> str | None:
+def no_classification(model: nn.Module, data: SilosData, device: Any, reading: Reading) -> str | None:
     """Why cross-entropy and accuracy are not what a model's outputs on the test data are for; None where they are.
 
     Decided by the first batch: labels (N, …) are class numbers, and outputs (N, classes, …) have a column for each of
@@ -38,21 +38,21 @@ def no_classification(model: nn.Module, data: SilosData, device: Any) -> str | N
     model.to(device).eval()
     try:
         with torch.no_grad(), isolated(0):
-            batch = next(iter(data.global_test or ()), None)
-            if batch is None:
+            first = next(iter(data.global_test or ()), None)
+            if first is None:
                 return None
-            inputs, labels = batch
-            return _misfit(main_output(model(to_device(inputs, device))), labels, data.outputs)
-    except Exception as error:  # whatever batches and a model that only the user's trainer knows may raise
-        return f"a test batch cannot be read as images and labels: {in_one_line(error)}"
+            inputs, labels = reading.read(first).to(device)
+            return _misfit(reading.prediction(call(model, inputs)), labels, data.outputs)
+    except FedSQError as error:
+        return str(error)
+    except Exception as error:  # whatever a model raises that only the user's trainer can call
+        return f"the model cannot be called with a test batch: {in_one_line(error)}"
     finally:
         for module, mode in modes.items():
             module.training = mode
 
 
-def _misfit(outputs: Tensor, labels: Any, classes: Any) -> str | None:
-    if not isinstance(labels, Tensor):
-        return f"labels are a {type(labels).__name__}"
+def _misfit(outputs: Tensor, labels: Tensor, classes: Any) -> str | None:
     if outputs.dim() < 2 or (len(outputs), *outputs.shape[2:]) != tuple(labels.shape):
         return f"outputs {tuple(outputs.shape)} and labels {tuple(labels.shape)} are not those of a classification"
     columns, known = outputs.shape[1], labels[labels != IGNORED].double()
@@ -78,8 +78,8 @@ class Scoring:
     ) -> None:
         self._plan, self._args, self.device, self.aggregator, self.data = plan, args, device, aggregator, data
         self._unknown = None
-        if is_ours(aggregator) and not trains_as_ours(trainer) and plan.task is CLASSIFICATION:
-            self._unknown = no_classification(aggregator.model, data, device)
+        if is_ours(aggregator) and not trains_as_ours(trainer) and data.task is CLASSIFICATION:
+            self._unknown = no_classification(aggregator.model, data, device, plan.task.reading)
         if self._unknown is not None:
             plan.note(
                 f"the server reports no figures: what your client_trainer trains cannot be told ({self._unknown}); "

@@ -184,5 +184,23 @@ def test_the_true_error_stands_where_the_user_passes_an_aggregator(fedml: Any, m
     run = simulate(fedml, args, data, model, **parts)
     points, targets = data[3].dataset.tensors
     loss, accuracy, _ = run.records[-1].metrics
-    assert loss == pytest.approx(float(mse(run.aggregator.model.eval()(points), targets)))
+    assert loss == pytest.approx(mse(run.aggregator.model.eval()(points), targets).item())
     assert math.isnan(accuracy)
+
+
+def test_batches_that_only_the_users_trainer_reads_have_no_figures(fedml: Any, make_args: MakeArgs) -> None:
+    def three_parts(batch: Any) -> Any:
+        points, labels = torch.utils.data.default_collate(batch)
+        return points, labels, torch.ones(len(points))
+
+    data, model = eight(three, 3), of_outputs(3)
+    for loader in {id(one): one for one in (*data[5].values(), data[3])}.values():
+        loader.collate_fn = three_parts
+
+    trainer = own_loss(model, nn.functional.cross_entropy)
+    trainer.train = lambda *_: None
+    runner = fedml.FedMLRunner(
+        make_args(federated_optimizer="FedAvg"), torch.device("cpu"), data, model, client_trainer=trainer
+    )
+    runner.run()
+    assert any("the server reports no figures" in note and "a batch is" in note for note in runner.notes)
