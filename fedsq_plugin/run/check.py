@@ -56,6 +56,7 @@ def check(families: Families) -> list[str]:
 def notes(families: Families) -> list[str]:
     """One line per key that looks misspelt, and per option that would silently do nothing. Recipes for `compare` have
     such options: some algorithms read them, others do not."""
+    from ..algorithms import known
     from ..settings.idle import unused
     from .facts import facts_of
 
@@ -65,7 +66,9 @@ def notes(families: Families) -> list[str]:
     idle = unused(valid, facts_of(valid))
     said = {line.split()[0] for line in idle}
     native = [line for line in host().ignored(values) if line.split()[0] not in said]
-    return [*misspelt, *idle, *(f"in a script of your own, {line}" for line in native)]
+    name = values.get("federated_optimizer")
+    way_out = f"; fedsq_args.own_algorithms: true runs the plugin's {name} there, too" if known(str(name)) else ""
+    return [*misspelt, *idle, *(f"in a script of your own, {line}{way_out}" for line in native)]
 
 
 def _names(valid: dict[str, Any]) -> Iterator[str]:

@@ -15,14 +15,11 @@ FATAL: frozenset[Kind] = frozenset({"repeated", "number", "unknown", "family"})
 """Kinds of findings that end a run of ours; the others are FedML's business."""
 
 
-RUNNING = "fedsq_algorithm"
-"""Attribute of FedML's args: the name of the algorithm of ours that runs with them."""
-
-
 def known_to_fedml(args: Any) -> Any:
     """The arguments as FedML's own operators are to see them, which branch on `federated_optimizer` and know only
-    their own names: a copy that says FedAvg, where an algorithm of ours runs. Elsewhere the real name stands."""
-    name = getattr(args, RUNNING, None)
+    their own names: a copy that says FedAvg, where an algorithm of ours runs (`fedsq_algorithm`). Elsewhere the real
+    name stands."""
+    name = getattr(args, "fedsq_algorithm", None)
     if name is None or name != args.federated_optimizer:
         return args
     shown = copy.copy(args)

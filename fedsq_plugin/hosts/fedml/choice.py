@@ -90,8 +90,7 @@ def ignored(values: Mapping[str, Any]) -> list[str]:
     optimizer = values.get("client_optimizer", "sgd")
     if optimizer not in ("sgd", "adam"):  # FedML compares the word as it stands
         lines.append(f"train_args.client_optimizer is {optimizer}, and FedML's own {name} trains by Adam (amsgrad)")
-    way_out = f"; fedsq_args.own_algorithms: true runs the plugin's {name}" if known(name) else ""
-    return [f"{line}{way_out}" for line in lines]
+    return lines
 
 
 def _has_native(values: Mapping[str, Any]) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ... import models
+from ...algorithms import known
 from ...data import registry
 from ...data.flamby.backbones import MODELS
 from ...data.registry import is_flamby
@@ -35,7 +36,7 @@ from ...settings.config import OURS as OUR_FAMILIES
 from ...settings.idle import compiled_for_cpu, untrained_gates, unused
 from ...settings.recipe import flat, misplaced, read_loosely, with_numbers
 from . import offline
-from .arguments import FINDINGS, RUNNING, config_of, known_to_fedml
+from .arguments import FINDINGS, config_of, known_to_fedml
 from .choice import ASKED, asks_for_ours, ignored, is_native, is_ours, is_sp
 from .dataset import from_tuple, to_tuple
 from .devices import NO_GPU, device_of
@@ -169,8 +170,7 @@ def _init(original: Any) -> Any:
         server_aggregator: Any = None,
         algorithm_flow: Any = None,
     ) -> None:
-        self.reluised, self.notes = None, []
-        setattr(args, RUNNING, None)  # of a run before
+        self.reluised, self.notes, args.fedsq_algorithm = None, [], None
         rest = (client_trainer, server_aggregator, algorithm_flow)
         if algorithm_flow is not None:
             original(self, args, device, dataset, model, *rest)
@@ -179,7 +179,7 @@ def _init(original: Any) -> Any:
             args.fedprox_mu = OPTIONS["fedprox_mu"].default
         ours = is_ours(args, custom=client_trainer is not None or server_aggregator is not None)
         if not ours and not asks_for_ours(vars(args)):
-            say(self, *ignored(vars(args)))
+            say(self, *_ignored(args))
             original(self, args, device, dataset, model, *rest)
             return
         config = config_of(args)
@@ -230,8 +230,16 @@ def _option_notes(args: Any, config: Config, ours: bool) -> list[str]:
     """The options that have no effect in this run, or little."""
     given = config.model_dump()
     facts = facts_of(given, ours)
-    idle = unused(given, facts) if ours else ignored(vars(args))
+    idle = unused(given, facts) if ours else _ignored(args)
     return [*idle, *untrained_gates(given, facts), *compiled_for_cpu(given)]
+
+
+def _ignored(args: Any) -> list[str]:
+    """What FedML's own loop ignores, and the way out."""
+    lines, name = ignored(vars(args)), args.federated_optimizer
+    if lines and known(name):
+        lines.append(f"to run the plugin's {name} in place of FedML's own, set fedsq_args.own_algorithms: true")
+    return lines
 
 
 def say(runner: Any, *lines: str) -> None:
@@ -261,7 +269,7 @@ def prepare_host(args: Any) -> None:
 
     if getattr(args, "enable_fhe", False):
         raise ConfigError("enable_fhe: homomorphic encryption is not supported by this plugin's algorithms")
-    setattr(args, RUNNING, args.federated_optimizer)
+    args.fedsq_algorithm = args.federated_optimizer
     args.enable_wandb = getattr(args, "enable_wandb", False)
     if not getattr(args, "enable_dp", False):
         FedMLDifferentialPrivacy.get_instance().is_enabled = False  # its init never turns it off
