@@ -8,6 +8,7 @@ inputs never repeat, as with random augmentation.
 from __future__ import annotations
 
 import hashlib
+import logging
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,13 +18,17 @@ from torch import Tensor
 
 from ..errors import GateError
 from .activations import GateKind
+from .independence import find_dependent
 from .passes import Gate
+from .places import Place
 from .precision import to_device
 from .wrapper import DualCopy
 
+log = logging.getLogger(__name__)
+
 Row = npt.NDArray[np.uint8]
-Layout = list[tuple[GateKind, tuple[int, ...], torch.dtype, torch.Size, bool, bool]]
-"""For each gate: kind, size, dtype, shape per sample, whether one bit is enough, whether channels are last."""
+Layout = list[tuple[GateKind, tuple[int, ...], torch.dtype, torch.Size, bool, bool, Place | None]]
+"""For each gate: kind, size, dtype, shape per sample, whether one bit is enough, whether channels are last, place."""
 
 
 class Passes(Protocol):
@@ -38,7 +43,8 @@ class GateCache:
     """Run a DualCopy on batches (N, ...) and keep the gates of each sample.
 
     The structural copy runs only on new samples. Gates equal those of `dual(x)`, except for rounding: the
-    batch of new samples can have another size.
+    batch of new samples can have another size. Gates are kept only where those of a sample depend on the sample
+    alone. The first batch of each form shows this; if they do not, a warning says so, and nothing is kept.
 
     Args:
         limit: bytes of main memory. When they are used, no more gates are stored.
@@ -52,11 +58,12 @@ class GateCache:
         self._layouts: dict[Any, Layout] = {}
         """Key: shape and dtype of a sample, and the dtype of the gates' computation."""
         self._version = dual.structural_version
+        self._given_up = False
         self.hits = self.misses = self.nbytes = 0
 
     def __call__(self, x: Tensor) -> Any:
         """Return the DualCopy's output for a batch."""
-        if self._dual.unfrozen:
+        if self._dual.unfrozen or self._dual.draws((x,)):
             return self._dual(x)
         return self._passes.gated(self.gates(x), x)
 
@@ -67,10 +74,12 @@ class GateCache:
             GateError: a gated tensor of the model does not have one entry per sample in its first dimension.
         """
         if self._version != self._dual.structural_version:
-            self._rows, self.nbytes, self._version = {}, 0, self._dual.structural_version
-        if not len(x):
+            self._rows, self._layouts, self.nbytes, self._version = {}, {}, 0, self._dual.structural_version
+        if not len(x) or self._given_up:
             return self._passes.gates(x)
         form = (x.shape[1:], x.dtype, self._dual.gate_dtype)
+        if form not in self._layouts and self._gives_up(x):
+            return self._passes.gates(x)
         samples = x.detach().cpu().contiguous().view(len(x), -1).view(torch.uint8).numpy()
         keys = [(form, hashlib.blake2b(sample, digest_size=16).digest()) for sample in samples]
         new = [number for number, key in enumerate(keys) if key not in self._rows]
@@ -88,6 +97,18 @@ class GateCache:
                 self.nbytes += row.nbytes
         return gates
 
+    def _gives_up(self, x: Tensor) -> bool:
+        """Return whether gates cannot be kept, as those of a sample depend on its batch."""
+        path = self._dual.find_dependent(find_dependent, x)
+        if path is not None:
+            self._given_up = True
+            log.warning(
+                "keep_gates is given up: the gates of a sample in '%s' depend on the other samples of its batch "
+                "(BatchNorm without running statistics, for example); gates are computed for every batch",
+                path,
+            )
+        return self._given_up
+
 
 def _pack(gates: list[Gate], samples: int) -> tuple[Layout, npt.NDArray[np.uint8]]:
     layout, parts = [], []
@@ -100,7 +121,7 @@ def _pack(gates: list[Gate], samples: int) -> tuple[Layout, npt.NDArray[np.uint8
         region, last = gate.region, _is_channels_last(gate.region)
         flat = (region.movedim(1, -1) if last else region).reshape(samples, -1)
         binary = gate.kind is GateKind.TWO_REGIONS
-        layout.append((gate.kind, gate.size, region.dtype, region.shape[1:], binary, last))
+        layout.append((gate.kind, gate.size, region.dtype, region.shape[1:], binary, last, gate.place))
         # Bits are packed on the GPU, so that only one eighth of the bytes leaves it.
         values = (_pack_bits(flat) if binary and flat.is_cuda else flat).cpu().numpy()
         parts.append(np.packbits(values, axis=1) if binary and not flat.is_cuda else values.view(np.uint8))
@@ -131,7 +152,7 @@ def _unpack_bits(packed: Tensor, count: int) -> Tensor:
 
 def _unpack(rows: list[Row], layout: Layout, device: torch.device) -> list[Gate]:
     whole, gates, start = to_device(torch.from_numpy(np.stack(rows)), device), [], 0
-    for kind, size, dtype, shape, binary, last in layout:
+    for kind, size, dtype, shape, binary, last, place in layout:
         count = shape.numel()
         length = -(-count // 8) if binary else count * dtype.itemsize
         part = whole[:, start : start + length].contiguous()
@@ -144,5 +165,5 @@ def _unpack(rows: list[Row], layout: Layout, device: torch.device) -> list[Gate]
             region = _unpack_bits(part, count)
         inner = (*shape[1:], shape[0]) if last else shape
         region = region.view(len(rows), *inner)
-        gates.append(Gate(kind, region.movedim(-1, 1) if last else region, size))
+        gates.append(Gate(kind, region.movedim(-1, 1) if last else region, size, place))
     return gates

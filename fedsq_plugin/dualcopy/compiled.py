@@ -42,6 +42,11 @@ class Compiled:
         if not isinstance(model, DualCopy) or model.unfrozen:
             plain = model.quantitative if isinstance(model, DualCopy) else model
             return self._plain(plain, x)
+        if model.draws((x,)):
+            raise ConfigError(
+                "the model draws random numbers in evaluation mode too, and its compiled passes would draw others; "
+                "set fedsq_args.compile: false"
+            )
         return self.gated(self.gates(x), x)
 
     def gates(self, x: Tensor) -> list[Gate]:

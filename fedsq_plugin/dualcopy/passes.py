@@ -20,6 +20,8 @@ from torch.utils.checkpoint import CheckpointFunction
 from ..errors import GateError
 from . import gates, pooling
 from .activations import GATED, Gated, GateKind, classify, describe
+from .places import Place, Places
+from .plan import Ledger, Plan, as_key, describe_parting
 from .pooling import Pool
 
 
@@ -31,14 +33,16 @@ class Gate(NamedTuple):
     """uint8: the region of each activation. For pooling: the code of each output entry."""
     size: tuple[int, ...] = ()
     """For pooling, the spatial size of its input."""
+    place: Place | None = None
+    """Where the call is made; None if that is unknown, as under torch.compile."""
 
 
-class _Watch(TorchFunctionMode):
+class Watch(TorchFunctionMode):
     """Call `on_gated` for gated functions. Run all other functions unchanged."""
 
-    def __init__(self, own_pooling: bool) -> None:
+    def __init__(self, own_pooling: bool, places: Places | None) -> None:
         super().__init__()
-        self._own_pooling = own_pooling
+        self._own_pooling, self._places = own_pooling, places
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         normalise = GATED.get(func)
@@ -47,20 +51,21 @@ class _Watch(TorchFunctionMode):
         call = normalise(*args, **(kwargs or {}))
         if self._own_pooling and isinstance(call, Pool):
             return func(*args, **(kwargs or {}))
-        return self.on_gated(call, lambda: func(*args, **(kwargs or {})))
+        place = None if self._places is None else self._places.find(sys._getframe().f_back)
+        return self.on_gated(call, place, lambda: func(*args, **(kwargs or {})))
 
-    def on_gated(self, call: Gated, run: Callable[[], Any]) -> Any:
+    def on_gated(self, call: Gated, place: Place | None, run: Callable[[], Any]) -> Any:
         raise NotImplementedError
 
 
-class Capture(_Watch):
+class Capture(Watch):
     """Run the structural copy unchanged and record its gates."""
 
-    def __init__(self, own_pooling: bool) -> None:
-        super().__init__(own_pooling)
+    def __init__(self, own_pooling: bool, places: Places | None = None) -> None:
+        super().__init__(own_pooling, places)
         self.gates: list[Gate] = []
 
-    def on_gated(self, call: Gated, run: Callable[[], Any]) -> Any:
+    def on_gated(self, call: Gated, place: Place | None, run: Callable[[], Any]) -> Any:
         if isinstance(call, Pool):
             values, region = pooling.choose(call)
         else:
@@ -69,29 +74,29 @@ class Capture(_Watch):
             maybe_random = not isinstance(call.slope, Tensor) and call.slope != 0.0
             values = gates.apply(call, region) if maybe_random else run()
         kind, size = classify(call)
-        self.gates.append(Gate(kind, region, size))
+        self.gates.append(Gate(kind, region, size, place))
         return values
 
 
-class Replay(_Watch):
+class Replay(Watch):
     """Run the quantitative copy under the structural copy's gates.
 
-    `plan[k]` is the index of the structural gate that the k-th gated call uses; with None the call uses its
-    own gate. Without a plan, call k uses gate k.
+    A call uses the gate of the same call in the structural copy, by its place in the model. Where places are
+    unknown, the k-th call uses the gate that the plan's order gives.
     """
 
-    def __init__(self, captured: Sequence[Gate], plan: Sequence[int | None] | None, own_pooling: bool) -> None:
-        super().__init__(own_pooling)
-        self._captured = captured
-        self._plan = range(len(captured)) if plan is None else plan
+    def __init__(self, captured: Sequence[Gate], plan: Plan, own_pooling: bool, places: Places | None = None) -> None:
+        known = [as_key(gate.place, gate.kind) for gate in captured if gate.place is not None]
+        super().__init__(own_pooling, places if len(known) == len(captured) else None)
+        self._captured, self._plan = captured, plan
+        self._ledger = Ledger(plan, known)
         self._calls = 0
         self._with_grad = torch.is_grad_enabled()
 
-    def on_gated(self, call: Gated, run: Callable[[], Any]) -> Any:
+    def on_gated(self, call: Gated, place: Place | None, run: Callable[[], Any]) -> Any:
         number, self._calls = self._calls, self._calls + 1
-        if number >= len(self._plan):
-            raise GateError(f"{_MISALIGNED}: it makes more than {len(self._plan)} gated calls")
-        source = self._plan[number]
+        kind = classify(call)[0]
+        source = self._find_by_order(number) if place is None else self._ledger.find(as_key(place, kind))
         if source is None:
             return run()
         if self._with_grad and not torch.is_grad_enabled() and _runs_in_checkpoint():
@@ -104,18 +109,31 @@ class Replay(_Watch):
         gate_shape, free = gate.region.shape, call.dims if isinstance(call, Pool) else 0
         same_shape = gate_shape[: len(gate_shape) - free] == shape[: len(shape) - free]
         if classify(call) != (gate.kind, gate.size) or not same_shape:
-            raise GateError(
-                f"{_MISALIGNED}: gated call {number} is {describe(*classify(call))} on shape {tuple(shape)}, the "
+            what = (
+                f"gated call {number} is {describe(*classify(call))} on shape {tuple(shape)}, the "
                 f"structural copy's was {describe(gate.kind, gate.size)} with gates of {tuple(gate_shape)}"
             )
+            raise GateError(describe_parting(place[0] if place else "", what))
         if isinstance(call, Pool):
             return pooling.route(call, gate.region)
         return gates.apply(call, gate.region)
 
+    def _find_by_order(self, number: int) -> int | None:
+        order = self._plan.order
+        if number >= len(order):
+            raise GateError(describe_parting("", f"it makes more than {len(order)} gated calls"))
+        source = order[number]
+        if source is not None and source >= len(self._captured):
+            raise GateError(describe_parting("", f"there are gates of {len(self._captured)} calls only"))
+        return source
+
     def finish(self) -> None:
-        """Raise GateError if the forward made fewer gated calls than planned."""
-        if self._calls != len(self._plan):
-            raise GateError(f"{_MISALIGNED}: {self._calls} gated calls instead of {len(self._plan)}")
+        """Raise GateError if the forward left out calls, and it is unknown which."""
+        if self._places is not None:
+            self._ledger.finish()
+        elif self._calls != len(self._plan.order):
+            what = f"{self._calls} gated calls instead of {len(self._plan.order)}"
+            raise GateError(describe_parting("", what))
 
 
 def _runs_in_checkpoint() -> bool:
@@ -126,15 +144,14 @@ def _runs_in_checkpoint() -> bool:
     return frame is not None
 
 
-_MISALIGNED = "the quantitative copy does not follow the structural copy's path"
-
-
-def capture(model: torch.nn.Module, args: Any, kwargs: Any, own_pooling: bool) -> list[Gate]:
+def capture(
+    model: torch.nn.Module, args: Any, kwargs: Any, own_pooling: bool, places: Places | None = None
+) -> list[Gate]:
     """Run one forward of the structural copy without gradient and return its gates.
 
     The forward leaves inference mode, so that training can use the gates.
     """
-    watch = Capture(own_pooling)
+    watch = Capture(own_pooling, places)
     with torch.inference_mode(False), torch.no_grad():
         args, kwargs = clone_arguments(args, kwargs)
         with watch:
@@ -152,13 +169,14 @@ def clone_arguments(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, 
 def replay(
     model: torch.nn.Module,
     captured: Sequence[Gate],
-    plan: Sequence[int | None] | None,
+    plan: Plan,
     args: Any,
     kwargs: Any,
     own_pooling: bool,
+    places: Places | None = None,
 ) -> Any:
     """Run one forward of the quantitative copy under the given gates."""
-    watch = Replay(captured, plan, own_pooling)
+    watch = Replay(captured, plan, own_pooling, places)
     with watch:
         output = model(*args, **kwargs)
     watch.finish()

@@ -1,27 +1,25 @@
-"""Lists the activation calls of a forward, and matches the calls of the two copies."""
+"""Lists what one forward of a model does: its activation calls, its decisions, its random draws."""
 
 from __future__ import annotations
 
-import copy
-import types
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from typing import Any, NamedTuple, TypeVar
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .activations import GATED, OUTPUT_ONLY, UNGATEABLE, classify, describe
+from .activations import GATED, OUTPUT_ONLY, UNGATEABLE, UNGATEABLE_MODULES, Gated, classify, describe
+from .below import CHOSEN, DECIDES, DRAWN, Below, Draw
+from .copies import copy_model, find_tensors, without_global_hooks
+from .frozen import Snapshot, Write
 from .passes import clone_arguments
+from .places import Place, Places
+from .plan import GatedCall, as_key
 from .pooling import Pool
 from .products import Products
-
-_Model = TypeVar("_Model", bound=nn.Module)
-
-
-class TwoCopies(nn.Module):
-    """Base class of DualCopy. Modules that DualCopy imports use it to recognise a DualCopy."""
+from .randomness import keep_random_states
 
 
 class Call(NamedTuple):
@@ -32,39 +30,93 @@ class Call(NamedTuple):
     gated: bool
     own: bool = False
     """The call is part of a smooth activation. If the user accepts it, each copy uses its own gate here."""
+    below: bool = False
+    """The call was seen below Python's functions only."""
+
+
+class Traced(NamedTuple):
+    """What one forward does."""
+
+    calls: list[Call]
+    gated: list[GatedCall]
+    decisions: list[tuple[str, int]]
+    """Module, and number of other values, of each number that the forward reads from its own tensors."""
+    draws: list[Draw]
+    moved: object
+    """The random states of Python and numpy after the forward; None if it left them alone."""
+    chosen: list[tuple[str, int]]
+    """Module and reason (`CHOSEN`, `DRAWN`) of gated calls whose input has entries that the model chose."""
+    writes: tuple[Write, ...]
+    """What the forward writes into the model."""
 
 
 class _Trace(TorchFunctionMode):
-    def __init__(self, own_pooling: bool) -> None:
+    def __init__(self, own_pooling: bool, places: Places, below: Below) -> None:
         super().__init__()
-        self.path = [""]
         self.calls: list[Call] = []
+        self.gated: list[GatedCall] = []
+        self.chosen: list[tuple[str, int]] = []
         self.suspects: list[tuple[Call, Tensor, int]] = []
         """Calls that are allowed only as the model's output, with their result and its version."""
         self._own_pooling = own_pooling
         self._products = Products()
+        self._places, self._below = places, below
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        here, products = self.path[-1], self._products
+        place, kwargs = self._places.find(sys._getframe().f_back), kwargs or {}
+        products, below = self._products, self._below
         if func in GATED:
-            call = GATED[func](*args, **(kwargs or {}))
+            call = GATED[func](*args, **kwargs)
             if not (self._own_pooling and isinstance(call, Pool)):
-                self.calls.append(Call(here, describe(*classify(call)), gated=True))
-            result = func(*args, **(kwargs or {}))
+                self._note(place, call)
+            number = len(self.calls) - 1
+            result = self._run(func, args, kwargs, covered=True)
             if not isinstance(call, Pool):
-                products.record_gate(call.input, result, len(self.calls) - 1)
+                products.record_gate(call.input, result, number)
             return result
         if func in UNGATEABLE:
-            self.calls.append(Call(here, UNGATEABLE[func], gated=False))
+            self.calls.append(Call(place[0], UNGATEABLE[func], gated=False))
         part, value = products.find_product(func, args), products.find_scaled(func, args)
         if part is not None:
             self.calls[part] = self.calls[part]._replace(own=True)
-            self.calls.append(Call(here, "swish", gated=False))
-        result = func(*args, **(kwargs or {}))
+            self.calls.append(Call(place[0], "swish", gated=False))
+        if getattr(func, "__name__", "") in ("tolist", "numpy", "__array__") and below.flags(args[0]) & DECIDES:
+            args = (self._decide(args[0]), *args[1:])
+        result = self._run(func, args, kwargs, covered=func in UNGATEABLE or func in OUTPUT_ONLY)
         products.record_call(func, args, value, result)
         if func in OUTPUT_ONLY:
-            self.suspects.append((Call(here, OUTPUT_ONLY[func], gated=False), result, result._version))
+            self.suspects.append((Call(place[0], OUTPUT_ONLY[func], gated=False), result, result._version))
         return result
+
+    def _note(self, place: Place, call: Gated) -> None:
+        """Note a gated call before it runs."""
+        below, (kind, size) = self._below, classify(call)
+        own = below.is_inside_function(sys._getframe())
+        self.calls.append(Call(place[0], describe(kind, size), gated=True, own=own))
+        shape = tuple(call.input.shape)
+        free = call.dims if isinstance(call, Pool) else 0
+        key = as_key(place, kind)
+        made = GatedCall(key, frozenset(below.fed), below.last, shape[: len(shape) - free], own, len(self.calls) - 1)
+        self.gated.append(made)
+        below.fed.clear()
+        below.gated |= below.flags(call.input)
+        self.chosen += [(place[0], flag) for flag in (CHOSEN, DRAWN) if below.flags(call.input) & flag]
+
+    def _decide(self, tensor: Tensor) -> Tensor:
+        """Note that a whole tensor is read. Return it, or one with other values."""
+        changed = self._below.decide_tensor()
+        if changed is None:
+            return tensor
+        return ~tensor if tensor.dtype == torch.bool else tensor + (1, -1)[changed]
+
+    def _run(self, func: Any, args: Any, kwargs: Any, covered: bool) -> Any:
+        below = self._below
+        before = below.function, below.covered
+        below.function, below.covered = getattr(func, "__name__", ""), covered
+        try:
+            return func(*args, **kwargs)
+        finally:
+            below.function, below.covered = before
 
 
 def trace(
@@ -73,81 +125,70 @@ def trace(
     kwargs: Mapping[str, Any],
     own_pooling: bool = False,
     evaluation: bool = False,
-) -> list[Call]:
-    """Run one forward of a copy of the model and return its activation calls, in order.
+    weights: nn.Module | None = None,
+    alter: Mapping[int, int] | None = None,
+    grad: bool = False,
+    seed: int | None = None,
+) -> Traced:
+    """Run one forward of a copy of the model and return what it does, in order.
 
     With `evaluation` the copy is in evaluation mode, else in the mode of the model. The model, its buffers and
     the global random generators do not change.
+
+    Args:
+        weights: another copy of the model, whose parameters and buffers are used.
+        alter: number of a decision -> number of the other value that it gets.
+        grad: whether gradients are on, as some models take another path then. Nothing is recorded for them.
+        seed: where the random generators start; None: where they are.
     """
-    runner = copy_model(model)
+    runner = copy_model(model, hooks=False).requires_grad_(False)
+    if weights is not None:
+        _take_weights(runner, weights)
     if evaluation:
         runner.eval()
     args, kwargs = clone_arguments(args, kwargs)
-    watch = _Trace(own_pooling)
-    with ExitStack() as stack:
-        for path, module in runner.named_modules():
-
-            def enter(_: nn.Module, __: Any, path: str = path) -> None:
-                watch.path.append(path)
-
-            def leave(_: nn.Module, __: Any, ___: Any) -> None:
-                watch.path.pop()
-
-            module.register_forward_pre_hook(enter)
-            module.register_forward_hook(leave, always_call=True)
-        devices = {t.device for t in _find_tensors([args, dict(kwargs)]) if t.device.type == "cuda"}
-        stack.enter_context(torch.random.fork_rng(devices=list(devices)))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(watch)
+    places, before = Places(runner), Snapshot(runner)
+    given = list(find_tensors([args, dict(kwargs)]))
+    below = Below(lambda frame: places.find(frame)[0], _find_weights(runner), given, alter or {})
+    watch = _Trace(own_pooling, places, below)
+    devices = {t.device for t in given if t.device.type == "cuda"}
+    with keep_random_states(devices, seed) as moved, without_global_hooks(), torch.set_grad_enabled(grad), watch, below:
         output = runner(*args, **kwargs)
-    outputs = {t.untyped_storage().data_ptr() for t in _find_tensors(output)}
+    outputs = {t.untyped_storage().data_ptr() for t in find_tensors(output)}
     hidden = [
         call
         for call, result, version in watch.suspects
         # After a later write, as in x.sigmoid().mul_(x), the output is another function.
         if result.untyped_storage().data_ptr() not in outputs or result._version != version
     ]
-    return watch.calls + hidden
+    hidden += [
+        Call(seen.path, seen.what, gated=False, below=True)
+        for seen, result in below.suspects
+        if result.untyped_storage().data_ptr() not in outputs
+    ]
+    judged = {path for path, module in runner.named_modules() if isinstance(module, tuple(UNGATEABLE_MODULES))}
+    unseen = [
+        Call(seen.path, seen.what, gated=False, below=True)
+        for seen in below.seen + below.find_used(find_tensors(output))
+        if not any(seen.path == path or seen.path.startswith(f"{path}.") for path in judged)
+        and not (own_pooling and "max" in seen.what)
+    ]
+    gated = [call._replace(own=watch.calls[call.number].own) for call in watch.gated]
+    return Traced(
+        watch.calls + hidden + unseen, gated, below.decisions, below.draws, moved(), watch.chosen, before.find_writes()
+    )
 
 
-def _find_tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """Yield every tensor inside nested tuples, lists, mappings and attributes of objects."""
-    seen = set() if seen is None else seen
-    if isinstance(value, Tensor):
-        yield value
-    elif id(value) in seen or isinstance(value, (type, types.ModuleType)):
-        return
-    elif isinstance(value, (Mapping, tuple, list)) or hasattr(value, "__dict__"):
-        seen.add(id(value))
-        parts = value if isinstance(value, (Mapping, tuple, list)) else vars(value)
-        for part in parts.values() if isinstance(parts, Mapping) else parts:
-            yield from _find_tensors(part, seen)
+def _take_weights(model: nn.Module, other: nn.Module) -> None:
+    """Copy the parameters and buffers of `other` that `model` has in the same shape."""
+    theirs = dict([*other.named_parameters(), *other.named_buffers()])
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name in theirs and theirs[name].shape == tensor.shape:
+                tensor.copy_(theirs[name])
 
 
-def copy_model(model: _Model) -> _Model:
-    """Deep-copy a model. Tensors that autograd computed are detached, because `copy.deepcopy` rejects them."""
-    computed = [t for t in _find_tensors(model) if not t.is_leaf]
-    return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
-
-
-def align(structural: Sequence[Call], quantitative: Sequence[Call]) -> tuple[int | None, ...] | None:
-    """Return the index of the structural gate for each gated call of the quantitative copy; None: all in order.
-
-    Two calls match if they are the same occurrence of the same kind in the same module. Some calls exist in
-    one copy only (auxiliary heads run only in training mode): in the quantitative copy they use their own
-    gate, and gates of the structural copy stay unused. Parts of a smooth activation use their own gate, too.
-    """
-
-    def count_occurrences(calls: Sequence[Call]) -> list[tuple[tuple[str, str, int], bool]]:
-        count: dict[tuple[str, str], int] = {}
-        found = []
-        for call in calls:
-            if call.gated:
-                key = (call.path, call.what)
-                count[key] = count.get(key, -1) + 1
-                found.append(((*key, count[key]), call.own))
-        return found
-
-    numbers = {key: number for number, (key, _) in enumerate(count_occurrences(structural))}
-    plan = tuple(None if own else numbers.get(key) for key, own in count_occurrences(quantitative))
-    return None if plan == tuple(range(len(numbers))) else plan
+def _find_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return what can differ between two copies: the parameters, and the buffers that are no integers."""
+    buffers = {name: b for name, b in model.named_buffers() if b.is_floating_point() or b.is_complex()}
+    return dict(model.named_parameters()) | buffers

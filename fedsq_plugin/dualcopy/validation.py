@@ -8,10 +8,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..errors import GateError, Part, Word, in_words
 from .activations import UNGATEABLE_MODULES, suggest_instead
-from .tracing import Call, TwoCopies, trace
+from .tracing import Call, trace
+
+
+class TwoCopies(nn.Module):
+    """Base class of DualCopy. Modules that DualCopy imports use it to recognise a DualCopy."""
 
 
 class Finding(NamedTuple):
@@ -38,6 +43,9 @@ class Finding(NamedTuple):
         return in_words(self.parts)
 
 
+_QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
+
+
 def _is_accepted(path: str, what: str, accept: Iterable[str]) -> bool:
     names = (path, f"{path}:{what}")
     return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in accept)
@@ -53,6 +61,13 @@ def find_in_modules(model: nn.Module, accept: Iterable[str] = ()) -> list[Findin
         elif isinstance(module, torch.jit.ScriptModule):
             what = "is a TorchScript module, whose activations cannot be seen"
             findings.append(Finding(path, what, ("pass the Python module it was made from",)))
+        elif lazy := [name for name, p in module._parameters.items() if is_lazy(p)]:
+            where = f"{path}.{lazy[0]}" if path else lazy[0]
+            what = "is a lazy parameter, which has no values yet"
+            findings.append(Finding(where, what, ("run one batch through the model first",)))
+        elif type(module).__module__.startswith(_QUANTISED):
+            what = f"is quantised ({type(module).__module__}.{type(module).__name__}), and has no weights to train"
+            findings.append(Finding(path, what, ("train the plain model, and quantise it afterwards",)))
         else:
             for cls, name in UNGATEABLE_MODULES.items():
                 if isinstance(module, cls):
@@ -66,13 +81,23 @@ _HIDDEN = {
     "sigmoid": "hidden sigmoid",
     "tanh": "hidden tanh",
     "swish": "hidden swish (an activation times its own input)",
+    "mask": "a product with a mask of the model's own values",
+    "where": "a choice by a mask of the model's own values (where, masked_fill, an assignment)",
+    "max": "a maximum over a dimension",
+    "min": "a minimum over a dimension",
+    "abs": "an absolute value",
 }
 """Text for activations that are ungateable only in some places."""
 
 
-def _make_finding(path: str, shown: str, name: str) -> Finding:
+def _make_finding(path: str, shown: str, name: str, below: bool = False) -> Finding:
     accept = Word("gate_accept", f"[{path or f':{name}'!r}]")
     what = f"{shown} has no fixed linear gate"
+    if below:
+        what = (
+            f"{shown} is an activation without a gate: none of torch's functions for activations computes it, but a "
+            "scripted function, torch.ops, a torch.autograd.Function or arithmetic"
+        )
     return Finding(path, what, (*suggest_instead(name), ", or accept it ungated by name: ", accept), name)
 
 
@@ -80,7 +105,7 @@ def find_in_calls(calls: Sequence[Call], accept: Iterable[str] = ()) -> list[Fin
     """Return the findings of a traced forward: functional activations, or no gate at all."""
     accept = list(accept)
     found = [
-        _make_finding(call.path, _HIDDEN.get(call.what, call.what), call.what)
+        _make_finding(call.path, _HIDDEN.get(call.what, call.what), call.what, call.below)
         for call in dict.fromkeys(calls)
         if not call.gated and not _is_accepted(call.path, call.what, accept)
     ]
@@ -110,7 +135,7 @@ def validate(
     """
     accept = list(accept)
     findings = find_in_modules(model, accept)
-    if example is None or any("is a" in f.what for f in findings):
+    if example is None or any(not f.kind for f in findings):
         return findings
     args, kwargs = (), {}  # type: tuple[Any, ...], dict[str, Any]
     if isinstance(example, Mapping):
@@ -119,7 +144,7 @@ def validate(
         args = tuple(example) if isinstance(example, (tuple, list)) else (example,)
     known = {f.path for f in findings}
     # In evaluation mode batch normalisation also accepts a single example.
-    calls = trace(model, args, kwargs, pooling == "own", evaluation=True)
+    calls = trace(model, args, kwargs, pooling == "own", evaluation=True).calls
     for finding in find_in_calls(calls, accept):
         if finding.path not in known or not finding.path:
             findings.append(finding)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import models
 from ..data.registry import OURS
 from ..data.silos import SilosData
-from ..dualcopy.tracing import copy_model
+from ..dualcopy.copies import copy_model
 from ..errors import ConfigError, FedSQError, first_line, worded
 from ..federation.reading import Reading
 from ..federation.seeding import isolated

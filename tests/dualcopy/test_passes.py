@@ -663,12 +663,19 @@ OTHER_PATHS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def parted(path: str, training: bool) -> DualCopy:
-    """A DualCopy whose copies part after a first forward."""
+    """A DualCopy whose copies part. The second path is tried at the first forward, so that no forward is right."""
     dual = DualCopy(Branching(OTHER_PATHS[path])).train(training)
-    dual(torch.randn(2, 3, 4))
     with torch.no_grad():
         dual.get_parameter("switch").fill_(1)
     return dual
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("path", OTHER_PATHS)
+def test_copies_that_can_part_are_refused_at_the_first_forward(path: str, training: bool) -> None:
+    dual = DualCopy(Branching(OTHER_PATHS[path])).train(training)
+    with pytest.raises(GateError, match=r"the model itself: .*does not follow"):
+        dual(torch.randn(2, 3, 4))
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])

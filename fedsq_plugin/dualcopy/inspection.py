@@ -1,0 +1,110 @@
+"""The first forward in each mode: finds what cannot be gated, and how the calls of the two copies match."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..errors import GateError
+from .below import CHOSEN, DRAWN
+from .plan import Plan, compare, make_plan
+from .tracing import Traced, trace
+from .validation import Finding, find_in_calls, refuse
+
+MANY = 64
+"""No more decisions of one forward are tried the other way."""
+SEEDS = range(1, 9)
+"""Starts of the random generators for a model that draws numbers from Python or numpy."""
+
+
+class Inspection:
+    """What the first forward in one mode finds.
+
+    Raises:
+        GateError: a call cannot be gated, or the copies can part.
+    """
+
+    def __init__(
+        self,
+        structural: nn.Module,
+        quantitative: nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        own_pooling: bool,
+        accept: Sequence[str],
+        grad: bool,
+    ) -> None:
+        self._given = (args, kwargs, own_pooling)
+        self._structural, self._quantitative, self._grad = structural, quantitative, grad
+        frozen, trained = self._trace_structural(), self._trace_quantitative()
+        refuse(find_in_calls(frozen.calls + trained.calls, accept))
+        self._frozen, self._trained = frozen, trained
+        draws = bool(frozen.draws or frozen.moved)
+        refuse([*_find_unshared_draws(frozen, trained), *_find_chosen([*frozen.chosen, *trained.chosen], draws)])
+        self.plan: Plan = make_plan(frozen.gated, trained.gated)._replace(draws=draws, writes=frozen.writes)
+        self._try_other_paths()
+
+    def _trace_structural(self, **other: Any) -> Traced:
+        return trace(self._structural, *self._given, **other)
+
+    def _trace_quantitative(self, **other: Any) -> Traced:
+        # With the structural weights: what differs is then due to the mode of the model alone.
+        return trace(self._quantitative, *self._given, weights=self._structural, grad=self._grad, **other)
+
+    def _try_other_paths(self) -> None:
+        """Let the forward decide otherwise. Raise GateError if gates would not belong to their calls then."""
+        frozen, trained = self._frozen.gated, self._trained.gated
+        both = [*frozen, *trained]
+        for other in self._repeat(self._trained, self._trace_quantitative):
+            compare(self.plan, both, frozen, other.gated)
+        for other in self._repeat(self._frozen, self._trace_structural):
+            compare(self.plan, both, other.gated, trained)
+
+    @staticmethod
+    def _repeat(first: Traced, run: Any) -> Iterator[Traced]:
+        """Yield the forward with each decision changed, and with other random numbers."""
+        for number, (_, others) in enumerate(first.decisions[:MANY]):
+            for other in range(others):
+                try:
+                    yield run(alter={number: other})
+                except GateError:
+                    raise
+                except Exception:  # a value that cannot be, such as the index of a layer that is not there
+                    continue
+        for seed in SEEDS if first.moved else ():
+            yield run(seed=seed)
+
+
+def _find_unshared_draws(frozen: Traced, trained: Traced) -> list[Finding]:
+    """Return a finding if the structural copy draws random numbers, and the quantitative copy would draw others."""
+    apart = [draw[1:] for draw in frozen.draws] != [draw[1:] for draw in trained.draws]
+    if not (frozen.draws or frozen.moved) or not (apart or frozen.moved != trained.moved):
+        return []
+    path = frozen.draws[0].path if frozen.draws else ""
+    what = (
+        "draws random numbers in evaluation mode too (as F.dropout without training= does), and others in training: "
+        "the two copies would not draw the same"
+    )
+    return [Finding(path, what, ("pass training=self.training, or draw by one function in both modes",))]
+
+
+def _find_chosen(chosen: Sequence[tuple[str, int]], shared: bool) -> list[Finding]:
+    """Return the findings of gated calls whose rows are chosen by the model.
+
+    Args:
+        shared: both copies draw the same random numbers.
+    """
+    reasons = {CHOSEN: "its own values (a router, top-k, sorting)"}
+    if not shared:
+        reasons[DRAWN] = "random numbers of training mode"
+    return [
+        Finding(
+            path,
+            f"gets entries that the model chooses by {reasons[flag]}: the two copies would choose others",
+            ("leave the choice out, or choose after the last gated call",),
+        )
+        for path, flag in dict.fromkeys(chosen)
+        if flag in reasons
+    ]
