@@ -29,6 +29,7 @@ from .operators import (
     cuts,
     find_indices,
 )
+from .places import Place
 
 PARAMETER, INPUT, RANDOM, MASK, CHOSEN, DRAWN = 1, 2, 4, 8, 16, 32
 """What a tensor depends on. MASK: only piecewise constantly. CHOSEN: entries were chosen by values that depend
@@ -46,6 +47,8 @@ class Draw(NamedTuple):
     path: str
     operator: str
     shape: tuple[int, ...]
+    own: bool
+    """It is from a generator that the model has for itself."""
 
 
 class Seen(NamedTuple):
@@ -59,7 +62,7 @@ class Below(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watch the operators of one forward.
 
     Args:
-        find_path: gives the path of the module that runs.
+        find_place: gives the module that runs, and where in its code.
         parameters: the tensors in which two copies of the model can differ, by name.
         inputs: the tensors of the model's arguments.
         alter: number of a decision -> number of the other value that it gets.
@@ -67,13 +70,13 @@ class Below(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(
         self,
-        find_path: Callable[[FrameType | None], str],
+        find_place: Callable[[FrameType | None], Place],
         parameters: Mapping[str, Tensor],
         inputs: Iterable[Tensor],
         alter: Mapping[int, int],
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._find_path, self._alter = find_path, alter
+        self._find_place, self._alter = find_place, alter
         self._flags: dict[StorageWeakRef | int, int] = {}
         self._names: dict[StorageWeakRef | int, str] = {}
         for name, tensor in parameters.items():
@@ -88,8 +91,8 @@ class Below(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Whether this function is in the tables of gated and ungateable functions."""
         self.fed: set[str] = set()
         self.last: frozenset[str] = frozenset()
-        self.decisions: list[tuple[str, int]] = []
-        """Module and number of other values of each decision that depends on parameters or random numbers."""
+        self.decisions: list[tuple[Place, int]] = []
+        """Place and number of other values of each decision that depends on parameters or random numbers."""
         self.draws: list[Draw] = []
         self.seen: list[Seen] = []
         self.late: list[tuple[Seen, set[StorageWeakRef | int]]] = []
@@ -111,7 +114,7 @@ class Below(TorchDispatchMode):  # type: ignore[no-untyped-call]
         every = 0
         for flag in flags:
             every |= flag
-        used = frozenset(self._names[key] for key in map(_key, tensors) if key in self._names)
+        used = frozenset(self._name(tensor) for tensor in tensors if _key(tensor) in self._names)
         if used:
             self.fed |= used
             self.last = used
@@ -126,9 +129,10 @@ class Below(TorchDispatchMode):  # type: ignore[no-untyped-call]
         draws = state is not None and not torch.equal(state, _get_state(tensors, kwargs))
         if draws:
             shape = next((tuple(t.shape) for t in [*tensors, *tree_leaves(result)] if isinstance(t, Tensor)), ())
-            self.draws.append(Draw(self._find_path(sys._getframe()), name, shape))
+            own = kwargs.get("generator") is not None
+            self.draws.append(Draw(self._find_place(sys._getframe())[0], name, shape, own))
         if name.rstrip("_") in OUTPUTS and not self.covered and isinstance(result, Tensor) and every & _BOTH == _BOTH:
-            self.suspects.append((Seen(self._find_path(sys._getframe()), name.rstrip("_")), result))
+            self.suspects.append((Seen(self._find_place(sys._getframe())[0], name.rstrip("_")), result))
         self._mark(func, name, args, tensors, flags, every | (RANDOM if draws else 0), result)
         for number in range(late, len(self.late)):
             self._mark_late(number, result)
@@ -152,6 +156,11 @@ class Below(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 found.append(seen)
         return found
 
+    def _name(self, tensor: Tensor) -> str:
+        """Return the name of a parameter; for a part of it, also where the part begins."""
+        name, start = self._names[_key(tensor)], tensor.storage_offset()
+        return f"{name}[{start}:]" if start else name
+
     def _decide(self, value: Any, flags: int) -> Any:
         """Note that a number was read from a tensor. Return it, or another one in its place."""
         if not flags & (PARAMETER | RANDOM) or self.function in _HARMLESS:
@@ -168,12 +177,12 @@ class Below(TorchDispatchMode):  # type: ignore[no-untyped-call]
         else:
             return value
         number = len(self.decisions)
-        self.decisions.append((self._find_path(sys._getframe(1)), len(others)))
+        self.decisions.append((self._find_place(sys._getframe(1)), len(others)))
         return others[self._alter[number]] if number in self._alter else value
 
     def decide_tensor(self) -> int | None:
         """Note that all numbers of a tensor are read. Return which other values they get, if any."""
-        self.decisions.append((self._find_path(sys._getframe(1)), 2))
+        self.decisions.append((self._find_place(sys._getframe(1)), 2))
         return self._alter.get(len(self.decisions) - 1)
 
     def is_inside_function(self, frame: FrameType | None) -> bool:
@@ -199,10 +208,12 @@ class Below(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 f & _BOTH and not f & MASK and t.is_floating_point() for f, t in zip(flags, tensors, strict=True)
             )
             if (base in MASKS and masked) or (base in PIECEWISE and cuts(base, args, tensors)):
-                self.late.append((Seen(self._find_path(sys._getframe(1)), MASKS.get(base) or PIECEWISE[base]), set()))
+                self.late.append(
+                    (Seen(self._find_place(sys._getframe(1))[0], MASKS.get(base) or PIECEWISE[base]), set())
+                )
 
     def _see(self, what: str) -> None:
-        self.seen.append(Seen(self._find_path(sys._getframe(1)), what))
+        self.seen.append(Seen(self._find_place(sys._getframe(1))[0], what))
 
     def _mark(
         self, func: Any, name: str, args: Any, tensors: list[Tensor], flags: list[int], every: int, result: Any

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import types
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -38,10 +38,25 @@ _OPTIONS = (
 )
 
 
-def is_users(hook: Any) -> bool:
-    """Return whether a hook is the user's, not a part of the model's function as that of a weight norm is."""
-    owner = hook if hasattr(hook, "__module__") and isinstance(hook, types.FunctionType) else type(hook)
-    return not str(getattr(owner, "__module__", "")).startswith("torch.")
+def is_users(hook: Any, modules: Container[nn.Module] = ()) -> bool:
+    """Return whether a hook is the user's, not a part of the model's function.
+
+    A part of it are hooks of torch, as that of a weight norm, and methods of the model's own `modules`.
+    """
+    owner = getattr(getattr(hook, "func", hook), "__self__", None)
+    if isinstance(owner, nn.Module) and owner in modules:
+        return False
+    place = hook if isinstance(hook, types.FunctionType) else type(hook)
+    return not str(getattr(place, "__module__", "")).startswith("torch.")
+
+
+def find_hook(model: nn.Module) -> str | None:
+    """Return the path of a module with a forward hook of the user; None if there is none."""
+    modules = set(model.modules())
+    for path, module in model.named_modules():
+        if any(is_users(hook, modules) for name in _HOOKS[:2] for hook in getattr(module, name).values()):
+            return path or "the model itself"
+    return None
 
 
 def copy_model(model: _Model, hooks: bool = True) -> _Model:
@@ -54,17 +69,22 @@ def copy_model(model: _Model, hooks: bool = True) -> _Model:
         GateError: a part of the model cannot be copied.
     """
     memo: dict[int, Any] = {id(t): t.detach().clone() for t in find_tensors(model) if not t.is_leaf}
-    kept: list[Any] = []
+    kept: list[OrderedDict[int, Any]] = []
     if not hooks:
-        for module in model.modules():
+        modules = set(model.modules())
+        for module in modules:
             for name in _HOOKS:
                 found = getattr(module, name, None)
                 if found:
-                    theirs = OrderedDict((key, hook) for key, hook in found.items() if not is_users(hook))
-                    memo[id(found)] = theirs
-                    kept.append(theirs)
+                    own = OrderedDict((key, hook) for key, hook in found.items() if not is_users(hook, modules))
+                    memo[id(found)] = own
+                    kept.append(own)
     try:
-        return copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, memo)
+        for own in kept:
+            for key, hook in own.items():
+                own[key] = copy.deepcopy(hook, memo)  # a method of a module becomes that of the module's copy
+        return copied
     except Exception as error:
         raise GateError(_explain(model, error)) from error
 

@@ -36,9 +36,10 @@ def check_hooks(model: nn.Module) -> Iterator[None]:
     places += [
         ("all modules", hooks) for hooks in (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
     ]
+    modules = set(model.modules())
     for path, hooks in places:
         for key, hook in list(hooks.items()):
-            if is_users(hook):
+            if is_users(hook, modules):
                 back.append((hooks, key, hook))
                 hooks[key] = _watch(path, hook)
     try:

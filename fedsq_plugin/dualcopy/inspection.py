@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from ..errors import GateError
+from ..errors import FedSQError, GateError, in_one_line
 from .below import CHOSEN, DRAWN
+from .copies import find_hook
+from .places import Place
 from .plan import Plan, compare, make_plan
 from .tracing import Traced, trace
 from .validation import Finding, find_in_calls, refuse
 
-MANY = 64
-"""No more decisions of one forward are tried the other way."""
+MANY, AT_ONE_PLACE = 64, 4
+"""No more decisions of one forward, and in one loop, are tried the other way."""
 SEEDS = range(1, 9)
 """Starts of the random generators for a model that draws numbers from Python or numpy."""
 
@@ -38,7 +41,17 @@ class Inspection:
     ) -> None:
         self._given = (args, kwargs, own_pooling)
         self._structural, self._quantitative, self._grad = structural, quantitative, grad
-        frozen, trained = self._trace_structural(), self._trace_quantitative()
+        try:
+            frozen, trained = self._trace_structural(), self._trace_quantitative()
+        except FedSQError:
+            raise
+        except Exception as error:
+            if (path := find_hook(quantitative)) is None:
+                raise
+            raise GateError(
+                f"{path}: the structural copy runs without the user's hooks, and the model fails without them "
+                f"({in_one_line(error)}): make the hook a method of the model, or put it into forward()"
+            ) from error
         refuse(find_in_calls(frozen.calls + trained.calls, accept))
         self._frozen, self._trained = frozen, trained
         draws = bool(frozen.draws or frozen.moved)
@@ -65,7 +78,11 @@ class Inspection:
     @staticmethod
     def _repeat(first: Traced, run: Any) -> Iterator[Traced]:
         """Yield the forward with each decision changed, and with other random numbers."""
-        for number, (_, others) in enumerate(first.decisions[:MANY]):
+        tried: Counter[Place] = Counter()
+        for number, (place, others) in enumerate(first.decisions[:MANY]):
+            tried[place] += 1
+            if tried[place] > AT_ONE_PLACE:
+                continue
             for other in range(others):
                 try:
                     yield run(alter={number: other})
@@ -80,9 +97,15 @@ class Inspection:
 def _find_unshared_draws(frozen: Traced, trained: Traced) -> list[Finding]:
     """Return a finding if the structural copy draws random numbers, and the quantitative copy would draw others."""
     apart = [draw[1:] for draw in frozen.draws] != [draw[1:] for draw in trained.draws]
-    if not (frozen.draws or frozen.moved) or not (apart or frozen.moved != trained.moved):
+    if not (frozen.draws or frozen.moved):
         return []
     path = frozen.draws[0].path if frozen.draws else ""
+    for draw in frozen.draws:
+        if draw.own:
+            what = "draws random numbers in evaluation mode from a generator of its own, which the copies do not share"
+            return [Finding(draw.path, what, ("draw from torch's global generator",))]
+    if not apart and frozen.moved == trained.moved:
+        return []
     what = (
         "draws random numbers in evaluation mode too (as F.dropout without training= does), and others in training: "
         "the two copies would not draw the same"

@@ -18,6 +18,8 @@ ACTIVATIONS: dict[str, str] = {
         )
     },
     "_prelu_kernel": "prelu",
+    "erf": "erf",
+    "erfc": "erf",
     "rrelu_with_noise": "rrelu",
     "rrelu_with_noise_functional": "rrelu",
     "log_sigmoid_forward": "logsigmoid",

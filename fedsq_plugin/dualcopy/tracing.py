@@ -39,8 +39,8 @@ class Traced(NamedTuple):
 
     calls: list[Call]
     gated: list[GatedCall]
-    decisions: list[tuple[str, int]]
-    """Module, and number of other values, of each number that the forward reads from its own tensors."""
+    decisions: list[tuple[Place, int]]
+    """Place, and number of other values, of each number that the forward reads from its own tensors."""
     draws: list[Draw]
     moved: object
     """The random states of Python and numpy after the forward; None if it left them alone."""
@@ -149,7 +149,7 @@ def trace(
     args, kwargs = clone_arguments(args, kwargs)
     places, before = Places(runner), Snapshot(runner)
     given = list(find_tensors([args, dict(kwargs)]))
-    below = Below(lambda frame: places.find(frame)[0], _find_weights(runner), given, alter or {})
+    below = Below(places.find, _find_weights(runner), given, alter or {})
     watch = _Trace(own_pooling, places, below)
     devices = {t.device for t in given if t.device.type == "cuda"}
     with keep_random_states(devices, seed) as moved, without_global_hooks(), torch.set_grad_enabled(grad), watch, below:

@@ -79,6 +79,7 @@ HIDDEN: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "aten.max_pool2d": (lambda x: torch.ops.aten.max_pool2d(x[None, None], [1, 1])[0, 0], "max_pool2d"),
     "autograd function": (apply, "Cut"),
     "autograd function around a ReLU": (lambda x: CutOfRelu.apply(x), "CutOfRelu"),
+    "GELU by hand": (lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5)), "erf"),
     "clamp": (lambda x: x.clamp(min=0), "clamp"),
     "clip": (lambda x: torch.clip(x, -1, 1), "clamp"),
     "maximum": (lambda x: torch.maximum(x, torch.zeros(())), "maximum"),

@@ -207,3 +207,16 @@ def test_given_gates_and_the_compiler_are_refused_for_such_a_model() -> None:
         dual.gated(dual.gates(X), X)
     with pytest.raises(ConfigError, match="random"):
         Compiled(dual, backend="eager")(X)
+
+
+def test_a_generator_of_the_models_own_is_refused() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.generator = nn.Linear(6, 3), torch.Generator().manual_seed(0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.a(x) + torch.randn(3, generator=self.generator))
+
+    with pytest.raises(GateError, match=r"the model itself: draws random numbers .* generator of its own"):
+        DualCopy(Own())(X)

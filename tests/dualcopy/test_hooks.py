@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils import prune
@@ -154,3 +155,44 @@ def test_hooks_that_are_part_of_the_function_stay(make: Callable[[nn.Module], nn
     with torch.no_grad():
         model[0].bias += 5
     torch.testing.assert_close(dual(X), model[2](model[0](X) * gate))
+
+
+class Keeps(nn.Module):
+    """Collects features by a hook of its own, and uses them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.features: dict[str, Tensor] = {}
+        self.a.register_forward_hook(self.keep)
+
+    def keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.features["a"] = output
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.a(x))
+        out: Tensor = self.b(torch.relu(h + self.features["a"]))
+        return out
+
+
+def test_a_method_of_the_model_is_part_of_the_function() -> None:
+    model = Keeps()
+    dual, expected = DualCopy(model), model(X)
+    assert torch.equal(dual(X), expected)
+    assert torch.equal(dual.features["a"], model.a(X))
+    assert "a" not in dual.structural.features
+    h = model.a(X)
+    first, second = h > 0, h + F.relu(h) > 0
+    with torch.no_grad():
+        model.a.bias += 1
+    h = model.a(X)
+    torch.testing.assert_close(dual(X), model.b((h * first + h) * second))
+
+
+def test_a_model_that_needs_a_hook_of_its_user_is_refused_by_name() -> None:
+    model = Keeps()
+    model.a._forward_hooks.clear()
+    model.a.register_forward_hook(lambda module, args, output: model.features.update(a=output))
+    with pytest.raises(GateError, match=r"^a: the structural copy runs without the user's hooks.*KeyError"):
+        DualCopy(model)(X)

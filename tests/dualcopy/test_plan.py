@@ -95,6 +95,7 @@ REFUSED: dict[str, Body] = {
     "expert by numpy": lambda m, x: F.relu(m.flat[int(m.choose(m.a(x)).detach().numpy())](m.a(x))),
     "expert as an index": lambda m, x: F.relu([m.b, m.c][m.choose(m.a(x))](m.a(x))),
     "expert without a call of its module": by_direct_forward,
+    "a part of a parameter": lambda m, x: F.relu(m.a(x) * m.router.weight[m.choose(m.a(x))]),
     "branch by a truth value": by_if,
     "layers dropped by torch": drop_by_torch,
     "layers dropped by Python": drop_by_python,
