@@ -21,7 +21,6 @@ from ...errors import UpdateError
 from ...federation.algorithm import AVERAGE, EVERYTHING
 from ...federation.client import Client
 from ...federation.evaluate import evaluate
-from ...federation.local import trains
 from ...federation.mean import WeightedMean
 from ...federation.messages import unpacked, update_of
 from ...federation.roles import NORMALISATION, Role, with_roles
@@ -83,8 +82,6 @@ class FedSQTrainer(ClientTrainer):  # type: ignore[misc]
     def train(self, train_data: Any, device: Any, args: Any) -> None:
         result = self.client.train(int(self.id), train_data, args.round_idx, device)
         self._sums, self._round = result.sums, args.round_idx
-        if not result.steps and trains(self.client.parts(args.round_idx)):
-            log.warning("round %d: silo %s has no batch to train on", args.round_idx + 1, self.id)
         if result.lost:
             log.warning(
                 "round %d: silo %s lost %d of %d steps to an overflow in fp16",

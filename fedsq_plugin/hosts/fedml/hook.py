@@ -23,6 +23,7 @@ from ...data.silos import SilosData
 from ...dualcopy.precision import refuse_unsupported
 from ...errors import ConfigError, in_one_line, nearest
 from ...federation.checkpoints import ServerCheckpoints
+from ...federation.reseeding import refuse_once
 from ...federation.seeding import derive, isolated
 from ...models.backbones import PREFIX
 from ...run.dry_run import dry_run
@@ -202,6 +203,7 @@ def _init(original: Any) -> Any:
         check_options(args)
         one_process, own = is_sp(vars(args)), (client_trainer, server_aggregator)
         refuse_foreign(plan, args, *own)  # before a warm start that takes long
+        _refuse_once(data, client_trainer)
         if not one_process:
             refuse_unreachable(args, config)
         prepare_host(args)
@@ -218,6 +220,14 @@ def _init(original: Any) -> Any:
         self.notes += [*(checkpoints.notes if checkpoints is not None else ()), *plan.notes]
 
     return init
+
+
+def _refuse_once(data: SilosData, trainer: Any) -> None:
+    """Refuse training data that our trainer could not pass in every round. A user's own may know better."""
+    from .adapters import is_ours
+
+    for silo, loader in data.train.items() if is_ours(trainer) else ():
+        refuse_once(loader, silo)
 
 
 def _warm_start(runner: Any, model: Any, config: Config, data: SilosData | None, device: Any) -> None:

@@ -20,7 +20,7 @@ from ...federation.checkpoints import ServerCheckpoints
 from ...federation.evaluate import Metrics, pooled
 from ...federation.record import RoundRecord
 from ...federation.server import Server
-from ...federation.state import clone
+from ...federation.state import clone, tensors_of
 from ...run.plan import RECIPE, Plan
 from .adapters import FedSQAggregator, FedSQTrainer, is_ours, server_of
 from .aggregation import TheirServer, restore, their_weights
@@ -76,7 +76,7 @@ class Simulation(simulation.Simulation):
             self.run_rounds(self.checkpoints.round)
         # The script's own model object is the trainer's: it ends as the global model.
         ours = is_ours(self.aggregator)
-        weights = clone(self.aggregator.model.state_dict()) if ours else their_weights(self.aggregator)
+        weights = clone(tensors_of(self.aggregator.model)) if ours else their_weights(self.aggregator)
         self.model_trainer.set_model_params(weights)
         mlops.log_training_finished_status()
         mlops.log_aggregation_finished_status()

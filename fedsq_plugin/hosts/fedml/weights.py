@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UpdateError, in_one_line
-from ...federation.state import State
+from ...federation.state import EXTRA, State
 from ...federation.updates import brief
 
 WRITTEN_OUT = (bool, int, float, complex, list, tuple)
@@ -44,6 +44,8 @@ def take_weights(weights: Any, like: Mapping[str, Tensor], whose: str, *, rounde
     for key, value in weights.items():
         if not isinstance(key, str):
             raise UpdateError(f"{whose} gave the key {brief(key)}; keys are those of the model's state_dict()")
+        if key.rpartition(".")[2] == EXTRA:
+            continue  # it stays with the model
         try:
             found[key] = _cast(_tensor(value), like.get(key), rounded or isinstance(value, WRITTEN_OUT))
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
