@@ -186,8 +186,7 @@ def _init(original: Any) -> Any:
         config = config_of(args)
         say(self, *_option_notes(args, config, ours), *map(str, getattr(args, FINDINGS, [])))
         check_device(config, device)
-        if config.threads:
-            torch.set_num_threads(config.threads)
+        torch.set_num_threads(config.threads or torch.get_num_threads())
         if not ours:
             # FedML's own algorithms may take data of another form, which have no public split.
             data = from_tuple(dataset, args.dataset) if config.has_public_split else None
