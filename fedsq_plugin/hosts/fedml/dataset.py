@@ -37,13 +37,17 @@ def from_tuple(dataset: Iterable[Any], name: str) -> SilosData:
         name: the recipe's `dataset`.
 
     Raises:
-        ConfigError: there are not eight parts, or a script took apart what `fedml.data.load` gave for a data
+        ConfigError: there are not eight parts, a part by silo is no mapping, or a script took apart what `fedml.data.load` gave for a data
             set of FLamby's, whose loss is then lost.
     """
     parts = list(dataset)
     if len(parts) != 8:
         raise ConfigError(f"the data set has {len(parts)} parts; FedML's have 8, as fedml.data.load gives them")
     places = dict(zip(PLACES, parts[1:], strict=True))
+    if not isinstance(dataset, EightTuple) and is_flamby(name):
+        raise ConfigError(
+            f"the loss and the metric of {name} are lost: hand the data set to FedMLRunner as fedml.data.load gave it"
+        )
     places["test"] = places["test"] or {}  # None, as some write it where no silo has test data
     for place in ("sizes", "train", "test"):
         if not isinstance(places[place], Mapping):
@@ -51,10 +55,4 @@ def from_tuple(dataset: Iterable[Any], name: str) -> SilosData:
                 f"the data set's part {PLACES.index(place) + 2} of 8, {place} by silo, is "
                 f"{type(places[place]).__name__}: give a mapping of silos"
             )
-    if isinstance(dataset, EightTuple):
-        return replace(dataset.silos, **places)
-    if is_flamby(name):
-        raise ConfigError(
-            f"the loss and the metric of {name} are lost: hand the data set to FedMLRunner as fedml.data.load gave it"
-        )
-    return SilosData(**places)
+    return replace(dataset.silos, **places) if isinstance(dataset, EightTuple) else SilosData(**places)
