@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import FedSQError, GateError, in_one_line
 from .below import CHOSEN, DRAWN
 from .copies import find_hook
+from .frozen import MADE, Write
 from .places import Place
 from .plan import Plan, compare, make_plan
 from .tracing import Traced, trace
@@ -54,6 +55,7 @@ class Inspection:
             ) from error
         refuse(find_in_calls(frozen.calls + trained.calls, accept))
         self._frozen, self._trained = frozen, trained
+        refuse(_find_made([*frozen.writes, *trained.writes]))
         draws = bool(frozen.draws or frozen.moved)
         refuse([*_find_unshared_draws(frozen, trained), *_find_chosen([*frozen.chosen, *trained.chosen], draws)])
         self.plan: Plan = make_plan(frozen.gated, trained.gated)._replace(draws=draws, writes=frozen.writes)
@@ -92,6 +94,13 @@ class Inspection:
                     continue
         for seed in SEEDS if first.moved else ():
             yield run(seed=seed)
+
+
+def _find_made(writes: Sequence[Write]) -> list[Finding]:
+    """Return the findings of layers and parameters that the forward makes."""
+    made = dict.fromkeys(".".join(filter(None, (w.path, w.name))) for w in writes if w.registry == MADE)
+    what = "is made in the forward, in each copy with other weights"
+    return [Finding(path, what, ("run one batch through the model before it is wrapped",)) for path in made]
 
 
 def _find_unshared_draws(frozen: Traced, trained: Traced) -> list[Finding]:
