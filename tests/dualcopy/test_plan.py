@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedsq_plugin import DualCopy
+from fedsq_plugin import DualCopy, validate
 from fedsq_plugin.errors import GateError
 
 Body = Callable[["Parts", Tensor], Tensor]
@@ -265,6 +265,7 @@ ROWS: dict[str, Body] = {
 def test_rows_that_the_model_chooses_are_refused(kind: str) -> None:
     with pytest.raises(GateError, match=r"the model itself: gets entries|product with a mask|experts"):
         DualCopy(Parts(ROWS[kind]))(X)
+    assert validate(Parts(ROWS[kind]), X)
 
 
 def test_rows_drawn_in_training_only_are_refused() -> None:
