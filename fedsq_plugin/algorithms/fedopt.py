@@ -72,7 +72,12 @@ YOGI = adaptive("yogi", lambda v, square, beta: v - (1 - beta) * square * torch.
 
 
 def _delta(server: ServerState, mean: Mapping[str, Tensor], roles: Mapping[str, Role]) -> State:
-    return OrderedDict((k, mean[k] - server.model[k]) for k in mean if roles[k] in PARAMETERS)
+    """The mean minus the model; 0 where the model is infinite or NaN, as a mask is that never moves."""
+    found: State = OrderedDict()
+    for key in (key for key in mean if roles[key] in PARAMETERS):
+        before = server.model[key]
+        found[key] = (mean[key] - before).masked_fill(~before.isfinite(), 0)
+    return found
 
 
 def _stepped(server: ServerState, mean: Mapping[str, Tensor], step: State, memory: Mapping[str, State]) -> ServerState:

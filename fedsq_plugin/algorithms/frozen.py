@@ -47,7 +47,7 @@ def fits_frozen_norm(algorithm: Algorithm, model: nn.Module, options: Any) -> No
 
 def fits_frozen_modules(algorithm: Algorithm, model: nn.Module, options: FrozenModules) -> None:
     """Raise ConfigError where `frozen_modules` names nothing, or something that the model has not."""
-    keys = [key for key, _ in model.named_parameters()]
+    keys = [key for key, _ in model.named_parameters(remove_duplicate=False)]
     paths = [path for path, _ in model.named_modules() if path]
     if not options.frozen_modules:
         option = Word("frozen_modules")

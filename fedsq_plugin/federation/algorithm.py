@@ -20,10 +20,11 @@ from ..dualcopy import DualCopy
 from ..errors import ConfigError, Word
 from .local import Part, Phase, Term
 from .options import Options, option, runs_rounds
-from .roles import Role
+from .roles import Role, refuse_parted
 from .roles import roles as find_roles
 from .server_state import ServerState
 from .state import State
+from .trainable import refuse_untrainable
 
 EVERYTHING = frozenset(Role)
 HEAD = frozenset({Role.HEAD, Role.HEAD_NORM_PARAMETER})
@@ -220,8 +221,9 @@ class Algorithm:
         return {choice: getattr(self, choice) for choice in CHOICES}
 
     def refuse_misfit(self, model: nn.Module, options: Any) -> None:
-        """Raise ConfigError where the algorithm would do nothing of its own on this model, or lacks an option that
-        only the user can give."""
+        """Raise ConfigError where the algorithm would do nothing of its own on this model, parts keys of one tensor,
+        or lacks an option that only the user can give; and where no algorithm can train the model."""
+        refuse_untrainable(model)
         if self.needs_head and options.head is None:
             linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
             raise ConfigError(
@@ -230,8 +232,11 @@ class Algorithm:
                 f" to the module path of the model's last layer (linear layers: {', '.join(linear) or 'none'})",
             )
         find_roles(model, options.head)
+        if self.needs_head:
+            refuse_parted(self.name, "the head", model, options.head, lambda role: role in HEAD)
         for choice in self.choices.values():
             choice.fits(self, model, options)
+        refuse_parted(self.name, "what travels", model, options.head, lambda role: role in self.exchange.travels)
 
     def differences(self) -> dict[str, Any]:
         """The choices that are not FedAvg's, by what is chosen."""

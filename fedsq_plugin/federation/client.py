@@ -12,13 +12,14 @@ from ..dualcopy import Compiled, DualCopy, GateCache
 from ..errors import ConfigError, UpdateError
 from .algorithm import EVERYTHING, HEAD, Algorithm
 from .client_states import ClientStates
-from .local import LocalResult, Optimizers, Part, Phase, local_update, trains
-from .messages import Announcement, Assignment, with_sums
+from .local import BatchError, LocalResult, Optimizers, Part, Phase, local_update, trains
+from .messages import Announcement, Assignment, idle_answer, with_sums
 from .reading import Reading
+from .reseeding import refuse_once
 from .roles import roles, with_roles
 from .seeding import derive
 from .server_state import ServerState, load_state
-from .state import State, fingerprint, state_of
+from .state import State, extras_of, fingerprint, put_extras, state_of, tensors_of, with_extras
 from .task import CLASSIFICATION, Batches, Loss
 from .training import LocalTraining
 
@@ -61,6 +62,9 @@ class Client:
         self.training, self.seed = training, seed
         self.roles = roles(model, getattr(options, "head", None))
         self.states = ClientStates(model, self.roles, algorithm.exchange.travels)
+        self._extras = extras_of(model)
+        self.idle = False
+        """Whether the silo that trained last took no step, because its loader gave no batch."""
         compiled = Compiled(model) if compile else None
         self._forward: Callable[[Tensor], object] | None = compiled
         if keep_gates and isinstance(model, DualCopy):
@@ -70,12 +74,14 @@ class Client:
         or dropped it."""
 
     def receive(self, assignment: Assignment) -> None:
-        """Load what the server sent: weights, and the structural copy where it is announced.
+        """Load what the server sent: weights, and the structural copy where it is announced. What `get_extra_state`
+        gives is put back to what it was when the run began, because the silos of a process share one model.
 
         Raises:
             UpdateError: the structural copy that the model has now is not the one that the server means.
         """
-        self.model.load_state_dict({**self.model.state_dict(), **assignment.state})
+        self.model.load_state_dict(with_extras(self.model, {**tensors_of(self.model), **assignment.state}))
+        put_extras(self.model, self._extras)
         travels = self.algorithm.exchange.travels
         if any(self.roles[key] not in travels for key in assignment.state):
             # The whole model: the first broadcast, from which silos begin their own parts.
@@ -91,8 +97,12 @@ class Client:
             return
         if announced.fingerprint == self.structural_fingerprint:
             return  # another silo of this process was told before
-        self.model.refresh(announced.state)
-        found = fingerprint({k: v.cpu() for k, v in self.model.structural.state_dict().items()})
+        structural = self.model.structural
+        if announced.state is None:
+            self.model.refresh()
+        else:
+            self.model.refresh(with_extras(structural, announced.state))
+        found = fingerprint({k: v.cpu() for k, v in tensors_of(self.model.structural).items()})
         if found != announced.fingerprint:
             raise UpdateError(
                 f"the structural copy is {found[:12]}…, the server announced {announced.fingerprint[:12]}…"
@@ -123,9 +133,11 @@ class Client:
         `data` and `on_step` are those of `local_update`.
         """
         self.states.load(silo, self.model)
+        parts = self.parts(round)
         result = self._update(
+            silo,
             batches,
-            self.parts(round),
+            parts,
             round=round,
             seed=self._derive("local", round, silo),
             objective=self.algorithm.objective.make(self.options),
@@ -135,15 +147,23 @@ class Client:
             on_step=on_step,
         )
         self.states.keep(silo, self.model)
+        self.idle = not result.steps and any(isinstance(part, Phase) and part.epochs for part in parts)
         return result
 
-    def _update(self, batches: Batches, parts: Sequence[Part], **how: Any) -> LocalResult:
+    def _update(self, silo: int, batches: Batches, parts: Sequence[Part], **how: Any) -> LocalResult:
+        refuse_once(batches, silo)
         about: dict[str, Any] = {"loss": self.loss, "reading": self.reading, "forward": self._forward, **how}
-        return local_update(self.model, batches, self.training, parts, self.roles, **about)
+        try:
+            return local_update(self.model, batches, self.training, parts, self.roles, **about)
+        except BatchError as error:
+            error.after(f"silo {silo}: ")
+            raise
 
     def answer(self, round: int, sums: Mapping[str, Tensor]) -> State:
         """What the silo that trained last sends: an independent copy of the part of the model that travels, where the
-        round changed it, and its sums."""
+        round changed it, and its sums; or that it was idle."""
+        if self.idle:
+            return idle_answer()
         return with_sums(self.travelling() if trains(self.parts(round)) else {}, sums)
 
     def travelling(self) -> State:
@@ -167,8 +187,8 @@ class Client:
         the learning rate of the first round. It is the same for every algorithm, and nothing of it is kept."""
         self.states.load(silo, self.model)
         if epochs:
-            parts = [Phase(epochs, HEAD if head_only else EVERYTHING)]
-            self._update(batches, parts, round=0, seed=self._derive("finetune", silo), device=device, on_step=on_step)
+            parts, seed = [Phase(epochs, HEAD if head_only else EVERYTHING)], self._derive("finetune", silo)
+            self._update(silo, batches, parts, round=0, seed=seed, device=device, on_step=on_step)
 
     def _derive(self, *keys: int | str) -> int | None:
         return None if self.seed is None else derive(keys[0], self.seed, *keys[1:])

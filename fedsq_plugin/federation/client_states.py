@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
 from ..errors import WeightsError
-from .roles import Role, check_finite
-from .state import State
+from .roles import Role
+from .state import State, no_less_finite, tensors_of
+
+log = logging.getLogger(__name__)
 
 
 class ClientStates:
@@ -34,11 +37,15 @@ class ClientStates:
             model.load_state_dict(self._states.get(silo, self._initial), strict=False)
 
     def keep(self, silo: int, model: nn.Module) -> None:
-        """Keep a silo's local part as the model has it now. A part with NaN or infinite values is not kept, because
-        the silo could never train on from it."""
-        local = self._local(model)
-        if local and all(check_finite(v) for v in local.values() if v.is_floating_point()):
-            self._states[silo] = local
+        """Keep a silo's local part as the model has it now. A part with NaN or infinite values, which it did not begin
+        with, is not kept, because the silo could never train on from it."""
+        local, before = self._local(model), self._states.get(silo, self._initial)
+        if all(no_less_finite(value, before[key]) for key, value in local.items()):
+            if local:
+                self._states[silo] = local
+            return
+        # Not a warning: as a rule the update is refused for the same reason, and that is said.
+        log.info("silo %d: what stays with it has NaN or infinite values, and is left as it was", silo)
 
     @property
     def kept(self) -> bool:
@@ -67,5 +74,5 @@ class ClientStates:
         self._states = states
 
     def _local(self, model: nn.Module) -> State:
-        state = model.state_dict()
+        state = tensors_of(model)
         return OrderedDict((key, state[key].detach().to("cpu", copy=True)) for key in self._keys)

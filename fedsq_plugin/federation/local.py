@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from ..dualcopy.precision import HALF
-from ..errors import ConfigError
+from ..errors import ConfigError, FedSQError, RunError, first_line
 from .augment import augment
 from .reading import Batch, Reading, call
+from .reseeding import reseed
 from .roles import NORMALISATION, Role
-from .seeding import isolated
+from .seeding import derive, isolated
 from .state import State
 from .task import CLASSIFICATION, Batches, Loss
+from .ties import tied_keys
 from .training import SCALE, LocalTraining
 
 Optimizers = MutableMapping[tuple[str, ...], torch.optim.Optimizer]
@@ -62,6 +64,20 @@ def trains(parts: Sequence[Part]) -> bool:
     return any(not isinstance(part, Statistics) for part in parts)
 
 
+class BatchError(RunError, ValueError):
+    """A batch on which a model does not train; the cause is what torch raised."""
+
+    def __init__(self, error: Exception, inputs: object) -> None:
+        shape = tuple(inputs.shape) if isinstance(inputs, Tensor) else None
+        what = "a batch" if shape is None else f"a batch of the shape {'x'.join(map(str, shape)) or 'of a number'}"
+        lonely = shape is not None and shape[:1] == (1,) and "more than 1 value per channel" in str(error)
+        remedy = (
+            "; a batch of one sample has no variance for batch normalisation: let the loader leave it out "
+            "(drop_last=True), or use another batch_size"
+        )
+        super().__init__(f"the model does not train on {what}: {first_line(error)}{remedy if lonely else ''}")
+
+
 class LocalResult(NamedTuple):
     steps: int
     """Number of batches, those included whose step was lost."""
@@ -98,9 +114,8 @@ def local_update(
         batches: iterated once per epoch; `reading` takes them apart.
         round: 0-based, for the learning rate.
         seed: all randomness of the update (order of the data, augmentation, dropout) comes from it, so that neither
-            other silos nor their order matter. None: it comes from the process's generators, as the host has them.
-        forward: what is called in place of the model, where gates are kept or the model is compiled. Inputs that are
-            not one tensor pass the model itself.
+            other silos nor their order matter; see `reseeding`. None: it is as the host has it.
+        forward: what inputs of one tensor pass in place of the model, where gates are kept or the model is compiled.
         factors: of the learning rate, by parameter name; 1 where absent.
         data: all of the silo's data once, for statistics; None: `batches` is that.
         optimizers: where the silo's optimizers are kept between rounds; None: every phase has a new one.
@@ -108,6 +123,7 @@ def local_update(
 
     Raises:
         ConfigError: a phase has no parameter to train; a batch or an output cannot be read.
+        BatchError: torch cannot train the model on a batch.
     """
     model.to(device).train()
     named = dict(model.named_parameters())
@@ -116,7 +132,7 @@ def local_update(
     steps = _Steps(model, forward or model, training, loss, reading, objective, device, on_step)
     sums: dict[str, Tensor] = {}
     try:
-        with nullcontext() if seed is None else isolated(seed):
+        with _seeded(batches, seed):
             for phase in phases:
                 if isinstance(phase, Statistics):
                     sums.update(phase.collect(model, reading.read_all(batches if data is None else data), device))
@@ -133,6 +149,28 @@ def local_update(
             p.grad = None
         model.train()
     return steps.result(sums)
+
+
+@contextmanager
+def _seeded(batches: Batches, seed: int | None) -> Iterator[None]:
+    """Let everything that is drawn come from a seed, whether from the global generators or from the loader's own."""
+    if seed is None:
+        yield
+        return
+    reseed(batches, derive("loader", seed))
+    with isolated(seed):
+        yield
+
+
+@contextmanager
+def _naming(inputs: object) -> Iterator[None]:
+    """Let what torch raises name the batch."""
+    try:
+        yield
+    except FedSQError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        raise BatchError(error, inputs) from error
 
 
 class _Steps:
@@ -156,6 +194,13 @@ class _Steps:
         self.losses: list[Tensor] = []
 
     def take(
+        self, optimizer: torch.optim.Optimizer, values: Sequence[Tensor], start: Sequence[Tensor], batch: Batch
+    ) -> None:
+        """Take one step. Raises BatchError where torch cannot."""
+        with _naming(batch.inputs):
+            self._take(optimizer, values, start, batch)
+
+    def _take(
         self, optimizer: torch.optim.Optimizer, values: Sequence[Tensor], start: Sequence[Tensor], batch: Batch
     ) -> None:
         training, scaler = self._training, self._scaler
@@ -209,6 +254,15 @@ def frozen_keys(keys: Iterable[str], frozen: Sequence[str]) -> set[str]:
     return found
 
 
+def _frozen_parameters(model: nn.Module, frozen: Sequence[str]) -> set[str]:
+    """The names of the parameters of frozen modules, and of those that share a tensor with one."""
+    if not frozen:
+        return set()
+    every, tied = [name for name, _ in model.named_parameters(remove_duplicate=False)], tied_keys(model)
+    kept = {tied.get(name, name) for name in frozen_keys(every, frozen)}
+    return {name for name in every if tied.get(name, name) in kept}
+
+
 def _freeze(
     model: nn.Module,
     named: Mapping[str, nn.Parameter],
@@ -216,17 +270,22 @@ def _freeze(
     roles: Mapping[str, Role],
     phase: Phase,
 ) -> dict[str, nn.Parameter]:
-    """Freeze what a phase does not train. Returns the parameters that it trains; raises ConfigError for none."""
-    kept = frozen_keys(named, phase.frozen)
+    """Freeze what a phase does not train. Returns the parameters that it trains; raises ConfigError for none.
+
+    What the model's own `train()` leaves in evaluation mode stays there: training is only taken away.
+    """
+    kept = _frozen_parameters(model, phase.frozen)
     for name, p in named.items():
         p.requires_grad_(required[name] and roles[name] in phase.trains and name not in kept)
     model.train()
-    for path, module in model.named_modules():
+    paths = model.named_modules(remove_duplicate=False)
+    left_out = {module for path, module in paths if frozen_keys([path], phase.frozen)} if phase.frozen else set()
+    for module in model.modules():
         if not isinstance(module, NORMALISATION):
             continue
         own = list(module.parameters(recurse=False))
         moves = any(p.requires_grad for p in own) if own else Role.NORM_BUFFER in phase.trains
-        module.training = moves and not frozen_keys([path], phase.frozen)
+        module.training = module.training and moves and module not in left_out
     trained = {name: p for name, p in named.items() if p.requires_grad}
     if not trained:
         roles_named = " and ".join(sorted(role.value for role in phase.trains)) or "nothing"

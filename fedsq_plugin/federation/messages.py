@@ -19,6 +19,7 @@ from .state import State
 RESERVED = "fedsq:"
 """What the keys begin with that are no weights. No module has such a name."""
 _STRUCTURAL, _FINGERPRINT, _SUMS = f"{RESERVED}structural:", f"{RESERVED}fingerprint", f"{RESERVED}sums:"
+_IDLE = f"{RESERVED}idle"
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,16 @@ def unpacked(message: Mapping[str, Tensor]) -> Assignment:
 def with_sums(state: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> State:
     """An update's state and sums as one mapping."""
     return OrderedDict(state, **{f"{_SUMS}{name}": value for name, value in sums.items()})
+
+
+def idle_answer() -> State:
+    """What a silo sends that had no batch to train on: nothing of it belongs into the mean."""
+    return OrderedDict({_IDLE: torch.ones((), dtype=torch.bool)})
+
+
+def is_idle(message: Mapping[str, Tensor]) -> bool:
+    """Whether a silo's answer says that it had no batch to train on."""
+    return message.keys() == {_IDLE}
 
 
 def update_of(silo: int, samples: float, message: Mapping[str, Tensor]) -> Update:

@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ..errors import UpdateError
-from .messages import Assignment, Update, packed, update_of
+from .messages import Assignment, Update, is_idle, packed, update_of
 from .record import RoundRecord
 from .server_state import ServerState
 from .state import State, nbytes
@@ -126,6 +126,10 @@ class Round:
 
     def _gather(self, position: int) -> None:
         silo, (answer, reason) = self.silos[position], self._early.pop(position)
+        if reason is None and is_idle(answer):
+            line = f"round {self.record.round}: silo {silo} has no batch to train on and is left out of the mean"
+            note(self.record, f"{line}: its loader gives none (drop_last with fewer samples than batch_size?)")
+            return
         try:
             update = update_of(silo, self._samples[silo], answer)
             reason = reason or problem(update, self._expected, self._expected_sums)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import UpdateError
@@ -15,9 +14,9 @@ from .algorithm import EVERYTHING, Algorithm
 from .local import Part, Statistics, trains
 from .mean import Mean, WeightedMean
 from .messages import Announcement, Assignment, Update
-from .roles import Role, with_roles
+from .roles import Role, Roles, with_roles
 from .server_state import ServerState
-from .state import State, fingerprint
+from .state import State, fingerprint, same_values
 
 NOT_AVERAGED = frozenset({Role.NORM_BUFFER, Role.COUNTER})
 """What `buffers: keep` leaves as the server has it."""
@@ -139,7 +138,15 @@ class Server:
             if isinstance(part, Statistics):
                 slots = tuple(part.apply(slot, sums) for slot in after.slots)
                 after = replace(after, model=part.apply(after.model, sums), slots=slots)
-        return replace(after, round=after.round + 1)
+        return replace(self._tie(after), round=after.round + 1)
+
+    def _tie(self, state: ServerState) -> ServerState:
+        """Give keys of one tensor one value: a rule may treat every key by itself, as FedMR does."""
+        tied = self.roles.tied if isinstance(self.roles, Roles) else {}
+        if not tied:
+            return state
+        model, *slots = (OrderedDict(one, **_of_first(one, tied)) for one in (state.model, *state.slots))
+        return replace(state, model=model, slots=tuple(slots))
 
     def pass_over(self, before: ServerState) -> None:
         """End a round that no silo answered: the model stays as it was `before`."""
@@ -165,7 +172,7 @@ class Server:
         structural = self.state.structural
         if structural is None:
             return Announcement(None)
-        same = sent.keys() == structural.keys() and all(torch.equal(sent[k], v) for k, v in structural.items())
+        same = sent.keys() == structural.keys() and all(same_values(sent[k], v) for k, v in structural.items())
         return Announcement(self.structural_fingerprint, None if same else structural)
 
 
@@ -200,6 +207,12 @@ class Gathering:
         elif not self._sums:
             raise UpdateError("there are no sums to add up: every client was skipped or refused")
         self._server.state = self._server.step(gathered, self._sums)
+
+
+def _of_first(state: Mapping[str, Tensor], tied: Mapping[str, str]) -> State:
+    """The entries of tied keys as the first key of their tensor has them; a view of another shape stays."""
+    pairs = ((key, state[key], state[first]) for key, first in tied.items() if {key, first} <= state.keys())
+    return OrderedDict((key, theirs) for key, own, theirs in pairs if own.shape == theirs.shape)
 
 
 def add_sums(sums: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..dualcopy import DualCopy
 from ..errors import WeightsError
-from .state import State
+from .state import State, with_extras
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class ServerState:
 
 def load_state(model: nn.Module, state: ServerState) -> None:
     """Put the global model into a module, and let a DualCopy's gates be those of the server's structural copy."""
-    model.load_state_dict(state.model)
+    model.load_state_dict(with_extras(model, state.model))
     load_structural(model, state)
 
 
@@ -90,4 +90,4 @@ def load_structural(model: nn.Module, state: ServerState) -> None:
     if state.structural is None:
         model.unfreeze()
     else:
-        model.refresh(state.structural)
+        model.refresh(with_extras(model.structural, state.structural))

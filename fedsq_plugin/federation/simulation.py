@@ -13,6 +13,7 @@ from .client import Client
 from .evaluate import Metrics, evaluate
 from .messages import Assignment
 from .record import RoundRecord
+from .reseeding import reseed
 from .round import Round, RoundServer, skip_empty
 from .seeding import derive, isolated
 from .task import CLASSIFICATION, Batches, Task
@@ -63,7 +64,9 @@ def test_seeded(
     model: nn.Module, batches: Batches, device: torch.device | str, task: Task, seed: int | None
 ) -> Metrics:
     """Evaluate under the run's seed for tests: a loader or a model may draw while it is tested."""
-    with isolated(derive("test", 0 if seed is None else seed)):
+    own = derive("test", 0 if seed is None else seed)
+    reseed(batches, derive("loader", own))
+    with isolated(own):
         return evaluate(model, batches, device, *task)
 
 

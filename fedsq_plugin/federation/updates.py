@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .evaluate import Metrics
 from .messages import Update
-from .roles import check_finite
+from .state import no_less_finite
 
 MAX_SAMPLES = 10**9
 """The largest sample count of one silo. A larger one would make that silo the whole mean."""
@@ -20,8 +20,10 @@ def problem(update: Update, template: Mapping[str, Tensor], sums: Mapping[str, T
     """Why an update must not reach the mean, in a few words; None when it may.
 
     Args:
-        template: a state with the keys, shapes and dtypes that the update's state must have.
-        sums: the same for its sums. All values must be finite.
+        template: a state with the keys, shapes and dtypes that the update's state must have: what the silo was sent.
+        sums: the same for its sums.
+
+    An entry may be infinite or NaN only where the template's entry is the same.
     """
     if not 0 < update.samples <= MAX_SAMPLES:
         return f"its sample count is {update.samples}"
@@ -96,6 +98,6 @@ def _misfit(state: Mapping[str, Tensor], template: Mapping[str, Tensor]) -> str 
             return f"{key} has shape {tuple(value.shape)} instead of {tuple(expected.shape)}"
         if value.dtype != expected.dtype:
             return f"{key} is {value.dtype} instead of {expected.dtype}"
-        if (value.is_floating_point() or value.is_complex()) and not check_finite(value):
+        if not no_less_finite(value, expected):
             return f"{key} has NaN or infinite values"
     return None

@@ -49,7 +49,8 @@ def load_weights(model: nn.Module, weights: WeightsFile | Mapping[str, Tensor], 
     """
     if isinstance(model, DualCopy):
         raise error("weights are loaded before the DualCopy is made, not into it; load, then wrap")
-    own = model.state_dict()
+    whole = model.state_dict()
+    own = {key: value for key, value in whole.items() if isinstance(value, Tensor)}  # not get_extra_state's
     in_head = [key for key in own if key.startswith(f"{head}.")] if head is not None else []
     if head is not None and not in_head:
         raise error(Word("no head", head), "; name the module of its last layer")
@@ -64,7 +65,7 @@ def load_weights(model: nn.Module, weights: WeightsFile | Mapping[str, Tensor], 
     _compare(state, own, may_differ=kept, may_lack=counters)
     # A head that is not loaded is checked too: a file with one broken tensor cannot be trusted.
     values = {k: _convert(k, v, own[k]) for k, v in state.items()}
-    model.load_state_dict({k: own[k] if k in kept else values.get(k, own[k]) for k in own})
+    model.load_state_dict({**whole, **{k: own[k] if k in kept else values.get(k, own[k]) for k in own}})
     return [*lines, _describe_head(str(head), state, own)] if left_out else lines
 
 

@@ -8,19 +8,20 @@ The protocol is reconstructed: the paper publishes neither schedule, nor target,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..dualcopy.reluise import lambdas, replace_by_lambda, replace_by_relu
 from ..dualcopy.smooth import target_lambda
 from ..errors import ConfigError
 from ..federation.local import Phase, local_update
-from ..federation.roles import Role, check_finite, roles
+from ..federation.roles import Role, roles
 from ..federation.seeding import derive
+from ..federation.state import State, no_less_finite, state_of, tensors_of
 from ..federation.task import CLASSIFICATION, Batches, Task
 from ..federation.training import LocalTraining
 from ..settings.warm_start import Hardening
@@ -102,10 +103,10 @@ def relu_ise(
     history = [lambdas(model)]
 
     def train(epoch: int) -> None:
-        own = derive("relu-ise", seed, epoch)
+        own, before = derive("relu-ise", seed, epoch), state_of(model)
         about: dict[str, Any] = {"device": device, "factors": factors, "loss": task.loss, "reading": task.reading}
         result = local_update(model, batches, training, EVERYTHING, known, round=epoch, seed=own, **about)
-        _check(model, result.steps, epoch)
+        _check(model, before, result.steps, epoch)
         history.append(lambdas(model))
 
     for epoch in range(hardening.relu_ise_learn_epochs):
@@ -135,9 +136,8 @@ def replace_smooth(model: nn.Module) -> None:
     replace_by_relu(model)
 
 
-def _check(model: nn.Module, steps: int, epoch: int) -> None:
+def _check(model: nn.Module, before: State, steps: int, epoch: int) -> None:
     if not steps:
         raise ConfigError(f"ReLU-isation found no batch in epoch {epoch}; batches must be there again in every epoch")
-    state: Mapping[str, Tensor] = model.state_dict()
-    if not all(check_finite(value) for value in state.values() if value.is_floating_point()):
+    if not all(no_less_finite(value, before[key]) for key, value in tensors_of(model).items()):
         raise ConfigError(f"ReLU-isation diverged: weights are not finite after epoch {epoch}; lower the learning rate")

@@ -17,6 +17,7 @@ from ..algorithms import algorithm
 from ..dualcopy import DualCopy
 from ..errors import ConfigError, FedSQError
 from ..federation import state_files
+from ..federation.state import EXTRA
 from ..settings.config import Config
 from ..settings.recipe import Families, flat, overridden, resolve
 from .check import check
@@ -128,7 +129,8 @@ def _run_one(recorder: Recorder, variant: Variant, resume: bool) -> None:
 def _save(current: Session, variant: Variant, config: Config, outcome: Outcome) -> None:
     """Write the model, and what stayed with the silos, as safetensors with JSON beside them."""
     model = outcome.model
-    tensors = model.full_state_dict() if isinstance(model, DualCopy) else model.state_dict()
+    state = model.full_state_dict() if isinstance(model, DualCopy) else model.state_dict()
+    tensors = {key: value for key, value in state.items() if key.rpartition(".")[2] != EXTRA}
     about: Mapping[str, Any] = {
         "algorithm": algorithm(config.federated_optimizer).described(),
         "seed": config.random_seed,

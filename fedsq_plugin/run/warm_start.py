@@ -20,9 +20,9 @@ from ..errors import ConfigError, WeightsError, worded
 from ..federation import state_files
 from ..federation.evaluate import evaluate
 from ..federation.local import Phase, local_update
-from ..federation.roles import Role, check_finite, roles
+from ..federation.roles import Role, roles
 from ..federation.seeding import derive
-from ..federation.state import fingerprint, state_of
+from ..federation.state import fingerprint, no_less_finite, state_of, tensors_of, with_extras
 from ..federation.task import CLASSIFICATION, Batches, Task
 from ..federation.training import LocalTraining
 from ..models.backbones import PREFIX
@@ -185,9 +185,10 @@ def public_warm_start(
 
     def train() -> Mapping[str, Any]:
         everything = (Phase(epochs, frozenset(Role)),)
+        before = state_of(model)
         how: Any = {"seed": seed, "device": device, "loss": task.loss, "reading": task.reading}
         local_update(model, batches, training, everything, roles(model), round=0, **how)
-        if not all(check_finite(value) for value in model.state_dict().values() if value.is_floating_point()):
+        if not all(no_less_finite(value, before[key]) for key, value in tensors_of(model).items()):
             raise ConfigError(
                 f"the warm start diverged: weights are not finite after {epochs} epochs; lower warm_start_learning_rate"
             )
@@ -216,15 +217,15 @@ def _cached(
         The metadata, and whether they came from the cache.
     """
     versions = (torch.__version__, torch.get_num_threads(), __version__, str(device))
-    parts = (model, fingerprint(model.state_dict()), *options, *versions)
+    parts = (model, fingerprint(tensors_of(model)), *options, *versions)
     name = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32]
     path = cache / f"{kind}-{name}.safetensors"
     if path.exists():
         try:
             state, about = state_files.load(path)
-            if state.keys() == model.state_dict().keys():
+            if state.keys() == tensors_of(model).keys():
                 prepare(model)
-                model.load_state_dict(state)
+                model.load_state_dict(with_extras(model, state))
                 model.to(device)
                 return about, True
         except (WeightsError, RuntimeError):

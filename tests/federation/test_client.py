@@ -6,14 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from fedsq_plugin.algorithms import algorithm
 from fedsq_plugin.dualcopy import DualCopy
 from fedsq_plugin.errors import ConfigError, UpdateError
 from fedsq_plugin.federation.client import Client
-from fedsq_plugin.federation.local import Phase, local_update
+from fedsq_plugin.federation.local import BatchError, Phase, local_update
 from fedsq_plugin.federation.messages import Announcement, Assignment
+from fedsq_plugin.federation.record import RoundRecord
 from fedsq_plugin.federation.roles import Role
+from fedsq_plugin.federation.round import Round
 from fedsq_plugin.federation.seeding import derive
 from fedsq_plugin.federation.state import State, fingerprint, state_of
 from fedsq_plugin.federation.training import LocalTraining, OptimizerTraining
@@ -353,3 +356,76 @@ def test_resumed_client_has_the_servers_model_its_gates_and_the_silos_parts() ->
     assert structural is not None
     assert fingerprint(dual(found).structural.state_dict()) == fingerprint(structural)
     assert fingerprint(found.states.tensors()) == fingerprint(whole.client.states.tensors())
+
+
+# What it cannot train on
+
+
+class Counting(nn.Sequential):
+    """Counts its forwards in its extra state."""
+
+    count = 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        found: Tensor = super().forward(x)
+        return found
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.count = state["count"]
+
+
+@pytest.mark.parametrize("name", ["FedAvg", "FedSQ", "FedBN", "FedMR"])
+def test_extra_state_stays_with_the_model_and_is_the_same_for_every_silo(name: str) -> None:
+    found = Federation(name, Counting(*mlp())).repeat(2)
+    expected = Federation(name).repeat(2)
+    assert fingerprint(found.state) == fingerprint(expected.state)
+    found.client.receive(Assignment(found.own_server.travelling(found.state)))
+    trained = found.client.model
+    assert (trained.quantitative if isinstance(trained, DualCopy) else trained).count == 3
+
+
+def test_batch_of_one_sample_names_the_silo() -> None:
+    x, labels = corners(9, seed=0)
+    with pytest.raises(BatchError, match=r"^silo 7: the model does not train on a batch of the shape 1x2: .*drop_last"):
+        client("FedAvg").train(7, [(x[:8], labels[:8]), (x[8:], labels[8:])], 0)
+
+
+def test_batches_that_can_be_passed_only_once_are_refused() -> None:
+    found = client("FedAvg")
+    with pytest.raises(ConfigError, match=r"^silo 7: the training data are a list_iterator"):
+        found.train(7, iter(DATA[0]), 0)
+    assert fingerprint(state_of(found.model)) == fingerprint(state_of(mlp()))
+
+
+@pytest.mark.parametrize("name", ["FedAvg", "FedSQ", "FedRep", "FedMR", "FedNCM"])
+def test_silo_without_a_batch_is_left_out_and_noted(name: str) -> None:
+    def run(data: dict[int, Any], silos: list[int]) -> tuple[State, list[str]]:
+        found = Federation(name, data=list(data.values()))
+        found.samples = {silo: 100 + silo for silo in data}  # what an idle silo says of itself
+        for number in range(2):
+            record = RoundRecord(number + 1)
+            current = Round(found.server, silos, found.samples, record)
+            for silo, assignment in current.assignments.items():
+                current.take(silo, found.silos.train(silo, number, assignment))
+            current.close()
+        return found.state, record.notes
+
+    idle: dict[int, Any] = {0: DATA[0], 1: [], 2: DATA[2]}
+    (state, notes), (expected, none) = run(idle, [0, 1, 2]), run({**idle, 1: DATA[1]}, [0, 2])
+    if name != "FedMR":  # which recombines the model that the idle silo began with
+        assert fingerprint(state) == fingerprint(expected)
+    assert [note.partition(":")[2].partition(" and")[0] for note in notes] == [" silo 1 has no batch to train on"]
+    assert none == []
+
+
+def test_round_in_which_no_silo_has_a_batch_is_one_line() -> None:
+    with pytest.raises(UpdateError, match=r"no update is left to aggregate: round 1: silo 0 has no batch .*silo 1 has"):
+        Federation("FedAvg", data=[[], []]).repeat(1)
+
+
+def test_round_of_no_epochs_is_no_idle_one() -> None:
+    assert Federation("FedAvg", options=changed(epochs=0)).repeat(1).answers[0][0].keys() == state_of(mlp()).keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 
@@ -207,3 +208,30 @@ def test_restored_clients_go_on_apart() -> None:
     assert given_tensors["0/3.bias"].unique().item() == 1
     assert fingerprint(kept.tensors()) == fingerprint(given_tensors)
     assert state_of(net)["3.bias"].unique().item() == 5
+
+
+def masked(value: float) -> nn.Module:
+    net = model()
+    net[1].register_buffer("mask", torch.tensor([0.0, value]))
+    return net
+
+
+@pytest.mark.parametrize("value", [-math.inf, math.inf, math.nan])
+def test_part_with_an_entry_that_was_infinite_before_is_kept(value: float) -> None:
+    kept, net = states(STAYS_NORM, masked(value)), masked(value)
+    with torch.no_grad():
+        net[1].weight.fill_(7)
+    kept.keep(2, net)
+    again = masked(value)
+    kept.load(2, again)
+    assert again[1].weight.unique().item() == 7
+    torch.testing.assert_close(again[1].mask, net[1].mask, rtol=0, atol=0, equal_nan=True)
+
+
+def test_part_that_became_infinite_is_not_kept_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    kept, net = states(STAYS_NORM, masked(-math.inf)), masked(-math.inf)
+    net[1].mask[0] = math.nan
+    with caplog.at_level(logging.INFO):
+        kept.keep(2, net)
+    assert kept.of(2) == {}
+    assert "silo 2: what stays with it has NaN or infinite values" in caplog.text

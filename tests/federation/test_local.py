@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from fedsq_plugin.dualcopy import DualCopy
 from fedsq_plugin.errors import ConfigError
 from fedsq_plugin.federation.augment import augment
-from fedsq_plugin.federation.local import Phase, Statistics, frozen_keys, local_update, trains
+from fedsq_plugin.federation.local import BatchError, Phase, Statistics, frozen_keys, local_update, trains
 from fedsq_plugin.federation.roles import Role, roles
 from fedsq_plugin.federation.seeding import isolated
 from fedsq_plugin.federation.state import State, fingerprint, state_of
@@ -388,3 +389,69 @@ def test_statistics_are_taken_from_the_data_where_batches_are_something_else() -
     for data in (None, [{"x": torch.tensor(value), "y": torch.tensor(0)} for value in (7.0, 8.0)]):
         local_update(model, ONE, LocalTraining(), [part], roles(model), round=0, seed=0, data=data)
     assert seen == [[ONE[0][0].item()], [7.0, 8.0]]
+
+
+# What the model's own train() decides
+
+
+class Keeps(Net):
+    """Leaves some of its layers in evaluation mode."""
+
+    def __init__(self, *kept: str) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def train(self, mode: bool = True) -> Keeps:
+        super().train(mode)
+        for path in self.kept:
+            self.get_submodule(path).eval()
+        return self
+
+
+def keeps(*kept: str) -> Keeps:
+    with isolated(0):
+        return Keeps(*kept)
+
+
+@pytest.mark.parametrize("kept", [("norm",), ("dropout",), ("norm", "dropout")])
+def test_layers_that_the_model_keeps_in_evaluation_mode_stay_there(kept: tuple[str, ...]) -> None:
+    found, naive = keeps(*kept), keeps(*kept)
+    local_update(found, shuffled(0), LocalTraining(learning_rate=0.1), [Phase(2, ALL)], roles(found), round=0, seed=5)
+    optimizer = torch.optim.SGD(naive.parameters(), 0.1)
+    with isolated(5):
+        naive.train()
+        for _ in range(2):
+            for x, labels in shuffled(0):
+                optimizer.zero_grad()
+                cross_entropy(naive(x), labels).backward()
+                optimizer.step()
+    assert fingerprint(state_of(found)) == fingerprint(state_of(naive))
+    assert (int(found.norm.num_batches_tracked) == 0) is ("norm" in kept)
+
+
+def test_kept_layer_stays_under_the_gates_of_a_dualcopy() -> None:
+    model = DualCopy(keeps("norm"))
+    local_update(model, shuffled(0), LocalTraining(), [Phase(1, ALL)], roles(model), round=0, seed=0)
+    assert int(model.state_dict()["norm.num_batches_tracked"]) == 0
+
+
+# A batch on which the model does not train
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "said"),
+    [
+        (net(), torch.zeros(1, 4), r"a batch of the shape 1x4: Expected more than 1 value.*drop_last=True.*batch_size"),
+        (net(), torch.zeros(3, 5), r"a batch of the shape 3x5: mat1 and mat2 shapes cannot be multiplied[^;]*$"),
+        (
+            nn.Sequential(nn.InstanceNorm2d(2, affine=True), nn.Flatten()),
+            torch.zeros(2, 2, 1, 1),
+            r"a batch of the shape 2x2x1x1: Expected more than 1 spatial element[^;]*$",
+        ),
+    ],
+)
+def test_batch_on_which_torch_cannot_train_is_one_line(model: nn.Module, x: Tensor, said: str) -> None:
+    batches = [(x, torch.zeros(len(x)))]
+    with pytest.raises(BatchError, match=said) as caught:
+        local_update(model, batches, LocalTraining(), [Phase(1, ALL)], roles(model), round=0, seed=0)
+    assert "\n" not in str(caught.value)

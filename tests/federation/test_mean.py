@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import OrderedDict
+from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -239,3 +241,83 @@ def test_mean_of_differences_of_counters_alone_and_of_nothing() -> None:
         mean.result()
     mean.add({"n": torch.tensor(4)}, 2)
     assert mean.result()["n"].item() == 4
+
+
+# Integers, exactly
+
+BIG = [2**62 + 1, 2**53 + 1, -(2**61) - 3, -(2**63), 2**63 - 1]
+
+
+def test_equal_integers_stay_bit_for_bit() -> None:
+    value = torch.tensor(BIG)
+    assert mean_of(*((value, weight) for weight in (16, 24, 40))).tolist() == BIG
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_equal_integers_of_every_dtype_stay(dtype: torch.dtype) -> None:
+    limits = [0, 1] if dtype is torch.bool else [torch.iinfo(dtype).min, torch.iinfo(dtype).max]
+    found = mean_of(*((torch.tensor([limits], dtype=dtype), weight) for weight in (0.1, 3, 1e9)))
+    assert (found.dtype, found.tolist()) == (dtype, [limits])
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        (2**62 + 1, 2**62 + 5, 2**62 + 4),  # a quarter of 1 and three of 5
+        (-(2**63), 2**63 - 1, 2**62 - 1),  # (-2^63 + 3·(2^63 - 1)) / 4 = 2^62 - 0.75
+        (0, 2, 2),  # 1.5, to even
+        (2, 4, 4),  # 3.5, to even
+        (-2, 0, 0),  # -0.5, to even
+    ],
+)
+def test_mean_of_integers_is_exact_and_then_rounded_half_to_even(one: int, other: int, expected: int) -> None:
+    assert mean_of((torch.tensor(one), 1), (torch.tensor(other), 3)).item() == expected
+
+
+@given(
+    st.lists(
+        st.tuples(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=2, max_size=2), st.integers(1, 10**9)), min_size=1
+    )
+)
+def test_mean_of_integers_is_that_of_fractions(pairs: list[tuple[list[int], int]]) -> None:
+    total = sum(weight for _, weight in pairs)
+    expected = [round(Fraction(sum(w * values[i] for values, w in pairs), total)) for i in range(2)]
+    assert mean_of(*((torch.tensor(values), weight) for values, weight in pairs)).tolist() == expected
+
+
+def test_mean_of_differences_leaves_integers_exact() -> None:
+    mean = MeanOfDifferences({"n": torch.tensor(BIG)})
+    for weight in (16, 24):
+        mean.add({"n": torch.tensor(BIG)}, weight)
+    assert mean.result()["n"].tolist() == BIG
+
+
+# What is not finite, everywhere the same
+
+INF = float("inf")
+
+
+@pytest.mark.parametrize("make", [WeightedMean, lambda: MeanOfDifferences({"x": mask()})], ids=["mean", "differences"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_constant_that_is_not_finite_stays(make: Any, dtype: torch.dtype) -> None:
+    mean = make()
+    for weight in (16, 24, 40):
+        mean.add({"x": mask().to(dtype)}, weight)
+    torch.testing.assert_close(mean.result()["x"], mask().to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def mask() -> Tensor:
+    return torch.tensor([0.0, -INF, INF, float("nan"), 2.5])
+
+
+def test_complex_infinity_stays() -> None:
+    value = torch.tensor([complex(INF, 0), complex(1, -INF), 1 + 2j])
+    found = mean_of((value, 3), (value, 4))
+    assert torch.equal(torch.view_as_real(found), torch.view_as_real(value))
+
+
+def test_entries_beside_an_infinite_one_are_averaged() -> None:
+    mean = MeanOfDifferences({"x": torch.tensor([-INF, 0.0])})
+    mean.add({"x": torch.tensor([-INF, 4.0])}, 1)
+    mean.add({"x": torch.tensor([-INF, 8.0])}, 3)
+    assert mean.result()["x"].tolist() == [-INF, 7.0]  # (4 + 3·8) / 4

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fedsq_plugin.federation.state import clone, fingerprint, nbytes, state_of
+from fedsq_plugin.federation.state import (
+    check_finite,
+    clone,
+    extras_of,
+    fingerprint,
+    nbytes,
+    put_extras,
+    same_values,
+    state_of,
+    with_extras,
+)
+
+NAN, INF = float("nan"), float("inf")
 
 
 def test_state_of_is_the_state_dict() -> None:
@@ -120,3 +133,74 @@ def test_fingerprint_takes_every_dtype_and_shape(dtype: torch.dtype, shape: tupl
 
 def test_fingerprint_takes_a_parameter() -> None:
     assert fingerprint({"x": nn.Parameter(torch.ones(1))}) == fingerprint({"x": torch.ones(1)})
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_check_finite_sees_one_bad_entry(bad: float) -> None:
+    assert not check_finite(torch.tensor([0.0, bad, 1.0]))
+
+
+def test_check_finite_sees_infinities_of_both_signs_that_would_cancel() -> None:
+    assert not check_finite(torch.tensor([float("inf"), float("-inf")]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_check_finite_takes_the_largest_numbers(dtype: torch.dtype) -> None:
+    # The entries' own sum would overflow.
+    assert check_finite(torch.full((4,), torch.finfo(dtype).max, dtype=dtype))
+
+
+def test_check_finite_takes_an_empty_tensor() -> None:
+    assert check_finite(torch.zeros(0))
+
+
+# Entries that are no tensors
+
+
+class Extra(nn.Linear):
+    """Keeps a dictionary, or a tensor, beside its weights."""
+
+    def __init__(self, note: Any) -> None:
+        super().__init__(2, 2)
+        self.note = note
+
+    def get_extra_state(self) -> Any:
+        return self.note
+
+    def set_extra_state(self, state: Any) -> None:
+        self.note = state
+
+
+NOTES: list[Any] = [{"step": 3}, "words", None, torch.ones(2)]
+
+
+@pytest.mark.parametrize("note", NOTES)
+def test_extra_state_is_no_part_of_a_state(note: Any) -> None:
+    assert list(state_of(nn.Sequential(Extra(note)))) == ["0.weight", "0.bias"]
+
+
+@pytest.mark.parametrize("note", NOTES)
+@pytest.mark.parametrize("wrap", [nn.Sequential, lambda one: one], ids=["inside", "the model itself"])
+def test_state_is_loaded_beside_the_extra_state(note: Any, wrap: Any) -> None:
+    model, other = wrap(Extra(note)), wrap(Extra("another"))
+    model.load_state_dict(with_extras(model, state_of(other)))
+    assert all(torch.equal(value, state_of(other)[key]) for key, value in state_of(model).items())
+    (layer,) = (one for one in model.modules() if isinstance(one, Extra))
+    assert layer.note is note
+
+
+def test_extra_state_can_be_put_back() -> None:
+    layer = Extra({"step": 3})
+    extras = extras_of(layer)
+    for _ in range(2):
+        layer.note["step"] = 9
+        put_extras(layer, extras)
+        assert layer.note == {"step": 3}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [([1.0, NAN], [1.0, NAN], True), ([NAN], [1.0], False), ([1.0], [1.0, 1.0], False), ([-INF], [-INF], True)],
+)
+def test_same_values(one: list[float], other: list[float], expected: bool) -> None:
+    assert same_values(torch.tensor(one), torch.tensor(other)) is expected

@@ -158,3 +158,28 @@ def test_state_in_a_round_that_trains_nothing() -> None:
 def test_nothing_in_a_round_that_trains() -> None:
     update = Update(0, 5, {}, sums_template())
     assert problem(update, template(), sums_template()) == "it lacks bias"
+
+
+# No less finite than what was sent
+
+INF, NAN = float("inf"), float("nan")
+
+
+def reason_of(sent: list[float], found: list[float], dtype: torch.dtype = torch.float32) -> str | None:
+    expected, value = torch.tensor(sent, dtype=dtype), torch.tensor(found, dtype=dtype)
+    return problem(Update(0, 5, {"mask": value}), {"mask": expected})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.complex64])
+@pytest.mark.parametrize(
+    ("sent", "found"), [([0, -INF], [0, -INF]), ([NAN, INF], [NAN, INF]), ([-INF, 0], [-INF, 7]), ([-INF, 0], [3, 0])]
+)
+def test_entry_that_was_sent_so_may_be_infinite(sent: list[float], found: list[float], dtype: torch.dtype) -> None:
+    assert reason_of(sent, found, dtype) is None
+
+
+@pytest.mark.parametrize(
+    ("sent", "found"), [([0, -INF], [-INF, -INF]), ([-INF], [INF]), ([-INF], [NAN]), ([NAN], [INF]), ([0], [INF])]
+)
+def test_entry_that_is_less_finite_than_what_was_sent(sent: list[float], found: list[float]) -> None:
+    assert reason_of(sent, found) == "mask has NaN or infinite values"

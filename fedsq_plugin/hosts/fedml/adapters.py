@@ -21,7 +21,6 @@ from ...errors import UpdateError
 from ...federation.algorithm import AVERAGE, EVERYTHING
 from ...federation.client import Client
 from ...federation.evaluate import evaluate
-from ...federation.local import trains
 from ...federation.mean import WeightedMean
 from ...federation.messages import unpacked, update_of
 from ...federation.roles import NORMALISATION, Role, with_roles
@@ -32,6 +31,7 @@ from ...federation.state import State, clone, state_of
 from ...run.plan import Plan
 from .aggregation import OurServer, TheirServer
 from .security import security_enabled
+from .weights import take_weights
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +82,6 @@ class FedSQTrainer(ClientTrainer):  # type: ignore[misc]
     def train(self, train_data: Any, device: Any, args: Any) -> None:
         result = self.client.train(int(self.id), train_data, args.round_idx, device)
         self._sums, self._round = result.sums, args.round_idx
-        if not result.steps and trains(self.client.parts(args.round_idx)):
-            log.warning("round %d: silo %s has no batch to train on", args.round_idx + 1, self.id)
         if result.lost:
             log.warning(
                 "round %d: silo %s lost %d of %d steps to an overflow in fp16",
@@ -152,7 +150,8 @@ class FedSQAggregator(ServerAggregator):  # type: ignore[misc]
                     f"there is no {self.plan.algorithm.name}"
                 )
             state = replace(before, round=before.round + 1)
-        self.server.state = replace(state, model=OrderedDict(state.model, **model_parameters))
+        weights = take_weights(model_parameters, state.model, f"the hooks of {type(self).__name__}", rounded=True)
+        self.server.state = replace(state, model=OrderedDict(state.model, **weights))
 
     def on_before_aggregation(self, raw_client_model_or_grad_list: Any) -> Any:
         received = [update_of(n, *update) for n, update in enumerate(raw_client_model_or_grad_list)]
@@ -236,6 +235,11 @@ def weighted_mean(args: Any, raw_grad_list: Any) -> State:
 def is_ours(part: Any) -> bool:
     """Whether a trainer or an aggregator is the plugin's own, or derived from it; None stands for ours."""
     return part is None or isinstance(part, (FedSQTrainer, FedSQAggregator))
+
+
+def trains_as_ours(trainer: Any) -> bool:
+    """Whether a client_trainer trains the task's loss by our steps; None stands for ours."""
+    return trainer is None or getattr(type(trainer), "train", None) is FedSQTrainer.train
 
 
 def server_of(aggregator: Any, plan: Plan) -> Server | TheirServer:

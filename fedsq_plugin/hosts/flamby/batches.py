@@ -38,4 +38,7 @@ class Updates(Iterable[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         for _ in range(self._count):
-            yield self._batches.get_samples()
+            try:
+                yield self._batches.get_samples()
+            except StopIteration:  # a loader without a batch: the silo is idle
+                return

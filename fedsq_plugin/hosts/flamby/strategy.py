@@ -19,6 +19,7 @@ from ...federation.mean import MeanOfDifferences
 from ...federation.messages import Assignment
 from ...federation.reading import Reading, ReadingOptions
 from ...federation.record import RoundRecord
+from ...federation.reseeding import refuse_once
 from ...federation.roles import roles
 from ...federation.round import Round
 from ...federation.server import Server
@@ -53,6 +54,7 @@ class Silo:
         self.client.receive(assignment)
         batches = Updates(self.batches, self.updates)
         result = self.client.train(self.number, batches, round, self.device, self.batches.loader, self.on_step)
+        self.client.idle = self.client.idle and self.updates > 0
         return self.client.answer(round, result.sums)
 
     def load(self, state: State) -> None:
@@ -143,6 +145,7 @@ class Strategy:
 
     def _refuse_empty(self, loaders: Sequence[Any]) -> None:
         for number, loader in enumerate(loaders):
+            refuse_once(loader, number)
             if loader is None or not len(loader.dataset):
                 raise ConfigError(f"{self.algorithm.name}: training_dataloaders[{number}] has no samples: leave it out")
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from fedsq_plugin import DualCopy
 from fedsq_plugin.algorithms import algorithm, algorithms
-from fedsq_plugin.errors import ConfigError, GateError, UpdateError
+from fedsq_plugin.errors import ConfigError, FedSQError, GateError, UpdateError
 from fedsq_plugin.federation.messages import update_of
 from fedsq_plugin.federation.server import Server
 from fedsq_plugin.federation.state import State, fingerprint
@@ -407,3 +407,29 @@ def test_the_optimizer_of_differential_privacy_forgets_its_moments_too(
     assert [line for line in lines(caplog) if "refused" in line] == [
         "round 1: the update of silo 1 is refused: conv.weight has NaN or infinite values"
     ]
+
+
+@pytest.mark.parametrize("name", ["FedAvg", "FedSQ"])
+def test_centre_whose_loader_gives_no_batch_is_left_out_and_noted(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The others end as if it were not there."""
+
+    def run_with(more: list[Any]) -> dict[str, Any]:
+        torch.manual_seed(2)
+        data = [*loaders(2)[:2], *more]
+        loss, sgd = nn.CrossEntropyLoss(), torch.optim.SGD
+        strategy = strategy_class(name)(data, normalised(), loss, sgd, 0.05, UPDATES, 1)
+        torch.manual_seed(3)
+        strategy.run()
+        return strategy.server.state.model
+
+    few = torch.utils.data.DataLoader(loaders(2)[2].dataset, batch_size=50, drop_last=True)
+    with_idle, alone = run_with([few]), run_with([])
+    assert fingerprint(with_idle) == fingerprint(alone)
+    assert "round 1: silo 2 has no batch to train on and is left out of the mean" in caplog.text
+
+
+def test_last_batch_of_one_names_the_centre() -> None:
+    data = [torch.utils.data.DataLoader(loader.dataset, batch_size=29) for loader in loaders(2)[1:2]]
+    strategy = strategy_class("FedAvg")(data, normalised(), nn.CrossEntropyLoss(), torch.optim.SGD, 0.05, UPDATES, 1)
+    with pytest.raises(FedSQError, match=r"silo 0: the model does not train on a batch of the shape 1x6: .*drop_last"):
+        strategy.run()
