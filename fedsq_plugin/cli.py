@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +31,10 @@ _resume = click.option(
 )
 
 
+@contextmanager
 def _begun_or_new(
     recipe: Path | None, settings: tuple[str, ...], out: Path | None, resume: Path | None
-) -> tuple[Families, Path, dict[str, Any]]:
+) -> Iterator[tuple[Families, Path, dict[str, Any]]]:
     """The recipe, the run directory, and the summary of a run that goes on."""
     host().require()
     from .results.rundir import RunDirectory
@@ -41,11 +44,14 @@ def _begun_or_new(
     if resume is None:
         if recipe is None:
             raise ConfigError("name a RECIPE, or --resume DIR")
-        return overridden(read_yaml(recipe), settings, host().options), out or session.default_out(recipe), {}
+        families = overridden(read_yaml(recipe), settings, host().options)
+        with nullcontext(out) if out is not None else session.new_folder(recipe) as folder:
+            yield families, folder, {}
+        return
     if recipe is not None or settings or out is not None:
         raise ConfigError(f"--resume {resume} goes on by the recipe in that folder: give nothing else")
     directory = RunDirectory.resume(resume)
-    return directory.config, resume, directory.summary
+    yield directory.config, resume, directory.summary
 
 
 class _Group(click.Group):
@@ -79,12 +85,12 @@ def cli(context: click.Context) -> None:
 @_resume
 def run(recipe: Path | None, settings: tuple[str, ...], out: Path | None, resume: Path | None) -> None:
     """Run RECIPE, a FedML YAML, and write its metrics, tables and pictures."""
-    families, out, summary = _begun_or_new(recipe, settings, out, resume)
-    from .run import run as runs
+    with _begun_or_new(recipe, settings, out, resume) as (families, folder, summary):
+        from .run import run as runs
 
-    if "algorithms_compared" in summary:
-        raise ConfigError(f"--resume {resume}: it is a comparison; use fedsq compare --resume {resume}")
-    runs.run(families, out, _console(), resume=resume is not None)
+        if "algorithms_compared" in summary:
+            raise ConfigError(f"--resume {resume}: it is a comparison; use fedsq compare --resume {resume}")
+        runs.run(families, folder, _console(), resume=resume is not None)
 
 
 @cli.command()
@@ -103,10 +109,10 @@ def launch(
     resume: Path | None,
 ) -> None:
     """Run RECIPE, of backend MPI or GRPC, with all its processes on this machine."""
-    families, out, _ = _begun_or_new(recipe, settings, out, resume)
-    from . import launch as launcher
+    with _begun_or_new(recipe, settings, out, resume) as (families, folder, _):
+        from . import launch as launcher
 
-    raise SystemExit(launcher.launch(families, clients, out, tls, resume is not None))
+        raise SystemExit(launcher.launch(families, clients, folder, tls, resume is not None))
 
 
 @cli.command(hidden=True)
@@ -140,20 +146,20 @@ def compare(
     recipe: Path | None, algorithms: str, seeds: str, settings: tuple[str, ...], out: Path | None, resume: Path | None
 ) -> None:
     """Run RECIPE with several algorithms and seeds, all else equal, and compare them."""
-    families, out, summary = _begun_or_new(recipe, settings, out, resume)
-    from .run import compare as comparisons
+    with _begun_or_new(recipe, settings, out, resume) as (families, folder, summary):
+        from .run import compare as comparisons
 
-    if resume is not None:
-        if "algorithms_compared" not in summary:
-            raise ConfigError(f"--resume {resume}: it is no comparison; use fedsq run --resume {resume}")
-        labels, numbers = summary["algorithms_compared"], summary["seeds"]
-        comparisons.compare(families, labels, numbers, out, _console(), resume=True)
-        return
-    numbers = comparisons.parse_seeds(seeds)
-    names = [name.strip() for name in algorithms.split(",") if name.strip()]
-    if not names:
-        raise ConfigError("--algorithms is empty; name at least one, as FedAvg,FedSQ")
-    comparisons.compare(families, names, numbers, out, _console())
+        if resume is not None:
+            if "algorithms_compared" not in summary:
+                raise ConfigError(f"--resume {resume}: it is no comparison; use fedsq run --resume {resume}")
+            labels, numbers = summary["algorithms_compared"], summary["seeds"]
+            comparisons.compare(families, labels, numbers, folder, _console(), resume=True)
+            return
+        numbers = comparisons.parse_seeds(seeds)
+        names = [name.strip() for name in algorithms.split(",") if name.strip()]
+        if not names:
+            raise ConfigError("--algorithms is empty; name at least one, as FedAvg,FedSQ")
+        comparisons.compare(families, names, numbers, folder, _console())
 
 
 @cli.command()

@@ -86,7 +86,8 @@ def node(families: Families, rank: int | None, out: Path, console: Console, resu
             runs.run(families, out, console, server=True, resume=resume)
             return
         until = time.monotonic() + COME_S
-        while not (out / "config.yaml").exists():
+        # By the run's own word where it has one: the folder may be another run's by now.
+        while not ((out / "config.yaml").exists() if endings is None else ending.has_begun(endings)):
             if time.monotonic() > until:
                 raise RunError(f"rank {rank}: the server made no run directory {out} within {COME_S:.0f} s")
             time.sleep(0.1)

@@ -112,9 +112,16 @@ class RunDirectory:
             self._rows = kept
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Write config.yaml, with the keys in the given order."""
+        """Write config.yaml, with the keys in the given order. From then on the folder is this run's.
+
+        Raises:
+            ConfigError: another run has written its own there, perhaps since `create`.
+        """
         text: str = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
-        atomic_write(self.path / "config.yaml", text.encode())
+        try:
+            atomic_write(self.path / "config.yaml", text.encode(), new=True)
+        except FileExistsError:
+            raise ConfigError(f"output folder {self.path} is another run's by now; name a new one") from None
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         """Write environment.json; NaN and infinity become null."""

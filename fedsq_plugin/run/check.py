@@ -56,12 +56,19 @@ def check(families: Families) -> list[str]:
 def notes(families: Families) -> list[str]:
     """One line per key that looks misspelt, and per option that would silently do nothing. Recipes for `compare` have
     such options: some algorithms read them, others do not."""
+    from ..algorithms import known
     from ..settings.idle import unused
     from .facts import facts_of
 
-    valid = validated(flat(families))[0]
+    values = flat(families)
+    valid = validated(values)[0]
     misspelt = [str(finding) for finding in misplaced(families, host().options) if finding.is_note]
-    return [*misspelt, *unused(valid, facts_of(valid))]
+    idle = unused(valid, facts_of(valid))
+    said = {line.split()[0] for line in idle}
+    native = [line for line in host().ignored(values) if line.split()[0] not in said]
+    name = values.get("federated_optimizer")
+    way_out = f"; fedsq_args.own_algorithms: true runs the plugin's {name} there, too" if known(str(name)) else ""
+    return [*misspelt, *idle, *(f"in a script of your own, {line}{way_out}" for line in native)]
 
 
 def _names(valid: dict[str, Any]) -> Iterator[str]:

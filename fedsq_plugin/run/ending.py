@@ -8,10 +8,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..errors import ConfigError, EndedByServer, FedSQError, in_one_line
+from ..errors import ConfigError, EndedByServer, FedSQError, RunError, in_one_line
 from ..federation.files import atomic_write
 
 _SUFFIX = ".end.json"
+_BEGUN = "begun"
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,29 @@ def record(reason: str | None, status: int, told_by_server: bool = False) -> Non
         ending = Ending(rank, status, reason and " ".join(reason.split()), told_by_server)
         with suppress(ConfigError):  # the folder is gone: `fedsq launch` was ended, and nobody reads it
             atomic_write(folder / f"{rank}{_SUFFIX}", json.dumps(asdict(ending)).encode())
+
+
+def begin() -> None:
+    """Write down that this process, the server, has made the run directory."""
+    if _own is not None:
+        with suppress(ConfigError):  # as in `record`
+            atomic_write(_own[0] / _BEGUN, b"")
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether the server has made the run directory.
+
+    Raises:
+        EndedByServer: it has ended before.
+        RunError: the run is over, and nothing is left of it.
+    """
+    if (folder / _BEGUN).exists():
+        return True
+    if server := [ending for ending in endings(folder) if ending.rank == 0]:
+        raise EndedByServer(server[0].reason or "it is over")
+    if not folder.is_dir():
+        raise RunError("the run that this process was started for is over")
+    return False
 
 
 def endings(folder: Path) -> list[Ending]:

@@ -31,6 +31,7 @@ def facts_of(valid: Mapping[str, Any], ours: bool | None = None) -> Facts:
     return Facts(
         algorithm=algorithm,
         native=None if ours else f"{host().name}'s own {name}",
+        native_reads=() if ours else host().algorithm_options.get(name, ()),
         ungated=name if not gated and (algorithm is not None or not ours) else None,
         gated_backbone=gated and model in (*models.names(), *MODELS),
         our_model=model in models.names(),

@@ -66,6 +66,8 @@ class Host(Protocol):
     """The names of its own models."""
     algorithms: Collection[str]
     """The names of the algorithms that it runs by itself."""
+    algorithm_options: Mapping[str, Collection[str]]
+    """What of our options some of those read, and the others ignore, by algorithm."""
     options: Mapping[str, str]
     """Families of the options that it knows beside ours, by key."""
     partitions: Mapping[str, Collection[str]]
@@ -80,6 +82,13 @@ class Host(Protocol):
         Args:
             values: all options of a recipe, flat.
             valid: those options of ours that are valid by themselves, with their defaults.
+        """
+
+    def ignored(self, values: Mapping[str, Any]) -> Iterable[str]:
+        """One line per option that the host's own loop ignores, where it is what a user's own script would run.
+
+        Args:
+            values: all options of a recipe, flat.
         """
 
     def needs_several_processes(self, values: Mapping[str, Any]) -> bool:

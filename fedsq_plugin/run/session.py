@@ -6,7 +6,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ..results.report import write_report
 from ..results.rundir import RunDirectory
 from ..settings.config import Config
 from ..settings.recipe import Families, resolved_families
+from . import ending
 from .environment import environment
 from .host import Start
 
@@ -125,6 +126,7 @@ def session(
     if not resume:
         directory.write_config(resolved_families(families, config))
     directory.write_environment(environment())
+    ending.begin()
     progress = _progress(console)
     task = progress.add_task("starting FedML", total=runs * config.comm_round, accuracy="")
     found = Session(directory, console, progress, task, directory.summary)
@@ -164,9 +166,39 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
-def default_out(recipe: Path) -> Path:
-    """`runs/<recipe>-<time>` in the current folder."""
-    return Path("runs") / f"{file_name(recipe.stem) or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
+@contextmanager
+def new_folder(recipe: Path) -> Iterator[Path]:
+    """`runs/<recipe>-<time>` in the current folder, with a number where another run has that name. It is made at once,
+    so that no other run gets it, and goes where nothing was written into it.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    name = f"{file_name(recipe.stem) or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
+    home, number = Path("runs"), 1
+    was_there = home.exists()
+    while True:
+        out = home / (name if number == 1 else f"{name}-{number}")
+        try:
+            home.mkdir(exist_ok=True)
+            out.mkdir()
+            break
+        except FileExistsError:
+            if not home.is_dir():
+                raise ConfigError(
+                    f"output folder {out} cannot be made: {home} is no folder; name one by --out"
+                ) from None
+            number += 1
+        except FileNotFoundError:  # a run that ended took `runs` with it just now
+            continue
+        except OSError as error:
+            raise ConfigError(f"output folder {out} cannot be made: {error.strerror}; name one by --out") from None
+    try:
+        yield out
+    finally:
+        for folder in (out, *(() if was_there else (home,))):
+            with suppress(OSError):  # something is in there
+                folder.rmdir()
 
 
 def file_name(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,8 @@ class Facts:
     """Whether the data set comes divided over centres, which are the silos."""
     data_of: str
     """The host whose own data set it is, as "FedML's"; empty where the data set is ours or unknown."""
+    native_reads: Collection[str] = ()
+    """What the host's own algorithm reads although others of the host's ignore it."""
     divided: bool = False
     """Whether it is one of the host's that comes divided over silos, whatever the recipe says."""
 
@@ -47,7 +49,7 @@ def unused(valid: Mapping[str, Any], facts: Facts) -> list[str]:
     values = {**vars(facts), **valid}
     lines = []
     for key, option in OPTIONS.items():
-        if key not in valid or valid[key] == option.default:
+        if key not in valid or valid[key] == option.default or key in facts.native_reads:
             continue
         reasons = [line for _, line in said(option.idle, values)]
         if facts.algorithm is not None and key in OWN and key not in facts.algorithm.option_names:

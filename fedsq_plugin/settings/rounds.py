@@ -35,6 +35,12 @@ class RoundOptions(Options):
     """The rounds of a run."""
 
     federated_optimizer: str = option(..., "train_args", "algorithm, by its published name", agree=True)
+    own_algorithms: bool = option(
+        False,
+        "fedsq_args",
+        "in a script of your own, run the plugin's FedAvg, FedProx, … in place of FedML's loops of those names",
+        may_change=True,
+    )
     client_num_per_round: int = option(..., "train_args", "silos that train in a round", agree=True, ge=1)
     nonfinite: Literal["skip", "fail"] = option(
         "skip",

@@ -40,7 +40,7 @@ MAX_TEXT = 2000
 MAX_VALUES = 2**15
 """Values in the header."""
 
-_MAGIC, _VERSION = b"FEDSQ", 2
+_MAGIC, _VERSION = b"FEDSQ", 3
 _HEAD = struct.Struct("<5sBIQ")
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -88,6 +88,10 @@ class Online(_Message):
     options: Annotated[dict[_Text, _Text], Field(max_length=1000)]
     process: _Text = ""
     """A name that another process of this rank does not have."""
+    run: _Text = ""
+    """The run that the process was started for, as its starter calls it (FedML's `--run_id`)."""
+    returns: bool = False
+    """Whether it took part in a run before, whose server is gone."""
 
 
 class Task(_Message):
@@ -111,6 +115,8 @@ class Result(_Message):
     silo: _Integer
     round: _Integer
     samples: _Integer
+    process: _Text = ""
+    """As in `Online`."""
     structural: _Text | None = None
     """SHA-256 of the structural copy that the silo trained under; None: it has none."""
     metrics: tuple[_Number, _Number, _Integer] | None = None
@@ -120,6 +126,8 @@ class Result(_Message):
 class Failed(_Message):
     type: Literal["failed"] = "failed"
     reason: _Text
+    process: _Text = ""
+    """As in `Online`."""
 
 
 class End(_Message):

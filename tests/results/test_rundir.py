@@ -162,3 +162,23 @@ def test_an_unwritable_place_is_one_line(tmp_path: Path) -> None:
     for place in (tmp_path / "missing" / "x", tmp_path / "file" / "x"):
         with pytest.raises(ConfigError, match="cannot be written"):
             atomic_write(place, b"")
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_one_of_two_runs_gets_the_folder_that_both_saw_empty(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on a file system that has no links."""
+
+    def no_link(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_link)
+    first, second = RunDirectory.create(tmp_path / "run"), RunDirectory.create(tmp_path / "run")
+    first.write_config({"a": 1})
+    with pytest.raises(ConfigError, match=r"^output folder .*run is another run's by now; name a new one$"):
+        second.write_config({"a": 2})
+    assert second.config == {"a": 1}
+    assert names(tmp_path / "run") == ["config.yaml"]
+    assert "not an empty folder" in refused(tmp_path / "run")

@@ -343,7 +343,7 @@ def fedml_sources() -> str:
         ({"lr_schedule": "cosine", "lr_decay": 0.5}, "lr_decay", "'cosine'"),
         ({"federated_optimizer": "FedNova", "clip_norm": 1}, "clip_norm", "FedNova runs the rounds"),
         ({"federated_optimizer": "FedNova", "augmentation": ["flip"]}, "augmentation", "FedNova trains"),
-        ({"federated_optimizer": "FedNova", "momentum": 0.9}, "momentum", "trains by plain SGD"),
+        ({"federated_optimizer": "HierarchicalFL", "momentum": 0.9}, "momentum", "trains by plain SGD"),
         ({"extra": {"a": 1}}, "extra", "FedSQ does not read it"),
         ({"finetune_part": "head"}, "finetune_part", "no final fine-tuning"),
         ({"structural_copy": "refresh", "structural_rounds": 99}, "structural_copy", "ends after"),
@@ -355,6 +355,26 @@ def test_an_option_without_effect_is_a_note(options: dict[str, Any], key: str, w
     (line,) = notes(recipe(**options))
     assert line.startswith(f"{family_of(key)}.{key} has no effect: ")
     assert why in line
+
+
+@pytest.mark.parametrize("name", ["FedAvg", "FedProx"])
+def test_what_fedmls_loop_of_that_name_ignores_in_a_script_is_a_note_each(name: str) -> None:
+    """`fedsq run` runs ours, which read it."""
+    ignored = {"momentum": 0.9, "weight_decay": 0.1, "lr_schedule": "cosine", "nesterov": True}
+    found = notes(recipe(federated_optimizer=name, **ignored))
+    assert len(found) == 4
+    for key in ignored:
+        (line,) = [line for line in found if f".{key} " in line]
+        assert line.startswith(f"in a script of your own, {family_of(key)}.{key} has no effect: FedML's own {name} ")
+        assert line.endswith(f"; fedsq_args.own_algorithms: true runs the plugin's {name} there, too")
+    for asked in ({"own_algorithms": True}, {"federated_optimizer": "FedSQ"}, {"backend": "MPI"}):
+        others = notes(recipe(**{"federated_optimizer": name, **ignored, **asked}))
+        assert len(others) == (4 if "backend" in asked else 0)
+
+
+def test_what_one_of_fedmls_algorithms_reads_is_no_note() -> None:
+    """FedML's FedNova hands momentum to its optimizer, unlike the others."""
+    assert notes(recipe(federated_optimizer="FedNova", momentum=0.9)) == []
 
 
 @pytest.mark.parametrize(

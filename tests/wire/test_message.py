@@ -451,7 +451,7 @@ E1 = '{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'
 COMPLEX = TASK.replace('"complex":[]', '"complex":["w"]')
 TENSORS: dict[str, tuple[bytes, str]] = {
     "empty": (message(TASK, ""), "Expecting value"),
-    "no length": (wire._HEAD.pack(b"FEDSQ", 2, len(TASK), 4) + TASK.encode() + b"\0" * 4, "does not fit"),
+    "no length": (wire._HEAD.pack(b"FEDSQ", wire._VERSION, len(TASK), 4) + TASK.encode() + b"\0" * 4, "does not fit"),
     "table longer than the rest": (message(TASK, "{}")[:-10] + b"\x03" + b"\0" * 7 + b"{}", "does not fit"),
     "table beyond 64 bits": (message(TASK, "{}")[:-10] + b"\xff" * 8 + b"{}", "does not fit"),
     "no JSON": (message(TASK, "{]"), "Expecting"),

@@ -32,6 +32,7 @@ from ...federation.state import State, check_finite, clone
 from ...run.plan import Plan
 from .aggregation import OurServer, TheirServer
 from .security import security_enabled
+from .weights import take_weights
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +150,8 @@ class FedSQAggregator(ServerAggregator):  # type: ignore[misc]
                     f"there is no {self.plan.algorithm.name}"
                 )
             state = replace(before, round=before.round + 1)
-        self.server.state = replace(state, model=OrderedDict(state.model, **model_parameters))
+        weights = take_weights(model_parameters, state.model, f"the hooks of {type(self).__name__}", rounded=True)
+        self.server.state = replace(state, model=OrderedDict(state.model, **weights))
 
     def on_before_aggregation(self, raw_client_model_or_grad_list: Any) -> Any:
         received = [update_of(n, *update) for n, update in enumerate(raw_client_model_or_grad_list)]
@@ -242,6 +244,11 @@ def weighted_mean(args: Any, raw_grad_list: Any) -> State:
 def is_ours(part: Any) -> bool:
     """Whether a trainer or an aggregator is the plugin's own, or derived from it; None stands for ours."""
     return part is None or isinstance(part, (FedSQTrainer, FedSQAggregator))
+
+
+def trains_as_ours(trainer: Any) -> bool:
+    """Whether a client_trainer trains the task's loss by our steps; None stands for ours."""
+    return trainer is None or getattr(type(trainer), "train", None) is FedSQTrainer.train
 
 
 def server_of(aggregator: Any, plan: Plan) -> Server | TheirServer:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fedml import mlops
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import ConfigError, UpdateError, WeightsError
 from ...federation.checkpoints import ServerCheckpoints
@@ -19,9 +19,10 @@ from ...federation.roles import roles
 from ...federation.seeding import derive, isolated
 from ...federation.server import Gathering, Server
 from ...federation.server_state import ServerState, load_structural
-from ...federation.state import State, clone, state_of, with_extras
+from ...federation.state import State, state_of, tensors_of, with_extras
 from ...run.plan import Plan
 from .security import check_security, security_enabled
+from .weights import take_weights
 
 
 @contextlib.contextmanager
@@ -85,7 +86,7 @@ class TheirServer:
         return False
 
     def assign(self, silos: Sequence[int]) -> list[Assignment]:
-        self.expected = clone(self._aggregator.get_model_params())  # it may be its model's live state
+        self.expected = their_weights(self._aggregator)
         return [Assignment(self.expected)] * len(silos)
 
     def show(self, silos: Sequence[int]) -> list[Assignment]:
@@ -102,6 +103,13 @@ class TheirServer:
 
     def pass_over(self, before: ServerState) -> None:
         pass
+
+
+def their_weights(aggregator: Any) -> State:
+    """An independent copy of the weights of an aggregator of a user's own, which may give its model's live state, or
+    arrays. Raises UpdateError."""
+    like = tensors_of(aggregator.model) if isinstance(aggregator.model, nn.Module) else {}
+    return take_weights(aggregator.get_model_params(), like, "get_model_params of your server_aggregator", rounded=True)
 
 
 class OneByOne(Gathering):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from ...errors import ConfigError
@@ -14,16 +15,16 @@ FATAL: frozenset[Kind] = frozenset({"repeated", "number", "unknown", "family"})
 """Kinds of findings that end a run of ours; the others are FedML's business."""
 
 
-class HostName(str):
-    """The name that FedML finds in `federated_optimizer` while one of our algorithms runs. A script that
-    sets another name there puts a plain text, which counts again."""
-
-
-def algorithm_of(args: Any) -> str:
-    """The algorithm that FedML's arguments ask for; after a run before, `federated_optimizer` has a HostName
-    and the algorithm is in `fedsq_algorithm`."""
-    name = args.federated_optimizer
-    return str(args.fedsq_algorithm) if isinstance(name, HostName) else name
+def known_to_fedml(args: Any) -> Any:
+    """The arguments as FedML's own operators are to see them, which branch on `federated_optimizer` and know only
+    their own names: a copy that says FedAvg, where an algorithm of ours runs (`fedsq_algorithm`). Elsewhere the real
+    name stands."""
+    name = getattr(args, "fedsq_algorithm", None)
+    if name is None or name != args.federated_optimizer:
+        return args
+    shown = copy.copy(args)
+    shown.federated_optimizer = "FedAvg"
+    return shown
 
 
 def config_of(args: Any) -> Config:
@@ -34,10 +35,10 @@ def config_of(args: Any) -> Config:
         ConfigError: with everything that is wrong, unknown keys in our families included.
     """
     findings: list[Finding] = getattr(args, FINDINGS, [])
-    config, wrong = parse({**vars(args), "federated_optimizer": algorithm_of(args)}, SETS_CLIENT_NUMBER)
+    config, wrong = parse(vars(args), SETS_CLIENT_NUMBER)
     found = [finding for finding in findings if finding.kind in FATAL]
     if config is None or found:
         raise ConfigError(" | ".join(dict.fromkeys(map(str, found + wrong))))
-    for key in OPTIONS.keys() & vars(args).keys() - {"federated_optimizer"}:
+    for key in OPTIONS.keys() & vars(args).keys():
         setattr(args, key, getattr(config, key))
     return config

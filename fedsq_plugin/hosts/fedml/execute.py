@@ -82,11 +82,11 @@ def _runner(path: Path, arguments: list[str]) -> Any:
     """FedMLRunner, by FedML's five lines without the last one."""
     import fedml
 
-    from . import hook
+    from . import choice, hook
 
     hook.register()
     args = _init(fedml, path, arguments)
-    setattr(args, hook.OWN_ROWS, True)
+    setattr(args, choice.OWN_ROWS, True)
     device = fedml.device.get_device(args)
     dataset, classes = _load(fedml, args)
     return fedml.FedMLRunner(args, device, dataset, fedml.model.create(args, classes))

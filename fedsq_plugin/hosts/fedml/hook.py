@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ... import models
-from ...algorithms import algorithm, algorithms, known
+from ...algorithms import known
 from ...data import registry
 from ...data.flamby.backbones import MODELS
 from ...data.registry import is_flamby
@@ -37,28 +37,13 @@ from ...settings.config import OURS as OUR_FAMILIES
 from ...settings.idle import compiled_for_cpu, untrained_gates, unused
 from ...settings.recipe import flat, misplaced, read_loosely, with_numbers
 from . import offline
-from .arguments import FINDINGS, HostName, algorithm_of, config_of
+from .arguments import FINDINGS, config_of, known_to_fedml
+from .choice import ASKED, asks_for_ours, ignored, is_native, is_ours, is_sp
 from .dataset import from_tuple, to_tuple
 from .devices import NO_GPU, device_of
-from .names import (
-    BACKENDS,
-    FEDML_DATASETS,
-    FEDML_MODELS,
-    NATIVE_SP,
-    OTHER_OPTIONS,
-    backend_of,
-    broken_backend,
-    refused_backend,
-    wrong_partition,
-)
+from .names import BACKENDS, FEDML_DATASETS, FEDML_MODELS, OTHER_OPTIONS, backend_of, broken_backend, wrong_partition
 
 log = logging.getLogger(__name__)
-
-OWN_ROWS = "fedsq_own_rows"
-"""Attribute of FedML's args: our algorithms, also for the names that FedML has itself."""
-
-ASKED = "fedsq_asked"
-"""Attribute of FedML's args: whether its YAML files have a family of ours, perhaps misspelt."""
 
 _registered = False
 
@@ -75,16 +60,18 @@ def register() -> None:
     from fedml.core.mlops.mlops_runtime_log import MLOpsRuntimeLog
     from fedml.data import data_loader
     from fedml.device import device
+    from fedml.ml.aggregator.agg_operator import FedMLAggOperator
     from fedml.model import model_hub
 
     offline.quiet_start(mlops)
-    offline.mpi_start(fedml)
+    offline.checked_start(fedml)
     fedml.collect_env = offline.no_diagnosis
     offline.own_logging(MLOpsRuntimeLog)
     Arguments.load_yaml_config = _load_yaml_config
     fedml.device.get_device = device.get_device = _get_device(device.get_device)
     fedml.data.load = data_loader.load = _load(data_loader.load)
     fedml.model.create = model_hub.create = _create(model_hub.create)
+    FedMLAggOperator.agg = staticmethod(_agg(FedMLAggOperator.agg))
     fedml.FedMLRunner.__init__ = _init(fedml.FedMLRunner.__init__)
     _registered = True
 
@@ -122,7 +109,7 @@ def _load_ours(args: Any) -> SilosData:
     """All data; of FLamby's data sets, on several processes, a client process loads those of its own silos, and
     the server's the pooled test data."""
     config = config_of(args)
-    if _is_sp(args) or not is_flamby(args.dataset):
+    if is_sp(vars(args)) or not is_flamby(args.dataset):
         return registry.load(config)
     from .distributed.node import is_client, silos_of
 
@@ -134,7 +121,7 @@ def _get_device(original: Any) -> Any:
     def get_device(args: Any) -> Any:
         asked = getattr(args, "using_gpu", False) or getattr(args, "gpu_util_parse", None)
         # FedML's own algorithms stay FedML's, its way of finding a device too.
-        theirs = not hasattr(args, "federated_optimizer") or (_is_native(args) and not _asks_for_ours(args))
+        theirs = not hasattr(args, "federated_optimizer") or (is_native(vars(args)) and not asks_for_ours(vars(args)))
         return device_of(args) if asked and backend_of(vars(args)) in BACKENDS and not theirs else original(args)
 
     return get_device
@@ -164,6 +151,14 @@ def _create(original: Any) -> Any:
     return create
 
 
+def _agg(original: Any) -> Any:
+    @functools.wraps(original)
+    def agg(args: Any, raw_grad_list: Any) -> Any:
+        return original(known_to_fedml(args), raw_grad_list)
+
+    return agg
+
+
 def _init(original: Any) -> Any:
     @functools.wraps(original)
     def init(
@@ -176,7 +171,7 @@ def _init(original: Any) -> Any:
         server_aggregator: Any = None,
         algorithm_flow: Any = None,
     ) -> None:
-        self.reluised, self.notes = None, []
+        self.reluised, self.notes, args.fedsq_algorithm = None, [], None
         rest = (client_trainer, server_aggregator, algorithm_flow)
         if algorithm_flow is not None:
             original(self, args, device, dataset, model, *rest)
@@ -184,14 +179,14 @@ def _init(original: Any) -> Any:
         if not hasattr(args, "fedprox_mu"):  # FedML's own FedProx has no default for it
             args.fedprox_mu = OPTIONS["fedprox_mu"].default
         ours = is_ours(args, custom=client_trainer is not None or server_aggregator is not None)
-        if not ours and not _asks_for_ours(args):
+        if not ours and not asks_for_ours(vars(args)):
+            say(self, *_ignored(args))
             original(self, args, device, dataset, model, *rest)
             return
         config = config_of(args)
-        say(self, *_option_notes(config, ours), *map(str, getattr(args, FINDINGS, [])))
+        say(self, *_option_notes(args, config, ours), *map(str, getattr(args, FINDINGS, [])))
         check_device(config, device)
-        if config.threads:
-            torch.set_num_threads(config.threads)
+        torch.set_num_threads(config.threads or torch.get_num_threads())
         if not ours:
             # FedML's own algorithms may take data of another form, which have no public split.
             data = from_tuple(dataset, args.dataset) if config.has_public_split else None
@@ -205,7 +200,7 @@ def _init(original: Any) -> Any:
         from .simulation import Simulation, refuse_foreign
 
         check_options(args)
-        one_process, own = _is_sp(args), (client_trainer, server_aggregator)
+        one_process, own = is_sp(vars(args)), (client_trainer, server_aggregator)
         refuse_foreign(plan, args, *own)  # before a warm start that takes long
         _refuse_once(data, client_trainer)
         if not one_process:
@@ -240,11 +235,20 @@ def _warm_start(runner: Any, model: Any, config: Config, data: SilosData | None,
     say(runner, *done.notes)
 
 
-def _option_notes(config: Config, ours: bool) -> list[str]:
+def _option_notes(args: Any, config: Config, ours: bool) -> list[str]:
     """The options that have no effect in this run, or little."""
     given = config.model_dump()
     facts = facts_of(given, ours)
-    return [*unused(given, facts), *untrained_gates(given, facts), *compiled_for_cpu(given)]
+    idle = unused(given, facts) if ours else _ignored(args)
+    return [*idle, *untrained_gates(given, facts), *compiled_for_cpu(given)]
+
+
+def _ignored(args: Any) -> list[str]:
+    """What FedML's own loop ignores, and the way out."""
+    lines, name = ignored(vars(args)), args.federated_optimizer
+    if lines and known(name):
+        lines.append(f"to run the plugin's {name} in place of FedML's own, set fedsq_args.own_algorithms: true")
+    return lines
 
 
 def say(runner: Any, *lines: str) -> None:
@@ -252,66 +256,6 @@ def say(runner: Any, *lines: str) -> None:
     for line in lines:
         log.warning(line)
     runner.notes += lines
-
-
-def is_ours(args: Any, custom: bool) -> bool:
-    """Whether our algorithms run this, rather than FedML itself.
-
-    FedML's own algorithms stay FedML's, unless our algorithms are asked for, or TLS, which FedML has not, or a
-    trainer or aggregator is passed that FedML's `sp` would ignore (FedML issue 565).
-
-    Raises:
-        ConfigError: nobody knows the algorithm, or it cannot run as asked.
-    """
-    name, native = algorithm_of(args), _has_native(args)
-    instead = f"use one of {', '.join(algorithms())}"
-    if native and not known(name):
-        if is_flamby(args.dataset):
-            raise ConfigError(
-                f"FedML's own {name} trains on cross-entropy, which is not the loss of {args.dataset}; {instead}"
-            )
-        if _has_tls(args):
-            raise ConfigError(f"FedML's own {name} has no TLS (fedsq_args.tls_cert); {instead}")
-    if _is_native(args) and not (custom and _is_sp(args)):
-        return False
-    if "+" in name:
-        algorithm(name)  # says which part is wrong
-    if not known(name):
-        if native:
-            raise ConfigError(
-                f"FedML's own {name} ignores client_trainer and server_aggregator in sp; pass none, or {instead}"
-            )
-        names = {*algorithms(), *NATIVE_SP}
-        raise ConfigError(f"train_args.federated_optimizer '{name}' is unknown{nearest(name, names)}")
-    if reason := refused_backend(vars(args)):
-        raise ConfigError(f"{name}: {reason}")
-    return True
-
-
-def _is_sp(args: Any) -> bool:
-    return bool(args.training_type == "simulation" and args.backend == "sp")
-
-
-def _has_native(args: Any) -> bool:
-    """Whether FedML has an algorithm of this name with this backend."""
-    name = algorithm_of(args)
-    return name in NATIVE_SP if _is_sp(args) else not known(name) or name in ("FedAvg", "FedProx")
-
-
-def _is_native(args: Any) -> bool:
-    """Whether FedML's own algorithm runs, unless a trainer or aggregator is passed."""
-    ours = getattr(args, OWN_ROWS, False) or _has_tls(args) or is_flamby(args.dataset)
-    return _has_native(args) and not ours
-
-
-def _has_tls(args: Any) -> bool:
-    """Whether this process is to talk under TLS, which FedML's own loops cannot."""
-    return bool(getattr(args, "tls_cert", None)) and not _is_sp(args)
-
-
-def _asks_for_ours(args: Any) -> bool:
-    """Whether a recipe for FedML's own algorithm uses what only the plugin can give."""
-    return getattr(args, ASKED, False) or getattr(args, "warm_start", "none") not in ("none", None)
 
 
 def _server_checkpoints(config: Config) -> ServerCheckpoints:
@@ -334,9 +278,7 @@ def prepare_host(args: Any) -> None:
 
     if getattr(args, "enable_fhe", False):
         raise ConfigError("enable_fhe: homomorphic encryption is not supported by this plugin's algorithms")
-    args.fedsq_algorithm = algorithm_of(args)
-    # FedML's operators and defences branch on this name and know only their own.
-    args.federated_optimizer = HostName("FedAvg")
+    args.fedsq_algorithm = args.federated_optimizer
     args.enable_wandb = getattr(args, "enable_wandb", False)
     if not getattr(args, "enable_dp", False):
         FedMLDifferentialPrivacy.get_instance().is_enabled = False  # its init never turns it off

@@ -23,6 +23,7 @@ class FedML:
     brings_silos: Collection[str] = names.SETS_CLIENT_NUMBER
     models: Collection[str] = names.FEDML_MODELS
     algorithms: Collection[str] = names.NATIVE_SP
+    algorithm_options: Mapping[str, Collection[str]] = names.NATIVE_READS
     options: Mapping[str, str] = names.OTHER_OPTIONS
     partitions: Mapping[str, Collection[str]] = names.FEDML_PARTITIONS
 
@@ -33,6 +34,11 @@ class FedML:
         from .problems import problems
 
         return problems(values, valid)
+
+    def ignored(self, values: Mapping[str, Any]) -> Iterable[str]:
+        from .choice import ignored
+
+        return ignored(values)
 
     def needs_several_processes(self, values: Mapping[str, Any]) -> bool:
         return names.backend_of(values) in names.BACKENDS[1:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import socket
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +19,7 @@ def local_recipe(families: Families, clients: int, folder: Path) -> Families:
     for rank in range(clients + 1):
         device_name(values, rank, clients + 1)
     families = _with(families, "train_args", "worker_num", clients)
+    families = _with(families, "train_args", "run_id", str(secrets.randbelow(10**12)))
     if values["backend"] == "GRPC":
         table = folder / "grpc_ipconfig.csv"
         table.write_text(free_addresses(clients + 1))

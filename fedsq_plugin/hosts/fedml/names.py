@@ -14,6 +14,9 @@ NATIVE_SP = (
 )
 """Algorithms that FedML's `sp` runs by itself."""
 
+NATIVE_READS = {"FedNova": ("momentum", "nesterov"), "Mime": ("momentum", "weight_decay"), "FedDyn": ("weight_decay",)}
+"""What some of FedML's own algorithms read and its others ignore; all train by plain SGD else."""
+
 FEDML_DATASETS = (
     *("mnist", "femnist", "shakespeare", "fed_shakespeare", "fed_cifar100", "stackoverflow_lr"),
     *("stackoverflow_nwp", "ILSVRC2012", "gld23k", "gld160k", "cifar10", "cifar100", "cinic10"),

@@ -16,6 +16,7 @@ from typing import Any
 from ...errors import ConfigError
 from .distributed.mpi import abort_on_error
 from .names import MPI_DEFAULTS
+from .tracking import start_failure, tracking_problems
 
 
 def require_home() -> None:
@@ -55,8 +56,8 @@ def no_diagnosis() -> None:
     machine, and asks FedML's platform, its store and its broker whether they are there."""
 
 
-def mpi_start(fedml: Any) -> None:
-    """Give `fedml.init` what it reads under MPI, and let what it lacks there be one line."""
+def checked_start(fedml: Any) -> None:
+    """Give `fedml.init` what it reads under MPI, and let what it fails with there, or in W&B, be one line."""
     start = fedml.init
 
     @functools.wraps(start)
@@ -67,7 +68,14 @@ def mpi_start(fedml: Any) -> None:
             for key, value in MPI_DEFAULTS.items():
                 setattr(args, key, getattr(args, key, value))
             _count_processes(args)
-        return start(args, *rest, **options)
+        if wrong := list(tracking_problems(vars(args))):
+            raise ConfigError(" | ".join(wrong))
+        try:
+            return start(args, *rest, **options)
+        except Exception as error:
+            if (failure := start_failure(error)) is not None:
+                raise failure from error
+            raise
 
     fedml.init = init
 

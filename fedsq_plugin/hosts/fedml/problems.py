@@ -22,6 +22,7 @@ from .names import (
     refused_backend,
     wrong_partition,
 )
+from .tracking import tracking_problems
 
 HOST_DEVICE = ("device_type", "gpu_util_parse")
 """Options of FedML's that name a device, beside ours."""
@@ -53,8 +54,7 @@ def problems(values: Mapping[str, Any], valid: Mapping[str, Any]) -> Iterator[st
     if algorithm is not None and algorithm.needs_head and not valid.get("head", "?") and model in FEDML_MODELS:
         yield f"{algorithm.name} treats the head apart from the body: set fedsq_args.head, {model}'s last layer"
     yield from _device({**{key: values.get(key) for key in HOST_DEVICE if key in values}, **valid})
-    if values.get("enable_wandb") and not values.get("wandb_project"):
-        yield "tracking_args.wandb_project is missing; enable_wandb: true needs it"
+    yield from tracking_problems(values)
     for key in ("enable_fhe", "enable_contribution"):
         if values.get(key):
             yield f"{key} is true, which this plugin's algorithms do not support"

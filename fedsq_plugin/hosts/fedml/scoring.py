@@ -5,25 +5,86 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
 from fedml import mlops
+from torch import Tensor, nn
 
 from ...data.silos import SilosData
 from ...dualcopy import DualCopy
+from ...errors import FedSQError, in_one_line
 from ...federation.evaluate import Metrics
+from ...federation.reading import Reading, call
 from ...federation.record import RoundRecord
 from ...federation.seeding import derive, isolated
 from ...federation.simulation import test_seeded
+from ...federation.task import CLASSIFICATION
 from ...run.plan import Plan
-from .adapters import is_ours
+from .adapters import is_ours, trains_as_ours
 
 log = logging.getLogger(__name__)
 
 
-class Scoring:
-    """Tests the model of an aggregator."""
+IGNORED = -100
+"""The label that torch's cross-entropy passes over."""
 
-    def __init__(self, plan: Plan, args: Any, device: Any, aggregator: Any, data: SilosData) -> None:
+
+def no_classification(model: nn.Module, data: SilosData, device: Any, reading: Reading) -> str | None:
+    """Why cross-entropy and accuracy are not what a model's outputs on the test data are for; None where they are.
+
+    Decided by the first batch: labels (N, …) are class numbers, and outputs (N, classes, …) have a column for each of
+    the data set's classes.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.to(device).eval()
+    try:
+        with torch.no_grad(), isolated(0):
+            first = next(iter(data.global_test or ()), None)
+            if first is None:
+                return None
+            inputs, labels = reading.read(first).to(device)
+            return _misfit(reading.prediction(call(model, inputs)), labels, data.outputs)
+    except FedSQError as error:
+        return str(error)
+    except Exception as error:  # whatever a model raises that only the user's trainer can call
+        return f"the model cannot be called with a test batch: {in_one_line(error)}"
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _misfit(outputs: Tensor, labels: Tensor, classes: Any) -> str | None:
+    if outputs.dim() < 2 or (len(outputs), *outputs.shape[2:]) != tuple(labels.shape):
+        return f"outputs {tuple(outputs.shape)} and labels {tuple(labels.shape)} are not those of a classification"
+    columns, known = outputs.shape[1], labels[labels != IGNORED].double()
+    if not torch.equal(known, known.round()) or bool((known < 0).any()):
+        return "labels are no class numbers"
+    if bool((known >= columns).any()):
+        return f"label {int(known.max())} is beyond the model's {columns} outputs"
+    if columns < 2 or (isinstance(classes, int) and classes > 1 and columns != classes):
+        return f"the model has {columns} outputs, and the data set {classes} classes"
+    return None
+
+
+class Scoring:
+    """Tests the model of an aggregator.
+
+    Args:
+        trainer: the client_trainer of the run; None: ours. What a user's own trains is not known here: where the test
+            data do not show that it is a classification, there are no figures, and the plan has a note of it.
+    """
+
+    def __init__(
+        self, plan: Plan, args: Any, device: Any, aggregator: Any, data: SilosData, trainer: Any = None
+    ) -> None:
         self._plan, self._args, self.device, self.aggregator, self.data = plan, args, device, aggregator, data
+        self._unknown = None
+        if is_ours(aggregator) and not trains_as_ours(trainer) and data.task is CLASSIFICATION:
+            self._unknown = no_classification(aggregator.model, data, device, plan.task.reading)
+        if self._unknown is not None:
+            plan.note(
+                f"the server reports no figures: what your client_trainer trains cannot be told ({self._unknown}); "
+                "pass a server_aggregator with a test of your own"
+            )
 
     def is_due(self, round: int) -> bool:
         """Whether a round (1-based) is tested."""
@@ -40,6 +101,8 @@ class Scoring:
             # (accuracy, loss, …) is what FedML expects of an aggregator.
             known = isinstance(tested, tuple)
             return (Metrics(tested[1], tested[0], self.data.global_test_size) if known else None), None
+        if self._unknown is not None:
+            return None, None
         metrics = test_seeded(model, batches, self.device, self._plan.task, seed)
         if not isinstance(model, DualCopy):
             return metrics, metrics

@@ -14,9 +14,10 @@ from ...federation.seeding import derive, isolated, sample_clients
 from ...federation.simulation import test_seeded
 from ...federation.state import State, clone
 from ...run.plan import Plan
-from .adapters import is_ours
+from .adapters import FedSQTrainer, is_ours
 from .aggregation import event
 from .security import label_flipping
+from .weights import take_weights
 
 
 def draw_silos(plan: Plan, args: Any, round_idx: int) -> list[int]:
@@ -97,8 +98,13 @@ class Silos:
                 trainer.on_after_local_training(data, self.device, args)
             if self._checkpoints is not None:
                 self._checkpoints.save(silo, round, server_at)
-        answer: State = trainer.get_model_params()
-        return clone(answer) if self.client is None else answer
+        return self._answer(silo, message)
+
+    def _answer(self, silo: int, message: State) -> State:
+        answer: State = self.trainer.get_model_params()
+        if is_ours(self.trainer) and type(self.trainer).get_model_params is FedSQTrainer.get_model_params:
+            return answer
+        return take_weights(answer, message, f"silo {silo}: get_model_params of your client_trainer")
 
     def test(self, silo: int, assignment: Assignment, epochs: int) -> Metrics:
         """The silo's own model on its own test data, after a fine-tuning of so many epochs."""

@@ -23,7 +23,7 @@ from ...federation.server import Server
 from ...federation.state import clone, tensors_of
 from ...run.plan import RECIPE, Plan
 from .adapters import FedSQAggregator, FedSQTrainer, is_ours, server_of
-from .aggregation import TheirServer, restore
+from .aggregation import TheirServer, restore, their_weights
 from .names import OTHER_LOSSES
 from .scoring import Scoring
 from .silo import Silos, draw_silos
@@ -57,7 +57,7 @@ class Simulation(simulation.Simulation):
 
         draw = functools.partial(draw_silos, plan, args)
         super().__init__(server, silos, data.sizes, args.comm_round, draw, plan.fatal)
-        self.scoring = Scoring(plan, args, device, self.aggregator, data)
+        self.scoring = Scoring(plan, args, device, self.aggregator, data, client_trainer)
         restore(checkpoints, server, plan, silos.client if checkpoints.resumes else None)
 
     @property
@@ -76,8 +76,8 @@ class Simulation(simulation.Simulation):
             self.run_rounds(self.checkpoints.round)
         # The script's own model object is the trainer's: it ends as the global model.
         ours = is_ours(self.aggregator)
-        weights = tensors_of(self.aggregator.model) if ours else self.aggregator.get_model_params()
-        self.model_trainer.set_model_params(clone(weights))
+        weights = clone(tensors_of(self.aggregator.model)) if ours else their_weights(self.aggregator)
+        self.model_trainer.set_model_params(weights)
         mlops.log_training_finished_status()
         mlops.log_aggregation_finished_status()
 

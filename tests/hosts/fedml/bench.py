@@ -63,13 +63,15 @@ class Bench:
         aggregator = FedSQAggregator(model, args, self.plan)
         scoring = Scoring(self.plan, args, torch.device("cpu"), aggregator, data)
         checkpoints = ServerCheckpoints(None, {}, 1, args.comm_round, False)
-        self.transport = Transport()
+        self.args, self.transport = args, Transport()
         self.server = Server(args, self.transport, self.plan, aggregator.server, scoring, 2, checkpoints)
         self.records: list[Any] = []
         self.server.on_round = self.records.append
         trainer = FedSQTrainer(copy.deepcopy(model), args, self.plan)
         self.silos = Silos(self.plan, args, torch.device("cpu"), trainer, data)
         self.options = shared_options(config)
+        self.processes: dict[int, str] = {}
+        """What the processes that came last call themselves, by rank."""
 
     @property
     def there(self) -> set[int]:
@@ -80,8 +82,9 @@ class Bench:
         self.deliver(kind(sender=rank, receiver=0, **params))
 
     def come(self, rank: int, **params: Any) -> None:
+        self.processes[rank] = params.get("process", "")
         samples = {1: {0: 16, 2: 40}, 2: {1: 24}}.get(rank, {})
-        self.say(Online, rank, **{"samples": samples, "options": self.options, **params})
+        self.say(Online, rank, **{"samples": samples, "options": self.options, "run": self.args.run_id, **params})
 
     def tasks(self) -> list[Any]:
         """Taken off: what was sent since the last call."""
@@ -92,6 +95,7 @@ class Bench:
         silo = asked.silo
         state = self.silos.train_message(silo, asked.round, asked.state)
         said = {"kind": "train", "silo": silo, "round": asked.round, "state": state}
+        said |= {"process": self.processes.get(asked.receiver, "")}
         said |= {"samples": self.silos.samples(silo), "structural": self.silos.structural_fingerprint}
         return Result(**{"sender": asked.receiver, "receiver": 0, **said, **wrong})
 

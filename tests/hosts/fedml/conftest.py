@@ -86,6 +86,8 @@ def make_args(fedml: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
         families = {family: dict(options) for family, options in BASE.items()}
         for key, value in overrides.items():
             home = family_of(key) if key in OPTIONS else "other_args"
+            for options in families.values():
+                options.pop(key, None)
             families.setdefault(home, {})[key] = value
         path = tmp_path / "recipe.yaml"
         path.write_text(yaml.safe_dump(families))

@@ -16,11 +16,11 @@ import torch
 import fedsq_plugin
 from fedsq_plugin import DualCopy, models
 from fedsq_plugin.errors import ConfigError, GateError, WeightsError
+from fedsq_plugin.federation.state import fingerprint
 from fedsq_plugin.hosts.fedml import hook
-from fedsq_plugin.hosts.fedml.arguments import algorithm_of
 from fedsq_plugin.hosts.fedml.simulation import Simulation
 
-from .conftest import MakeArgs, network, silos
+from .conftest import MakeArgs, final, network, silos, simulate
 
 
 def test_registering_twice_changes_nothing(fedml: Any) -> None:
@@ -189,8 +189,7 @@ def test_a_second_runner_on_the_same_arguments_runs_the_same_algorithm(fedml: An
     for _ in range(2):
         runner = fedml.FedMLRunner(args, torch.device("cpu"), silos(), network())
         assert isinstance(runner.runner, Simulation)
-        assert runner.runner.plan.algorithm.name == args.fedsq_algorithm == "FedSQ"
-        assert args.federated_optimizer == "FedAvg"  # for FedML's own operators
+        assert runner.runner.plan.algorithm.name == args.fedsq_algorithm == args.federated_optimizer == "FedSQ"
 
 
 def test_a_name_that_a_script_sets_for_the_second_runner_counts(fedml: Any, make_args: MakeArgs) -> None:
@@ -205,7 +204,8 @@ def test_a_name_that_a_script_sets_for_the_second_runner_counts(fedml: Any, make
 def test_a_copy_of_used_arguments_keeps_the_algorithm(copier: Any, fedml: Any, make_args: MakeArgs) -> None:
     args = make_args()
     fedml.FedMLRunner(args, torch.device("cpu"), silos(), network())
-    assert algorithm_of(copier(args)) == "FedSQ"
+    runner = fedml.FedMLRunner(copier(args), torch.device("cpu"), silos(), network())
+    assert runner.runner.plan.algorithm.name == "FedSQ"
 
 
 def test_gate_options_reach_a_dualcopy_model(fedml: Any, make_args: MakeArgs) -> None:
@@ -410,3 +410,69 @@ def test_logging_and_printing_survive_fedml_init(make_args: MakeArgs, capsys: py
     capsys.readouterr()
     print("plain")
     assert capsys.readouterr().out == "plain\n"
+
+
+IGNORED = {"momentum": 0.9, "weight_decay": 0.01, "lr_schedule": "cosine"}
+
+
+@pytest.mark.parametrize("name", ["FedAvg", "FedProx"])
+def test_what_fedmls_own_loop_ignores_is_said_in_a_line_each(name: str, fedml: Any, make_args: MakeArgs) -> None:
+    """With a family of ours in the recipe, and without."""
+    for options in (IGNORED, {"momentum": 0.9, "weight_decay": 0.01}):
+        runner = fedml.FedMLRunner(
+            make_args(federated_optimizer=name, **options), torch.device("cpu"), silos(), network()
+        )
+        assert type(runner.runner).__name__ == "SimulatorSingleProcess"
+        *said, way_out = runner.notes
+        assert way_out == f"to run the plugin's {name} in place of FedML's own, set fedsq_args.own_algorithms: true"
+        for key, line in zip(options, said, strict=True):
+            assert line.partition(".")[2].startswith(f"{key} has no effect: FedML's own {name} ")
+
+
+def test_an_optimizer_that_fedml_takes_for_adam_is_said(fedml: Any, make_args: MakeArgs) -> None:
+    for word, said in {"SGD": True, "adamw": True, "sgd": False, "adam": False}.items():
+        args = make_args(federated_optimizer="FedAvg", client_optimizer=word, weight_decay=0.0)
+        notes = fedml.FedMLRunner(args, torch.device("cpu"), silos(), network()).notes
+        assert any(f"client_optimizer is {word}" in line for line in notes) == said
+        assert len(notes) == 2 * said
+
+
+@pytest.mark.parametrize(
+    ("name", "read", "options"),
+    [
+        ("FedNova", {"momentum": 0.9}, {"mu": 0.0, "gmf": 0.0, "dampening": 0.0, "wd": 0.0}),
+        ("FedDyn", {"weight_decay": 0.1}, {"feddyn_alpha": 0.1, "initialize_all_clients": False}),
+    ],
+)
+def test_what_one_of_fedmls_algorithms_reads_is_not_said_to_be_ignored(
+    name: str, read: dict[str, float], options: dict[str, Any], fedml: Any, make_args: MakeArgs
+) -> None:
+    args = make_args(federated_optimizer=name, **read, **options)
+    plain = torch.nn.Sequential(torch.nn.Linear(6, 3))  # FedML's FedDyn takes no buffers
+    assert fedml.FedMLRunner(args, torch.device("cpu"), silos(), plain).notes == []
+
+
+@pytest.mark.parametrize("name", ["FedAvg", "FedProx"])
+def test_own_algorithms_is_the_attribute_in_a_recipe(name: str, fedml: Any, make_args: MakeArgs) -> None:
+    """Momentum acts, and the weights are those with the attribute."""
+    options = {"federated_optimizer": name, "momentum": 0.9}
+    runs = [
+        simulate(fedml, make_args(**options, **own), silos(), network())
+        for own in ({"own_algorithms": True}, {"fedsq_own_rows": True})
+    ]
+    assert isinstance(runs[0], Simulation)
+    assert fingerprint(final(runs[0])) == fingerprint(final(runs[1]))
+    runner = fedml.FedMLRunner(make_args(**options, own_algorithms=False), torch.device("cpu"), silos(), network())
+    assert type(runner.runner).__name__ == "SimulatorSingleProcess"
+
+
+def test_own_algorithms_that_is_no_switch_is_an_error(fedml: Any, init: Any) -> None:
+    args = init("fedsq_args: {own_algorithms: perhaps}\n", federated_optimizer="FedAvg")
+    with pytest.raises(ConfigError, match=r"fedsq_args\.own_algorithms is 'perhaps'"):
+        fedml.FedMLRunner(args, torch.device("cpu"), silos(), network())
+
+
+def test_own_algorithms_cannot_run_what_fedml_alone_has(fedml: Any, make_args: MakeArgs) -> None:
+    args = make_args(federated_optimizer="Mime", own_algorithms=True)
+    with pytest.raises(ConfigError, match=r"'Mime' is FedML's alone, and fedsq_args.own_algorithms is true"):
+        fedml.FedMLRunner(args, torch.device("cpu"), silos(), network())

@@ -10,8 +10,8 @@ import torch
 
 from fedsq_plugin.errors import RunError, UpdateError
 from fedsq_plugin.federation.seeding import sample_clients
-from fedsq_plugin.federation.state import clone
-from fedsq_plugin.wire.message import Failed
+from fedsq_plugin.federation.state import clone, fingerprint
+from fedsq_plugin.wire.message import End, Failed
 
 from .bench import Bench, started
 from .conftest import MakeArgs
@@ -247,3 +247,54 @@ def test_a_client_that_restarts_in_a_round_of_nobody_is_told_all_again(make_args
     bench.come(task.receiver, process="another")
     assert bench.server.aggregator.server.state.told[task.silo] == -1
     assert "none of its silos answered" in " ".join(bench.records[0].notes)
+
+
+RUNS: dict[str, tuple[dict[str, Any], str]] = {
+    "another run_id": ({"run": "7"}, "its run_id is 7 instead of 0"),
+    "no run_id": ({"run": ""}, "its run_id is missing instead of 0"),
+    "from a run whose server is gone": ({"returns": True}, "it took part in a run whose server is gone, and this one"),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_process_of_another_run_is_sent_away_and_the_run_waits_for_its_own(make_args: MakeArgs, name: str) -> None:
+    about, line = RUNS[name]
+    bench = Bench(make_args)
+    bench.come(1, process="left over", **about)
+    (end,) = [message for message in bench.transport.sent if isinstance(message, End)]
+    assert (end.receiver, end.process) == (1, "left over")
+    assert end.reason.startswith(f"a process of another run called itself rank 1: {line}")
+    bench.come(1, process="own")
+    bench.come(2)
+    bench.come(1, process="left over", **about)  # it did not get the word
+    bench.processes[1] = "own"
+    assert bench.there == {1, 2}
+    bench.finish()
+    assert [record.round for record in bench.records] == [1, 2]
+
+
+def test_a_resumed_server_takes_its_clients_back(make_args: MakeArgs) -> None:
+    bench = Bench(make_args, checkpoint_dir="unused", resume=True)
+    for rank in (1, 2):
+        bench.come(rank, process=f"{rank}", returns=True)
+    assert bench.there == {1, 2}
+
+
+@pytest.mark.parametrize("kind", ["answer", "failure"])
+def test_what_a_process_of_another_run_sends_as_an_answer_counts_nowhere(make_args: MakeArgs, kind: str) -> None:
+    """It was asked by the server before, for the same silo and round."""
+    right = started(make_args, comm_round=1)
+    expected = fingerprint(right.finish())
+    bench = started(make_args, comm_round=1)
+    task, other = bench.tasks()
+    if kind == "failure":
+        bench.say(Failed, task.receiver, reason="broken", process="left over")
+    else:
+        answer = bench.answer(task, process="left over")
+        bench.deliver(answer.model_copy(update={"state": {k: v * 0 for k, v in answer.state.items()}}))
+    assert bench.there == {1, 2}
+    waiting = [task, other]
+    while waiting:
+        bench.deliver(bench.answer(waiting.pop(0)))
+        waiting += bench.tasks()
+    assert fingerprint(bench.server.aggregator.model.state_dict()) == expected

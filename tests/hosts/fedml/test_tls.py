@@ -117,7 +117,7 @@ def test_tls_on_a_road_without_it_is_an_error_and_not_believed() -> None:
 
 
 def test_tls_asks_for_our_rows_where_fedml_has_its_own(fedml: Any) -> None:
-    from fedsq_plugin.hosts.fedml.hook import is_ours
+    from fedsq_plugin.hosts.fedml.choice import is_ours
 
     def args(name: str, **options: str) -> Any:
         return SimpleNamespace(

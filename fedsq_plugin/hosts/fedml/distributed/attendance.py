@@ -51,6 +51,10 @@ class Attendance:
     def is_there(self, rank: int, process: str) -> bool:
         return rank in self.online and self._processes[rank] == process
 
+    def is_of(self, rank: int, process: str) -> bool:
+        """Whether this is the process that came last as a rank, be it there or lost."""
+        return self._processes.get(rank) == process
+
     def come(self, rank: int, process: str | None = None) -> None:
         """A process is there, or is there again after it was lost."""
         if process is not None:

@@ -13,7 +13,7 @@ from ....run.plan import RECIPE
 from ....settings.agreement import shared_options
 from ....wire.message import End, Failed, Message, Online, Result, Task
 from ..silo import Silos
-from .transport import MARGIN_S, SEND_S, SILENCE_S
+from .transport import MARGIN_S, SEND_S, SILENCE_S, run_id
 from .watch import Watch
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class Client:
             self._server_is_new, self._last = False, ()
             log.warning("the server was started anew: rank %d announces itself to it", self.rank)
             self._silos.rewind()
-            self._say_hello()
+            self._say_hello(returns=True)
         if not self._transport.shows_life and time.monotonic() - self._heard > self._patience:
             raise RunError(self._server_gone(self._patience))
 
@@ -92,11 +92,14 @@ class Client:
             self._reached = time.monotonic()
             self._watch.start(ALIVE_S, self._show_life)
 
-    def _say_hello(self) -> None:
+    def _say_hello(self, returns: bool = False) -> None:
         config = self._silos.plan.config
         counts = {silo: self._silos.samples(silo) for silo in self._mine}
         options = shared_options(config)
-        hello = Online(sender=self.rank, receiver=0, samples=counts, options=options, process=self._process)
+        hello = Online(
+            sender=self.rank, receiver=0, samples=counts, options=options, process=self._process,
+            run=run_id(self._silos.args), returns=returns,
+        )  # fmt: skip
         # The server may come later, and is busy with the warm start before it listens.
         self._transport.send_message(hello, within=config.round_timeout_s)
 
@@ -115,13 +118,14 @@ class Client:
             # Here, because a user's own trainer may return what is no state.
             result = Result(
                 sender=self.rank, receiver=0, kind=kind, silo=silo, round=round_idx,
-                samples=self._silos.samples(silo), structural=self._silos.structural_fingerprint, **answer,
+                samples=self._silos.samples(silo), structural=self._silos.structural_fingerprint,
+                process=self._process, **answer,
             )  # fmt: skip
         except (Exception, SystemExit) as error:  # sys.exit() of a user's code, too
             # The server decides whether the run goes on; a process that ended by itself would end all of MPI.
             log.exception("silo %s failed", silo)
             self._failure = brief(f"silo {silo} failed in {kind}: {in_one_line(error)}", 500)
-            self._say(Failed(sender=self.rank, receiver=0, reason=self._failure))
+            self._say(Failed(sender=self.rank, receiver=0, reason=self._failure, process=self._process))
             return
         self._say(result)
 

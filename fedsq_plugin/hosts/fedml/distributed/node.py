@@ -78,7 +78,7 @@ def node(
         return Client(_transport(args, plan, model), silos, mine)
     assert checkpoints is not None
     aggregator = server_aggregator or FedSQAggregator(model, args, plan)
-    server, scoring = server_of(aggregator, plan), Scoring(plan, args, device, aggregator, data)
+    server, scoring = server_of(aggregator, plan), Scoring(plan, args, device, aggregator, data, client_trainer)
     restore(checkpoints, server, plan, None)
     return Server(args, _transport(args, plan, model), plan, server, scoring, _ranks(args), checkpoints)
 

@@ -22,7 +22,7 @@ from ..aggregation import TheirServer
 from ..scoring import Scoring
 from .attendance import Attendance, Lost
 from .rounds import Rounds, silos_of
-from .transport import MARGIN_S, SILENCE_S, TICK_S
+from .transport import MARGIN_S, SILENCE_S, TICK_S, run_id
 from .watch import Watch
 
 log = logging.getLogger(__name__)
@@ -100,6 +100,12 @@ class Server:
         if not 1 <= message.sender <= self._ranks:
             log.warning("a message of rank %d, which this run has not, was passed over", message.sender)
             return
+        if isinstance(message, Online) and (reason := self._of_another_run(message)):
+            self._dismiss(message, reason)
+            return
+        if not isinstance(message, Online) and not self._attendance.is_of(message.sender, brief(message.process)):
+            log.warning("a message of a process that is not this run's rank %d was passed over", message.sender)
+            return
         self._attendance.hear(message.sender)
         if isinstance(message, Online):
             self._come(message)
@@ -107,6 +113,21 @@ class Server:
             self._take(message)
         else:
             self._fail(message)
+
+    def _of_another_run(self, hello: Online) -> str | None:
+        """Why a process is left over from another run."""
+        ours, theirs = run_id(self.args), brief(hello.run)
+        if theirs != ours:
+            return f"its run_id is {theirs or 'missing'} instead of {ours}"
+        if hello.returns and not self.plan.config.resume:
+            return "it took part in a run whose server is gone, and this one is new; only resume: true takes it back"
+        return None
+
+    def _dismiss(self, hello: Online, reason: str) -> None:
+        """End a process of another run. The rank's own one may be there, or come yet."""
+        line = f"a process of another run called itself rank {hello.sender}: {reason}"
+        self.rounds.note(line)
+        self._farewell(hello.sender, line, brief(hello.process))
 
     def _come(self, hello: Online) -> None:
         rank, counts, rounds = hello.sender, hello.samples, self.rounds

@@ -29,6 +29,11 @@ MARGIN_S = 15.0
 """How many seconds longer than `round_timeout_s` the server's own work may take; its clients wait twice as much."""
 
 
+def run_id(args: Any) -> str:
+    """What the starter of a process calls the run, by FedML's `--run_id`."""
+    return str(getattr(args, "run_id", ""))
+
+
 class Transport:
     """What the backends share. `refused` counts the messages that were no messages of ours, or not their sender's;
     `seen` holds when a rank last showed life, where the backend has signs of life."""
