@@ -14,7 +14,7 @@ from .algorithm import EVERYTHING, HEAD, Algorithm
 from .client_states import ClientStates
 from .local import BatchError, LocalResult, Optimizers, Part, Phase, local_update, trains
 from .messages import Announcement, Assignment, idle_answer, with_sums
-from .reading import Reading
+from .reading import DataError, Reading
 from .reseeding import refuse_once
 from .roles import roles, with_roles
 from .seeding import derive
@@ -155,7 +155,7 @@ class Client:
         about: dict[str, Any] = {"loss": self.loss, "reading": self.reading, "forward": self._forward, **how}
         try:
             return local_update(self.model, batches, self.training, parts, self.roles, **about)
-        except BatchError as error:
+        except (BatchError, DataError) as error:
             error.after(f"silo {silo}: ")
             raise
 

@@ -16,7 +16,7 @@ class Metrics(NamedTuple):
     loss: float
     """Mean over samples."""
     accuracy: float
-    """The task's own metric where it is not a classification; in [0, 1]."""
+    """The task's own metric where it is not a classification; at most 1."""
     samples: int
 
 
@@ -48,11 +48,11 @@ def evaluate(
     sizes: list[int] = []
     try:
         for batch in reading.read_all(batches):
+            sizes.append(metric.size(batch.labels))  # on the CPU, where it is no wait for the GPU
             x, labels = batch.to(device)
             output = reading.prediction(call(model, x))
             losses.append(loss(output, labels))
             kept.append(metric.of_batch(output, labels))
-            sizes.append(metric.size(labels))
     finally:
         model.train(modes[model])
         for module, mode in modes.items():

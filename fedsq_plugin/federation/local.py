@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from ..dualcopy.precision import HALF
 from ..errors import ConfigError, FedSQError, RunError, first_line
 from .augment import augment
+from .labels import misfit
 from .reading import Batch, Reading, call
 from .reseeding import reseed
 from .roles import NORMALISATION, Role
 from .seeding import derive, isolated
 from .state import State
-from .task import CLASSIFICATION, Batches, Loss
+from .task import CLASSIFICATION, Batches, CrossEntropy, Loss
 from .ties import tied_keys
 from .training import SCALE, LocalTraining
 
@@ -209,6 +210,11 @@ class _Steps:
         optimizer.zero_grad()
         with training.forward(self._device):
             output = self._reading.prediction(call(self._forward if isinstance(x, Tensor) else self._model, x))
+        if isinstance(self._loss, CrossEntropy) and output.is_cuda and not batch.labels.is_cuda:
+            # On a GPU, a label that is outside would end the process.
+            error = misfit("classification", output, batch.labels, self._loss.ignored)
+            if error is not None:
+                raise error
         value = self._loss(output.float() if output.dtype in HALF.values() else output, labels)
         self.losses.append(value.detach())
         total = value + self._objective(values, start) if self._objective else value

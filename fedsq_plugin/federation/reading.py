@@ -26,6 +26,10 @@ LOGITS = ("logits", "out")
 """The entries of a model's output that are taken for its prediction, as torchvision and transformers name them."""
 
 
+class DataError(ConfigError):
+    """A batch, its labels or what a model returns for it cannot be used."""
+
+
 class Arguments(NamedTuple):
     """Inputs that are several arguments of the model."""
 
@@ -133,7 +137,7 @@ class Reading:
     """The number of columns of a prediction; None: unknown."""
 
     def read(self, batch: Any) -> Batch:
-        """Take a batch apart. Raises ConfigError where that is not clear."""
+        """Take a batch apart. Raises DataError where that is not clear."""
         inputs, labels = self._parts(batch)
         if isinstance(labels, (np.ndarray, list)):
             with contextlib.suppress(TypeError, ValueError, RuntimeError):
@@ -169,18 +173,18 @@ class Reading:
         except (KeyError, IndexError, AttributeError, TypeError):
             raise self._unclear(batch, f"there is no {key!r} in it") from None
 
-    def _unclear(self, batch: Any, why: str) -> ConfigError:
+    def _unclear(self, batch: Any, why: str) -> DataError:
         line = f"a batch is {describe(batch)}, and {why}; set "
-        return ConfigError(line, Word("batch"), ": {inputs: …, labels: …} to their keys or positions")
+        return DataError(line, Word("batch"), ": {inputs: …, labels: …} to their keys or positions")
 
     def prediction(self, output: Any) -> Tensor:
-        """The prediction in what a model returned. Raises ConfigError where that is not clear."""
+        """The prediction in what a model returned. Raises DataError where that is not clear."""
         if isinstance(output, Tensor):
             return output
         key = self.find(output)
         if key is None:
             width = f", of {self.classes} columns," if self.classes else ""
-            raise ConfigError(
+            raise DataError(
                 f"the model returns {describe(output)}, and which of them is the prediction{width} is not clear; set ",
                 Word("output"),
                 " to its key or position",

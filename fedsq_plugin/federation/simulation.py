@@ -61,9 +61,11 @@ class LocalSilos:
 
 
 def test_seeded(
-    model: nn.Module, batches: Batches, device: torch.device | str, task: Task, seed: int | None
+    model: nn.Module, batches: Batches | None, device: torch.device | str, task: Task, seed: int | None
 ) -> Metrics:
-    """Evaluate under the run's seed for tests: a loader or a model may draw while it is tested."""
+    """Evaluate under the run's seed for tests: a loader or a model may draw while it is tested. Without test data
+    (None), the metrics are NaN."""
+    batches = () if batches is None else batches
     own = derive("test", 0 if seed is None else seed)
     reseed(batches, derive("loader", own))
     with isolated(own):

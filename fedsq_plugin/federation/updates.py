@@ -53,9 +53,9 @@ def changed_count(samples: Any, announced: int) -> str | None:
     return f"its sample count is {brief(samples)}, and it announced {announced}"
 
 
-def metrics_problem(metrics: Any) -> str | None:
-    """Why this cannot be the result of a silo's test: loss, accuracy in [0, 1], sample count. The loss of a model that
-    diverged is infinite or NaN; without a sample, loss and accuracy are NaN."""
+def metrics_problem(metrics: Any, lowest: float = 0.0) -> str | None:
+    """Why this cannot be the result of a silo's test: loss, accuracy from `lowest` to 1, sample count. The loss of a
+    model that diverged is infinite or NaN; without a sample, loss and accuracy are NaN."""
     if not isinstance(metrics, (list, tuple)) or len(metrics) != 3:
         return "it is no loss, accuracy and sample count"
     loss, accuracy, samples = metrics
@@ -64,7 +64,7 @@ def metrics_problem(metrics: Any) -> str | None:
     if not isinstance(loss, float):
         return f"its loss is {brief(loss)}"
     # A metric may have no value at a silo, as one that needs two classes.
-    if not isinstance(accuracy, float) or not (0 <= accuracy <= 1 or math.isnan(accuracy)):
+    if not isinstance(accuracy, float) or not (lowest <= accuracy <= 1 or math.isnan(accuracy)):
         return f"its accuracy is {brief(accuracy)}"
     return None
 

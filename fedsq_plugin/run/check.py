@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, FedSQError, in_one_line, nearest, worded
+from ..errors import ConfigError, FedSQError, nearest, worded
 from ..settings.config import OPTIONS, Config, family_of, validated
 from ..settings.recipe import Families, flat, misplaced, problems
 from .host import host
@@ -35,8 +35,6 @@ ONE_SILO = {
     **{"min_client_samples": 0, "batch_size": 32, "warm_start": "none", "relu_ise": False},
 }
 """In place of a partition that cannot be had, so that the model still meets the images."""
-LARGEST_BATCH = 32
-"""Samples of a trial batch; `batch_size: -1` can mean thousands."""
 
 
 def check(families: Families) -> list[str]:
@@ -199,59 +197,30 @@ def _read_weights(config: Config, model: nn.Module | None) -> None:
 
 
 def _forward(config: Config, valid: dict[str, Any], model: nn.Module, data: SilosData | None) -> list[str]:
-    """The algorithm's view of the model, and a batch through it: as evaluated and as trained."""
+    """The algorithm's view of the model, and two batches through it: the dry run of every run."""
     from ..algorithms import find
+    from ..dualcopy import DualCopy
     from ..federation.roles import roles
-    from ..federation.seeding import isolated
+    from .dry_run import dry_run
     from .plan import RECIPE, build_view, head_of, plan_of
 
     found: list[str] = []
     with _noting(found), worded(RECIPE):
         roles(model, head_of(config, model))
-    if find(valid.get("federated_optimizer", "")) is not None and _all_in(valid, "comm_round", "dataset"):
-        defaults = {key: option.default for key, option in OPTIONS.items() if not option.required}
-        try:
-            model = build_view(model, plan_of(Config.model_construct(**{**defaults, **valid}), model))
-        except FedSQError as error:
-            return [*found, str(error)]
-    if data is not None:
-        with isolated(0), _noting(found):
-            _try_batches(config, model, data)
-    return found
-
-
-def _try_batches(config: Config, model: nn.Module, data: SilosData) -> None:
-    import torch
-
-    from .dry_run import SampleError, run_samples
-    from .plan import RECIPE
-
-    # The smallest batch is the one that batch normalisation may refuse, and the quickest.
-    sizes = [(len(batch), silo) for silo, loader in data.train.items() for batch in loader.batch_sampler if batch]
-    smallest, silo = min(sizes)
-    samples = data.train[silo].dataset
-    collate: Any = data.train[silo].collate_fn
-    try:
-        images = collate([samples[n] for n in range(min(smallest, LARGEST_BATCH))])[0]
-    except Exception as error:  # whatever a data set of others raises
-        raise ConfigError(
-            f"data_args.dataset {config.dataset}: silo {silo} cannot be read ({in_one_line(error)})"
-        ) from None
-    size = "x".join(map(str, reversed(images.shape[2:]))) or f"{images.shape[1]} features"
-    try:
-        with worded(RECIPE):
-            run_samples(model, torch.cat([images, images])[:2])
-            run_samples(model, images, training=True)
-    except SampleError as error:
-        if not error.training:
-            raise ConfigError(
-                f"model_args.model {config.model} does not run on {size} images of {config.dataset}: "
-                f"{error.reason}; set fedsq_args.small_images: true, or a larger fedsq_args.image_size"
-            ) from None
-        remedy = "raise train_args.batch_size"
-        if config.batch_size != 1:
-            remedy = f"silo {silo} has one sample: raise fedsq_args.min_client_samples to 2"
-        raise ConfigError(
-            f"model_args.model {config.model} does not train on a batch of {smallest} {size} images: "
-            f"{error.reason}; {remedy if smallest == 1 else 'set fedsq_args.image_size'}"
-        ) from None
+    known = find(valid.get("federated_optimizer", "")) is not None and _all_in(valid, "comm_round", "dataset")
+    if not known and data is None:
+        return found
+    options = {key: option.default for key, option in OPTIONS.items() if not option.required}
+    # An algorithm of others, or a wrong name, trains the model as it is. Smooth activations are replaced already.
+    options |= {"comm_round": 1, **valid, "relu_ise": False, "batch_size": config.batch_size}
+    if found:  # without the head that the model has not
+        known, options["head"] = False, None
+    if not known:
+        options["federated_optimizer"] = "FedSQ" if isinstance(model, DualCopy) else "FedAvg"
+    with _noting(found):
+        plan = plan_of(Config.model_construct(**options), model, *(() if data is None else (data.task, data.outputs)))
+        if data is None:
+            build_view(model, plan)
+        else:
+            dry_run(model, plan, data)
+    return list(dict.fromkeys(found))

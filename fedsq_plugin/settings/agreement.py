@@ -36,6 +36,10 @@ def shared_options(config: Config) -> dict[str, str]:
     return found
 
 
+UNTOLD = json.dumps("auto")
+"""The task of a process that has no data to tell it from: it agrees with every other."""
+
+
 def disagreement(ours: dict[str, str], theirs: Any) -> str | None:
     """The options in which two sides differ, with both values, in words."""
     if not isinstance(theirs, dict):
@@ -46,7 +50,7 @@ def disagreement(ours: dict[str, str], theirs: Any) -> str | None:
 
 
 def _difference(key: str, ours: str, theirs: Any) -> str | None:
-    if isinstance(theirs, str) and theirs == ours:
+    if isinstance(theirs, str) and (theirs == ours or (key == "task" and UNTOLD in (ours, theirs))):
         return None
     if not isinstance(theirs, str):
         return f"no {key}"

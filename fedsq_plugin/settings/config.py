@@ -16,8 +16,8 @@ from pydantic import ValidationError, ValidationInfo, field_validator
 from ..algorithms.registry import builtin_options
 from ..data.options import DataOptions
 from ..federation.algorithm import ExtraOptions, FederationOptions
+from ..federation.labels import TaskOptions
 from ..federation.options import options_of, said, wrong_values
-from ..federation.reading import ReadingOptions
 from ..federation.training import LocalTraining
 from ..wire.tls import TlsOptions
 from .processes import ProcessOptions
@@ -63,7 +63,7 @@ class _Shared(
     WarmStartOptions,
     EvaluationOptions,
     FederationOptions,
-    ReadingOptions,
+    TaskOptions,
     LocalTraining,
     RoundOptions,
     ModelOptions,

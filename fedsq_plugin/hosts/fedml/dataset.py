@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -44,6 +44,13 @@ def from_tuple(dataset: Iterable[Any], name: str) -> SilosData:
     if len(parts) != 8:
         raise ConfigError(f"the data set has {len(parts)} parts; FedML's have 8, as fedml.data.load gives them")
     places = dict(zip(PLACES, parts[1:], strict=True))
+    places["test"] = places["test"] or {}  # None, as some write it where no silo has test data
+    for place in ("sizes", "train", "test"):
+        if not isinstance(places[place], Mapping):
+            raise ConfigError(
+                f"the data set's part {PLACES.index(place) + 2} of 8, {place} by silo, is "
+                f"{type(places[place]).__name__}: give a mapping of silos"
+            )
     if isinstance(dataset, EightTuple):
         return replace(dataset.silos, **places)
     if is_flamby(name):

@@ -25,6 +25,7 @@ from ...errors import ConfigError, in_one_line, nearest
 from ...federation.checkpoints import ServerCheckpoints
 from ...federation.reseeding import refuse_once
 from ...federation.seeding import derive, isolated
+from ...federation.task import CLASSIFICATION, Task
 from ...models.backbones import PREFIX
 from ...run.dry_run import dry_run
 from ...run.facts import facts_of
@@ -176,8 +177,7 @@ def _init(original: Any) -> Any:
         if algorithm_flow is not None:
             original(self, args, device, dataset, model, *rest)
             return
-        if not hasattr(args, "fedprox_mu"):  # FedML's own FedProx has no default for it
-            args.fedprox_mu = OPTIONS["fedprox_mu"].default
+        vars(args).setdefault("fedprox_mu", OPTIONS["fedprox_mu"].default)  # FedML's own FedProx has none
         ours = is_ours(args, custom=client_trainer is not None or server_aggregator is not None)
         if not ours and not asks_for_ours(vars(args)):
             say(self, *_ignored(args))
@@ -195,7 +195,7 @@ def _init(original: Any) -> Any:
             return
         data = from_tuple(dataset, args.dataset)
         plan = plan_of(config, model, data.task, data.outputs)  # refuses what does not fit before anything is trained
-        from .distributed.node import is_client, node, refuse_unreachable
+        from .distributed.node import is_client, node, refuse_unreachable, silos_of
         from .security import check_options
         from .simulation import Simulation, refuse_foreign
 
@@ -207,13 +207,14 @@ def _init(original: Any) -> Any:
             refuse_unreachable(args, config)
         prepare_host(args)
         checkpoints = _server_checkpoints(config) if one_process or not is_client(args) else None
+        if own == (None, None):
+            plan, found = dry_run(model, plan, data, None if one_process else silos_of(args) or None, device)
+            say(self, *found)
         if checkpoints is not None and not checkpoints.resumes:
-            _warm_start(self, model, config, data, device)
+            _warm_start(self, model, config, data, device, plan.task)
         elif config.relu_ise:
             replace_smooth(model)  # the weights come from the server, or from the checkpoint
         view = build_view(model, plan)
-        if own == (None, None):
-            say(self, *dry_run(view, plan, data))
         parts: Any = (args, device, data, view, plan, *own, checkpoints)
         self.runner = Simulation(*parts) if one_process else node(*parts)
         self.notes += [*(checkpoints.notes if checkpoints is not None else ()), *plan.notes]
@@ -229,8 +230,10 @@ def _refuse_once(data: SilosData, trainer: Any) -> None:
         refuse_once(loader, silo)
 
 
-def _warm_start(runner: Any, model: Any, config: Config, data: SilosData | None, device: Any) -> None:
-    done = warm_start(model, config, data, device)
+def _warm_start(
+    runner: Any, model: Any, config: Config, data: SilosData | None, device: Any, task: Task = CLASSIFICATION
+) -> None:
+    done = warm_start(model, config, data, device, task)
     runner.reluised = done.reluised
     say(runner, *done.notes)
 

@@ -107,7 +107,7 @@ class Rounds:
         del self.busy[result.sender]
         if result.kind == "train":
             self.current.take(result.silo, result.state or State(), self._objection(result))
-        elif reason := self._objection(result) or metrics_problem(result.metrics):
+        elif reason := self._objection(result) or metrics_problem(result.metrics, self._plan.task.metric.lowest):
             self.note(f"the test of silo {result.silo} is refused: {reason}")
         else:
             self._tested[result.silo] = metrics_of(result.metrics)

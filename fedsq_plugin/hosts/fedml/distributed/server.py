@@ -16,7 +16,7 @@ from ....federation.checkpoints import ServerCheckpoints
 from ....federation.record import RoundRecord
 from ....federation.updates import brief, counts_problem
 from ....run.plan import RECIPE, Plan
-from ....settings.agreement import disagreement, shared_options
+from ....settings.agreement import UNTOLD, disagreement, shared_options
 from ....wire.message import Alive, End, Failed, Message, Online, Result, Task
 from ..aggregation import TheirServer
 from ..scoring import Scoring
@@ -63,6 +63,8 @@ class Server:
         )  # fmt: skip
         self._turned = self._greeted = time.monotonic()
         self._watch = Watch()
+        self._told = UNTOLD
+        """The task as the first client tells it, where this process has no data."""
 
     def run(self) -> None:
         self.aggregator.set_id(0)
@@ -133,7 +135,10 @@ class Server:
         rank, counts, rounds = hello.sender, hello.samples, self.rounds
         mine = silos_of(rank, range(self.args.client_num_in_total), self._ranks)
         process = brief(hello.process)
-        reason = disagreement(shared_options(self.plan.config), hello.options)
+        ours = shared_options(self.plan.config)
+        if ours["task"] == UNTOLD:
+            ours["task"] = self._told
+        reason = disagreement(ours, hello.options)
         reason = reason or counts_problem(counts, mine, rounds.samples)
         if reason is not None:
             self._refuse(rank, f"rank {rank} cannot take part: {reason}", process)
@@ -144,6 +149,8 @@ class Server:
             rounds.note(f"rank {rank} was started anew before the first round")
         elif rank in self._attendance.online:  # a process that came back knows nothing of what it was told
             self._lose(rank, "its process was started anew")
+        if ours["task"] == UNTOLD:
+            self._told = str(hello.options.get("task"))
         rounds.samples.update(counts)
         self._welcome(rank, process)
         self._start_or_go_on()
