@@ -19,12 +19,15 @@ _REGISTRIES = ("_parameters", "_buffers")
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), type, FunctionType, MethodType, ModuleType)
 
 
+MADE = "made"
+
+
 class Write(NamedTuple):
     """Something that a forward writes into its model."""
 
     path: str
     registry: str
-    """`_parameters` or `_buffers`; empty for an attribute."""
+    """`_parameters` or `_buffers`; empty for an attribute; `MADE` for a layer or parameter that is new."""
     name: str
 
 
@@ -125,6 +128,7 @@ class Snapshot:
 
     def __init__(self, model: nn.Module) -> None:
         self._model, seen = model, set[int]()
+        self._paths = {path for path, _ in model.named_modules()}
         self._saved = {
             Write(path, registry, name): (value, _Saved(value, seen))
             for path, module in model.named_modules()
@@ -136,11 +140,15 @@ class Snapshot:
         """Return what changed since then, and what is new."""
         writes = []
         for path, module in self._model.named_modules():
+            if path not in self._paths:
+                if next(module.parameters(), None) is not None:
+                    writes.append(Write(path, MADE, ""))
+                continue
             for registry, held in _get_holders(module):
                 for name in held:
                     key = Write(path, registry, name)
                     if key not in self._saved:
-                        writes.append(key)
+                        writes.append(key if registry != "_parameters" else Write(path, MADE, name))
                         continue
                     value, saved = self._saved[key]
                     if not _is_equal(held[name], value) or saved.is_changed():

@@ -9,12 +9,12 @@ from typing import Any
 from torch import nn
 
 from ..errors import FedSQError, GateError, in_one_line
-from .below import CHOSEN, DRAWN
 from .copies import find_hook
+from .frozen import MADE, Write
 from .places import Place
 from .plan import Plan, compare, make_plan
 from .tracing import Traced, trace
-from .validation import Finding, find_in_calls, refuse
+from .validation import Finding, find_chosen, find_in_calls, refuse
 
 MANY, AT_ONE_PLACE = 64, 4
 """No more decisions of one forward, and in one loop, are tried the other way."""
@@ -54,8 +54,9 @@ class Inspection:
             ) from error
         refuse(find_in_calls(frozen.calls + trained.calls, accept))
         self._frozen, self._trained = frozen, trained
+        refuse(_find_made([*frozen.writes, *trained.writes]))
         draws = bool(frozen.draws or frozen.moved)
-        refuse([*_find_unshared_draws(frozen, trained), *_find_chosen([*frozen.chosen, *trained.chosen], draws)])
+        refuse([*_find_unshared_draws(frozen, trained), *find_chosen([*frozen.chosen, *trained.chosen], draws)])
         self.plan: Plan = make_plan(frozen.gated, trained.gated)._replace(draws=draws, writes=frozen.writes)
         self._try_other_paths()
 
@@ -94,6 +95,13 @@ class Inspection:
             yield run(seed=seed)
 
 
+def _find_made(writes: Sequence[Write]) -> list[Finding]:
+    """Return the findings of layers and parameters that the forward makes."""
+    made = dict.fromkeys(".".join(filter(None, (w.path, w.name))) for w in writes if w.registry == MADE)
+    what = "is made in the forward, in each copy with other weights"
+    return [Finding(path, what, ("run one batch through the model before it is wrapped",)) for path in made]
+
+
 def _find_unshared_draws(frozen: Traced, trained: Traced) -> list[Finding]:
     """Return a finding if the structural copy draws random numbers, and the quantitative copy would draw others."""
     apart = [draw[1:] for draw in frozen.draws] != [draw[1:] for draw in trained.draws]
@@ -111,23 +119,3 @@ def _find_unshared_draws(frozen: Traced, trained: Traced) -> list[Finding]:
         "the two copies would not draw the same"
     )
     return [Finding(path, what, ("pass training=self.training, or draw by one function in both modes",))]
-
-
-def _find_chosen(chosen: Sequence[tuple[str, int]], shared: bool) -> list[Finding]:
-    """Return the findings of gated calls whose rows are chosen by the model.
-
-    Args:
-        shared: both copies draw the same random numbers.
-    """
-    reasons = {CHOSEN: "its own values (a router, top-k, sorting)"}
-    if not shared:
-        reasons[DRAWN] = "random numbers of training mode"
-    return [
-        Finding(
-            path,
-            f"gets entries that the model chooses by {reasons[flag]}: the two copies would choose others",
-            ("leave the choice out, or choose after the last gated call",),
-        )
-        for path, flag in dict.fromkeys(chosen)
-        if flag in reasons
-    ]

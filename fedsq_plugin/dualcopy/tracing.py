@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from .activations import GATED, OUTPUT_ONLY, UNGATEABLE, UNGATEABLE_MODULES, Gated, classify, describe
@@ -138,10 +140,10 @@ def trace(
     Args:
         weights: another copy of the model, whose parameters and buffers are used.
         alter: number of a decision -> number of the other value that it gets.
-        grad: whether gradients are on, as some models take another path then. Nothing is recorded for them.
+        grad: whether gradients are on, as some models take another path then.
         seed: where the random generators start; None: where they are.
     """
-    runner = copy_model(model, hooks=False).requires_grad_(False)
+    runner = copy_model(model, hooks=False)
     if weights is not None:
         _take_weights(runner, weights)
     if evaluation:
@@ -152,7 +154,7 @@ def trace(
     below = Below(places.find, _find_weights(runner), given, alter or {})
     watch = _Trace(own_pooling, places, below)
     devices = {t.device for t in given if t.device.type == "cuda"}
-    with keep_random_states(devices, seed) as moved, without_global_hooks(), torch.set_grad_enabled(grad), watch, below:
+    with keep_random_states(devices, seed) as moved, without_global_hooks(), _record_for_nobody(grad), watch, below:
         output = runner(*args, **kwargs)
     outputs = {t.untyped_storage().data_ptr() for t in find_tensors(output)}
     hidden = [
@@ -179,6 +181,13 @@ def trace(
     )
 
 
+@contextmanager
+def _record_for_nobody(grad: bool) -> Iterator[None]:
+    """Set whether gradients are on. What autograd saves is not shown to the user's hooks for saved tensors."""
+    with torch.set_grad_enabled(grad), saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+        yield
+
+
 def _take_weights(model: nn.Module, other: nn.Module) -> None:
     """Copy the parameters and buffers of `other` that `model` has in the same shape."""
     theirs = dict([*other.named_parameters(), *other.named_buffers()])
@@ -190,5 +199,6 @@ def _take_weights(model: nn.Module, other: nn.Module) -> None:
 
 def _find_weights(model: nn.Module) -> dict[str, Tensor]:
     """Return what can differ between two copies: the parameters, and the buffers that are no integers."""
-    buffers = {name: b for name, b in model.named_buffers() if b.is_floating_point() or b.is_complex()}
+    # A counter is a number; other integers are indices, and the same in both copies.
+    buffers = {n: b for n, b in model.named_buffers() if b.is_floating_point() or b.is_complex() or not b.dim()}
     return dict(model.named_parameters()) | buffers

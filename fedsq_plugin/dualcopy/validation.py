@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from ..errors import GateError, Part, Word, in_words
 from .activations import UNGATEABLE_MODULES, suggest_instead
+from .below import CHOSEN, DRAWN
 from .tracing import Call, trace
 
 
@@ -120,6 +121,26 @@ def find_in_calls(calls: Sequence[Call], accept: Iterable[str] = ()) -> list[Fin
     return found
 
 
+def find_chosen(chosen: Sequence[tuple[str, int]], shared: bool) -> list[Finding]:
+    """Return the findings of gated calls whose rows are chosen by the model.
+
+    Args:
+        shared: both copies draw the same random numbers.
+    """
+    reasons = {CHOSEN: "its own values (a router, top-k, sorting)"}
+    if not shared:
+        reasons[DRAWN] = "random numbers of training mode"
+    return [
+        Finding(
+            path,
+            f"gets entries that the model chooses by {reasons[flag]}: the two copies would choose others",
+            ("leave the choice out, or choose after the last gated call",),
+        )
+        for path, flag in dict.fromkeys(chosen)
+        if flag in reasons
+    ]
+
+
 def validate(
     model: nn.Module, example: Any = None, accept: Iterable[str] = (), pooling: str = "structural"
 ) -> list[Finding]:
@@ -144,8 +165,9 @@ def validate(
         args = tuple(example) if isinstance(example, (tuple, list)) else (example,)
     known = {f.path for f in findings}
     # In evaluation mode batch normalisation also accepts a single example.
-    calls = trace(model, args, kwargs, pooling == "own", evaluation=True).calls
-    for finding in find_in_calls(calls, accept):
+    traced = trace(model, args, kwargs, pooling == "own", evaluation=True)
+    chosen = find_chosen(traced.chosen, shared=bool(traced.draws or traced.moved))
+    for finding in [*find_in_calls(traced.calls, accept), *chosen]:
         if finding.path not in known or not finding.path:
             findings.append(finding)
     return findings

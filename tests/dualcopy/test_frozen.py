@@ -220,3 +220,28 @@ def test_a_generator_of_the_models_own_is_refused() -> None:
 
     with pytest.raises(GateError, match=r"the model itself: draws random numbers .* generator of its own"):
         DualCopy(Own())(X)
+
+
+class Grows(nn.Module):
+    """Makes a layer, or a parameter, in its first forward."""
+
+    def __init__(self, layer: bool) -> None:
+        super().__init__()
+        self.a, self.layer = nn.Linear(6, 8), layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.layer and not hasattr(self, "late"):
+            self.late = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+        if not self.layer and not hasattr(self, "late"):
+            self.late = nn.Parameter(torch.randn(8))
+        h = F.relu(self.a(x))
+        return self.late(h) if self.layer else h * self.late
+
+
+@pytest.mark.parametrize("layer", [False, True])
+def test_layers_that_are_made_in_the_forward_are_refused_by_name(layer: bool) -> None:
+    model = Grows(layer)
+    with pytest.raises(GateError, match=r"late: is made in the forward.*one batch"):
+        DualCopy(model)(X)
+    model(X)
+    assert torch.equal(DualCopy(model)(X), model(X))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedsq_plugin import DualCopy
+from fedsq_plugin import DualCopy, validate
 from fedsq_plugin.errors import GateError
 
 Body = Callable[["Parts", Tensor], Tensor]
@@ -204,6 +204,34 @@ def test_one_call_that_is_written_twice_has_its_gate() -> None:
     torch.testing.assert_close(dual(X), dual.head(dual.a(X) * gate))
 
 
+def test_a_counter_that_decides_is_refused_at_the_first_forward() -> None:
+    class Warms(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.register_buffer("steps", torch.tensor(0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                self.steps += 1
+            h = F.relu(self.a(x))
+            return F.relu(self.b(h)) if self.steps > 2 else h
+
+    with pytest.raises(GateError, match="does not follow"):
+        DualCopy(Warms()).train()(X)
+
+
+def test_a_branch_by_whether_gradients_are_asked_for_is_followed() -> None:
+    def body(m: Parts, x: Tensor) -> Tensor:
+        h = m.a(x)
+        return F.relu(h) if h.requires_grad else torch.relu(h)
+
+    dual = DualCopy(Parts(body)).train()
+    gate = dual.structural.a(X) > 0
+    moved(dual)
+    torch.testing.assert_close(dual(X), dual.head(dual.a(X) * gate))
+
+
 def test_another_path_than_that_of_the_first_forward_is_refused_later() -> None:
     class Counts(nn.Module):
         def __init__(self) -> None:
@@ -237,6 +265,7 @@ ROWS: dict[str, Body] = {
 def test_rows_that_the_model_chooses_are_refused(kind: str) -> None:
     with pytest.raises(GateError, match=r"the model itself: gets entries|product with a mask|experts"):
         DualCopy(Parts(ROWS[kind]))(X)
+    assert validate(Parts(ROWS[kind]), X)
 
 
 def test_rows_drawn_in_training_only_are_refused() -> None:

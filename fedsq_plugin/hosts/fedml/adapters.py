@@ -1,7 +1,8 @@
 """Our trainer and aggregator, in FedML's base classes.
 
-Counters (BatchNorm's number of batches) and what travels beside the weights never pass through FedML's attack, defence
-and privacy code: its noise and clipping break on integers, and a norm that counts batches would clip nothing else.
+Counters (BatchNorm's number of batches), masks with infinite entries and what travels beside the weights never pass
+through FedML's attack, defence and privacy code: its noise and clipping break on integers, and a norm that counts
+batches would clip nothing else.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ...federation.roles import NORMALISATION, Role, with_roles
 from ...federation.server import Server, add_sums
 from ...federation.server_state import ServerState
 from ...federation.simulation import test_seeded
-from ...federation.state import State, clone, state_of
+from ...federation.state import State, check_finite, clone
 from ...run.plan import Plan
 from .aggregation import OurServer, TheirServer
 from .security import security_enabled
@@ -69,8 +70,7 @@ class FedSQTrainer(ClientTrainer):  # type: ignore[misc]
         """An independent copy of what travels. FedML's own trainer hands out the live state, which the training of
         the next silo would change."""
         if self._only_floats:
-            kept = self.plan.algorithm.exchange.travels - {Role.COUNTER}
-            return with_roles(state_of(self.model), self.client.roles, kept)
+            return screened(self.client.travelling(), self.client.roles)
         if self._round is None:
             return self.client.travelling()
         return self.client.answer(self._round, self._sums)
@@ -217,10 +217,19 @@ class FedSQAggregator(ServerAggregator):  # type: ignore[misc]
         return metrics.accuracy, metrics.loss, None, None
 
     def _only_counters(self, state: Mapping[str, Tensor]) -> State:
-        return with_roles(state, self.server.roles, {Role.COUNTER})
+        kept_out = self.server.expected.keys() - screened(self.server.expected, self.server.roles).keys()
+        return OrderedDict((key, value) for key, value in state.items() if key in kept_out)
 
     def _floats(self, state: Mapping[str, Tensor]) -> State:
-        return clone(with_roles(state, self.server.roles, EVERYTHING - {Role.COUNTER}))
+        known = screened(self.server.state.model, self.server.roles)
+        return clone({key: value for key, value in state.items() if key in known})
+
+
+def screened(state: Mapping[str, Tensor], roles: Mapping[str, Role]) -> State:
+    """The entries that pass through FedML's attack, defence and privacy code: no counters, and no constant that is not
+    finite, as a mask, which would make every norm infinite."""
+    floats = with_roles(state, roles, EVERYTHING - {Role.COUNTER})
+    return OrderedDict((key, value) for key, value in floats.items() if check_finite(value))
 
 
 def weighted_mean(args: Any, raw_grad_list: Any) -> State:

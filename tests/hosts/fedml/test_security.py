@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedsq_plugin.errors import ConfigError, UpdateError
-from fedsq_plugin.federation.state import fingerprint
+from fedsq_plugin.federation.state import State, fingerprint
 
 from .conftest import SECURITY, MakeArgs, final, network, silos, simulate
 
@@ -33,6 +33,23 @@ def test_fedmls_security_is_in_force_with_batch_normalisation(
     assert {k: v.dtype for k, v in state.items()} == {k: v.dtype for k, v in network().state_dict().items()}
     assert (state["1.running_var"] >= 0).all()
     assert int(state["1.num_batches_tracked"]) == int(final(plain)["1.num_batches_tracked"])
+
+
+@pytest.mark.parametrize("name", ["norm clipping", "krum", "central privacy", "local privacy"])
+def test_mask_of_infinities_changes_nothing_of_fedmls_security(
+    name: str, fedml: Any, make_args: MakeArgs, unsecured: Any
+) -> None:
+    def run(masked: bool) -> State:
+        model = network()
+        if masked:
+            model[1].register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+        np.random.seed(0)
+        sizes = (16, 16, 24, 24, 40)[: SECURITY[name].get("client_num_in_total", 3)]
+        return final(simulate(fedml, make_args(comm_round=2, **SECURITY[name]), silos(sizes), model))
+
+    masked = run(True)
+    assert masked.pop("1.mask").tolist() == [0.0, -torch.inf]
+    assert fingerprint(masked) == fingerprint(run(False))
 
 
 def test_norm_clipping_bounds_the_update(fedml: Any, make_args: MakeArgs, unsecured: Any) -> None:
