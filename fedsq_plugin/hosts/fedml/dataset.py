@@ -37,8 +37,8 @@ def from_tuple(dataset: Iterable[Any], name: str) -> SilosData:
         name: the recipe's `dataset`.
 
     Raises:
-        ConfigError: there are not eight parts, a part by silo is no mapping, or a script took apart what `fedml.data.load` gave for a data
-            set of FLamby's, whose loss is then lost.
+        ConfigError: there are not eight parts, a part by silo is no mapping, or a script took apart what
+            `fedml.data.load` gave for a data set of FLamby's, whose loss is then lost.
     """
     parts = list(dataset)
     if len(parts) != 8:
