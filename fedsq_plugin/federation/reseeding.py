@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,11 @@ _PLAIN = frozenset({str, bytes, int, float, bool, type(None), type, FunctionType
 def reseed(loader: Any, seed: int) -> None:
     """Seed every generator that a loader, its samplers, its data set and their parts hold as attributes, each from
     `seed` and its place in their order; and end workers that were kept from an earlier pass."""
-    for number, found in enumerate(_generators(loader, _DEPTH, set())):
+    for one in _walk(loader, _DEPTH, set(), everything=False):
+        if isinstance(one, DataLoader):
+            # Workers that go on have drawn their seed in an earlier pass, and hold their own copy of the data set.
+            one._iterator = None
+    for number, found in enumerate(generators(loader)):
         own = derive("generator", seed, number)
         if isinstance(found, torch.Generator):
             found.manual_seed(own)
@@ -56,8 +60,20 @@ def refuse_once(batches: Any, silo: int | None = None) -> None:
         )
 
 
-def _generators(thing: Any, depth: int, seen: set[int]) -> Iterator[Any]:
-    """The generators in a loader, in the order of the attributes. Kept workers are dropped on the way."""
+def generators(loader: Any, everything: bool = False) -> Iterator[Any]:
+    """The random generators that a loader has of its own, in the order of the attributes. Nothing is changed.
+
+    Args:
+        everything: look behind every attribute. What is found so may be somebody else's: it may be put back, and not be
+            seeded.
+    """
+    for one in _walk(loader, _DEPTH, set(), everything):
+        if isinstance(one, _GENERATORS):
+            yield one
+
+
+def _walk(thing: Any, depth: int, seen: set[int], everything: bool) -> Iterator[Any]:
+    """The generators and torch's loaders in a thing, in the order of the attributes."""
     if depth == 0 or id(thing) in seen:
         return
     seen.add(id(thing))
@@ -66,16 +82,18 @@ def _generators(thing: Any, depth: int, seen: set[int]) -> Iterator[Any]:
             yield thing
         return
     is_loader = isinstance(thing, DataLoader)
-    if is_loader and thing._iterator is not None:
-        # Workers that go on have drawn their seed in an earlier pass, and hold their own copy of the data set.
-        thing._iterator = None
+    if is_loader:
+        yield thing
     parts = thing
     if type(thing) is dict:
         parts = thing.values()
     elif type(thing) not in (list, tuple):  # a subclass of these may be a loader, which is not to be passed here
-        parts = getattr(thing, "__dict__", {}).values()
+        # What is in the iterator of a pass is the loader's own.
+        parts = [part for key, part in getattr(thing, "__dict__", {}).items() if not (is_loader and key == "_iterator")]
     if len(parts) > _LISTED:
         return
     for part in list(parts):
-        if type(part) not in _PLAIN and (is_loader or isinstance(part, _WALKED) or callable(part)):
-            yield from _generators(part, depth - 1, seen)
+        if type(part) in _PLAIN or isinstance(part, (type, ModuleType)):
+            continue
+        if everything or is_loader or isinstance(part, _WALKED) or callable(part):
+            yield from _walk(part, depth - 1, seen, everything)

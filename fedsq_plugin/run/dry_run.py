@@ -1,4 +1,4 @@
-"""The one dry run: two real batches pass a copy of the model before anything is trained, on every host.
+"""The dry run of a recipe: two real batches pass a copy of the model before anything is trained.
 
 They pass as they will in a round: read, evaluated, scored, trained by the algorithm's own parts. What does not go
 together is one line, with its place. The model, the loaders and all generators stay as they were.
@@ -19,56 +19,15 @@ from ..data.registry import OURS
 from ..data.silos import SilosData
 from ..dualcopy import DualCopy
 from ..dualcopy.copies import copy_model
-from ..errors import ConfigError, FedSQError, first_line, in_one_line, worded
-from ..federation.client import Client
+from ..errors import ConfigError, FedSQError, worded
 from ..federation.labels import misfit, tell
-from ..federation.local import BatchError, Part, Phase
-from ..federation.reading import Arguments, Batch, DataError, Reading, call, columns, describe
+from ..federation.reading import Arguments, Batch, DataError, Reading, columns, describe
 from ..federation.seeding import isolated
 from ..federation.task import CLASSIFICATION
 from .first_batches import Taken, batch_of, loaders_of, shown_labels, two_batches
 from .plan import RECIPE, Plan, build_view
 from .reluise import replace_smooth
-
-BROKEN = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
-"""What a model raises on inputs that it does not take."""
-
-
-class SampleError(ConfigError):
-    """A model does not run on samples, or does not train on them.
-
-    `reason` is what torch says, `shape` is that of one sample, `count` the number of samples. For inputs that are not
-    one tensor, the shape is empty.
-    """
-
-    def __init__(self, error: BaseException, inputs: Any, count: int, training: bool) -> None:
-        self.reason = first_line(error) if isinstance(error, (RuntimeError, ValueError)) else in_one_line(error)
-        self.shape = tuple(inputs.shape[1:]) if isinstance(inputs, Tensor) else ()
-        self.count, self.training = count, training
-        what = f"does not train on a batch of {count}" if training else "does not run on a sample"
-        super().__init__(f"the model {what} ({self.reason})")
-
-
-def run_samples(
-    model: nn.Module, inputs: Any, training: bool = False, reading: Reading = CLASSIFICATION.reading
-) -> Tensor:
-    """The prediction of a copy of the model for the inputs of a batch, in evaluation or in training mode. The model and
-    the random generators stay as they are.
-
-    Raises:
-        GateError: the model is a DualCopy, and has an activation that cannot be gated, or no gate.
-        SampleError: it does not take such samples.
-        ConfigError: which of its outputs is the prediction is not clear.
-    """
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    try:
-        with isolated(0), torch.no_grad():
-            copied = copy_model(model).train(training)
-            return reading.prediction(call(copied, Batch(inputs, torch.zeros(0)).to(device).inputs))
-    except FedSQError:
-        raise
-    except BROKEN as error:
-        raise SampleError(error, inputs, len(inputs) if isinstance(inputs, Sized) else 1, training) from error
+from .samples import LEAVE_OUT, OneEpoch, SampleError, run_samples
 
 
 def dry_run(
@@ -154,7 +113,7 @@ def _line(error: SampleError, plan: Plan, taken: Taken) -> str:
     if error.count == 1 and config.batch_size == 1:
         remedy = "; raise train_args.batch_size"
     elif error.count == 1 and not ours:
-        remedy = "; let the loader leave a last batch of one sample out (drop_last=True), or use another batch_size"
+        remedy = LEAVE_OUT
     elif error.count == 1:
         remedy = f"; {taken.place} has a batch of one sample: raise fedsq_args.min_client_samples to 2"
     place = f"{taken.place}: " if taken.silo is not None else ""
@@ -212,39 +171,18 @@ def _without_tensors(plan: Plan, batch: Batch, gated: bool) -> tuple[Plan, list[
     return replace(plan, config=plan.config.model_copy(update={"keep_gates": False})), [line]
 
 
-class _Once(Client):
-    """Trains every part of a round for one epoch."""
-
-    def parts(self, round: int) -> Sequence[Part]:
-        parts = super().parts(round)
-        return [part._replace(epochs=min(part.epochs, 1)) if isinstance(part, Phase) else part for part in parts]
-
-
 def _train(
     view: nn.Module, plan: Plan, taken: Sequence[Taken], batches: Sequence[Batch], device: torch.device | str
 ) -> None:
     """One local update of a copy on the batches, by the algorithm's own parts."""
     config, task = plan.config, plan.task
-    client = _Once(view, plan.algorithm, plan.options, plan.training, 0, config.keep_gates, loss=task.loss,
-                   reading=task.reading)  # fmt: skip
-    rounds = dict.fromkeys((0, config.comm_round - 1))
-    if len(rounds) > 1 and client.parts(0) == client.parts(config.comm_round - 1):
-        rounds.popitem()
+    client = OneEpoch(view, plan.algorithm, plan.options, plan.training, 0, config.keep_gates, loss=task.loss,
+                      reading=task.reading)  # fmt: skip
     for one, batch in zip(taken, batches, strict=True):
-        for round in rounds:
-            failed: BaseException
-            try:
-                client.train(one.silo or 0, [one.batch], round, device)
-            except FedSQError as error:
-                if not isinstance(error, BatchError):
-                    raise
-                failed = error.__cause__ or error
-            except BROKEN as error:
-                failed = error
-            else:
-                continue
-            line = _line(SampleError(failed, batch.inputs, len(batch.labels), training=True), plan, one)
-            raise ConfigError(line) from failed
+        try:
+            client.try_batch(one, batch, config.comm_round, device)
+        except SampleError as error:
+            raise ConfigError(_line(error, plan, one)) from error.__cause__
 
 
 def _untested(plan: Plan, data: SilosData) -> Iterator[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset,
 from ..data.silos import SilosData
 from ..errors import ConfigError, FedSQError, in_one_line
 from ..federation.reading import Reading
+from ..federation.reseeding import generators
 from ..federation.seeding import isolated
 
 MOST = 32
@@ -42,18 +44,37 @@ def two_batches(data: SilosData, silos: Sequence[int] | None, name: str) -> list
     Raises:
         ConfigError: a data set cannot be read.
     """
-    there = [silo for silo in (data.train if silos is None else silos) if _has_data(data, silo)]
-    found = []
-    if there:
-        sizes = {silo: smallest_batch(data.train[silo], data.sizes.get(silo)) for silo in there}
-        first = min(there, key=lambda silo: (sizes[silo], silo))
-        others = [silo for silo in there if silo != first]
-        for silo, smallest in ((first, True), *((silo, False) for silo in others[:1])):
-            place = f"silo {silo}"
-            found += [Taken(place, silo, one) for one in take(data.train[silo], f"{name}: {place}", smallest)]
+    there = {silo: data.train[silo] for silo in (data.train if silos is None else silos) if _has_data(data, silo)}
+    found = of_two_silos(there, data.sizes, f"data_args.dataset {name}: ")
     for place, loader in (("the test set", data.global_test), ("the training data", data.global_train)):
         if not found:
-            found += [Taken(place, None, one) for one in take(loader, f"{name}: {place}")]
+            found += [Taken(place, None, one) for one in take(loader, f"data_args.dataset {name}: {place}")]
+    return found
+
+
+def of_two_silos(
+    loaders: Mapping[int, Any], sizes: Mapping[int, int], where: str = "", parts: Collection[int] = ()
+) -> list[Taken]:
+    """At most two batches: the smallest one that these silos train on, and one of another silo.
+
+    Args:
+        loaders: of the silos' training data.
+        sizes: numbers of their samples, where they are known.
+        where: what errors begin with.
+        parts: the silos that train on a part of their batches only, so that their smallest may never come.
+
+    Raises:
+        ConfigError: a silo's data cannot be read.
+    """
+    whole = {silo: smallest_batch(loaders[silo], sizes.get(silo)) for silo in loaders if silo not in parts}
+    first = min(whole, key=lambda silo: (whole[silo], silo), default=None)
+    found: list[Taken] = []
+    for silo in sorted(loaders, key=lambda silo: silo != first):
+        place = f"silo {silo}"
+        smallest = not found and silo in whole
+        found += [Taken(place, silo, one) for one in take(loaders[silo], f"{where}{place}", smallest)]
+        if len(found) == 2:
+            break
     return found
 
 
@@ -89,13 +110,17 @@ def take(loader: Any, place: str, smallest: bool = False) -> list[Any]:
     except FedSQError:
         raise
     except Exception as error:  # whatever a data set of others raises
-        raise ConfigError(f"data_args.dataset {place} cannot be read ({in_one_line(error)})") from error
+        raise ConfigError(f"{place} cannot be read ({in_one_line(error)})") from error
 
 
 def _take(loader: Any, smallest: bool) -> list[Any]:
     sampler = getattr(loader, "batch_sampler", None)
-    if not isinstance(loader, DataLoader) or sampler is None or isinstance(loader.dataset, IterableDataset):
-        return [*_first(iter(loader))]
+    if isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset) and loader.batch_size:
+        samples = [*islice(iter(_shallow(loader.dataset)), min(loader.batch_size, MOST))]
+        short = loader.drop_last and len(samples) < min(loader.batch_size, MOST)
+        return [loader.collate_fn(samples)] if samples and not short else []
+    if not isinstance(loader, DataLoader) or sampler is None:
+        return [*islice(iter(loader if isinstance(loader, DataLoader) else _shallow(loader)), 1)]
     batches = (list(one) for one in _shallow(sampler))
     chosen = min(filter(None, batches), key=len, default=None) if smallest else next(filter(None, batches), None)
     if chosen is None:
@@ -109,12 +134,6 @@ def batch_of(loader: Any, indices: Sequence[int]) -> Any:
     if hasattr(samples, "__getitems__"):
         return loader.collate_fn(samples.__getitems__(list(indices)))
     return loader.collate_fn([samples[index] for index in indices])
-
-
-def _first(batches: Iterator[T]) -> Iterator[T]:
-    for batch in batches:
-        yield batch
-        return
 
 
 def _shallow(thing: T) -> T:
@@ -131,28 +150,12 @@ def _shallow(thing: T) -> T:
 @contextlib.contextmanager
 def _kept(loader: Any) -> Iterator[None]:
     """Put back the states of the generators that a loader, its samplers and its data set have of their own."""
-    before = [(one, _state(one)) for one in generators(loader)]
+    before = [(one, _state(one)) for one in generators(loader, everything=True)]
     try:
         yield
     finally:
         for one, state in before:
             _put_back(one, state)
-
-
-def generators(thing: Any, depth: int = 4, seen: set[int] | None = None) -> Iterator[Any]:
-    """The random generators in the attributes of a thing."""
-    seen = set() if seen is None else seen
-    if id(thing) in seen or not depth:
-        return
-    seen.add(id(thing))
-    if isinstance(thing, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
-        yield thing
-    elif isinstance(thing, (list, tuple)) and len(thing) <= MOST:
-        for part in thing:
-            yield from generators(part, depth - 1, seen)
-    elif not isinstance(thing, (Tensor, type)):
-        for part in list(getattr(thing, "__dict__", {}).values()):
-            yield from generators(part, depth - 1, seen)
 
 
 def _state(generator: Any) -> Any:

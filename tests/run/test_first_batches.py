@@ -113,7 +113,7 @@ def test_a_data_set_that_cannot_be_read_is_named() -> None:
             raise OSError("gone")
 
     with pytest.raises(ConfigError, match=r"data_args.dataset mine: silo 3 cannot be read \(OSError: gone\)"):
-        take(DataLoader(Broken(), 4), "mine: silo 3")
+        take(DataLoader(Broken(), 4), "data_args.dataset mine: silo 3")
 
 
 @pytest.mark.parametrize(("size", "drop", "smallest"), [(4, False, 3), (4, True, 4), (11, False, 11), (5, False, 1)])

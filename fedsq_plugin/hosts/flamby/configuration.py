@@ -17,7 +17,7 @@ from ...data.flamby.catalogue import BASELINE, CATALOGUE, FlambyData
 from ...data.flamby.package import import_flamby
 from ...dualcopy import DualCopy
 from ...errors import PYTHON, ConfigError, FedSQError, Vocabulary, in_one_line, nearest, worded
-from ...run.dry_run import run_samples
+from ...run.samples import run_samples
 from .strategy import Strategy, known_options
 
 Given = Mapping[str, Any]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import secrets
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from ...federation.state import State, state_of
 from ...federation.training import LocalTraining, OptimizerClass, OptimizerTraining
 from ...settings.config import Config, family_of, validated
 from .batches import EndlessBatches, Updates
+from .dry_run import dry_run, two_batches
 from .privacy import Privacy
 from .steplog import StepLog
 
@@ -83,8 +85,11 @@ class Strategy:
             the algorithm says, none for most.
         options: the algorithm's, checked as in a recipe.
 
+    Before the first round, two batches pass a copy of the model (`try_batches`).
+
     Raises:
-        ConfigError: an argument is wrong, or does not go with the algorithm or the model.
+        ConfigError: an argument is wrong, or does not go with the algorithm or the model; from the first round: model,
+            loss and batches do not go together.
         GateError: FedSQ's model cannot be gated.
         UpdateError: from a round: an update was refused and `nonfinite` is "fail", or no update was left.
     """
@@ -140,6 +145,10 @@ class Strategy:
             if log:
                 on_step = StepLog(own, number, len(batches.loader), num_updates, log_period, logdir, name)
             self.models_list.append(Silo(client, number, batches, num_updates, device, on_step))
+        plain = OptimizerTraining(optimizer=optimizer_class, learning_rate=learning_rate, comm_round=max(nrounds, 1))
+        self._dry_run: Callable[..., None] | None = functools.partial(
+            dry_run, viewed, self.algorithm, chosen, plain, loss, reading, rounds=max(nrounds, 1), device=device
+        )
         server_seed, known = torch.initial_seed() if seed is None else seed, roles(viewed, chosen.head)
         self.server = Server(self.algorithm, chosen, state_of(viewed), known, server_seed, MeanOfDifferences)
 
@@ -195,8 +204,25 @@ class Strategy:
         cls.algorithm.refuse_misfit(model, chosen)
         return cls.algorithm.view.make(copy.deepcopy(model), chosen), chosen, nonfinite, reading
 
+    def try_batches(self) -> None:
+        """Let two batches pass a copy of the model, before the first round. It changes nothing, and is made once.
+
+        Raises:
+            FedSQError: training would fail.
+        """
+        if self._dry_run is None:
+            return
+        updates = None
+        if self.nrounds > 0:  # else whoever performs the rounds knows their number
+            updates = [self.nrounds * self.num_updates + steps for steps in self._fine_tuning]
+        loaders = [batches.loader for batches in self.training_dataloaders_with_memory]
+        self._dry_run(taken=two_batches(self.algorithm.name, loaders, updates))
+        self._dry_run = None
+
     def perform_round(self) -> None:
-        """Train every client for `num_updates` batches from the server's model, and gather what they send."""
+        """Train every client for `num_updates` batches from the server's model, and gather what they send. Before the
+        first round, two batches are tried."""
+        self.try_batches()
         server, number = self.server, self.server.state.round
         samples = {silo: float(len(one.batches)) for silo, one in enumerate(self.models_list)}
         current = Round(server, list(samples), samples, RoundRecord(number + 1), self._fatal)
@@ -214,6 +240,9 @@ class Strategy:
     def run(self) -> list[nn.Module]:
         """All rounds, then the fine-tuning where there is one: every client's model, in their order."""
         from tqdm import tqdm
+
+        if self.nrounds > 0 or any(self._fine_tuning):
+            self.try_batches()
 
         for _ in tqdm(range(self.nrounds)):
             self.perform_round()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedsq_plugin import DualCopy
 from fedsq_plugin.errors import GateError
-from fedsq_plugin.run.dry_run import SampleError, run_samples
+from fedsq_plugin.run.samples import SampleError, run_samples
 
 
 def network() -> nn.Module:
