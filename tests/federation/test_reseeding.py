@@ -23,7 +23,7 @@ from torch.utils.data import (
 
 from fedsq_plugin.errors import ConfigError
 from fedsq_plugin.federation.local import Phase, local_update
-from fedsq_plugin.federation.reseeding import refuse_once, reseed
+from fedsq_plugin.federation.reseeding import generators, refuse_once, reseed
 from fedsq_plugin.federation.roles import Role, roles
 from fedsq_plugin.federation.seeding import isolated
 from fedsq_plugin.federation.training import LocalTraining
@@ -132,6 +132,24 @@ def test_generators_of_one_loader_have_seeds_of_their_own() -> None:
     one, other = torch_generator(), torch_generator()
     reseed(DataLoader(NUMBERS, sampler=RandomSampler(NUMBERS, generator=one), generator=other), 1)
     assert one.initial_seed() != other.initial_seed()
+
+
+def test_generators_are_found_without_a_change() -> None:
+    """Behind every attribute only where it is asked for."""
+
+    class Holds:
+        def __init__(self) -> None:
+            self.generator = torch_generator()
+
+    loader = DataLoader(NUMBERS, 4, generator=torch_generator(), num_workers=1, persistent_workers=True)
+    iter(loader)
+    kept, held = loader._iterator, Holds()
+    samples = TensorDataset(torch.arange(2.0))
+    vars(loader)["dataset"] = samples
+    vars(samples)["held"] = held
+    assert [*generators(loader)] == [loader.generator]
+    assert [*generators(loader, everything=True)] == [held.generator, loader.generator]
+    assert kept is not None and loader._iterator is kept
 
 
 def test_global_generators_are_left_alone() -> None:

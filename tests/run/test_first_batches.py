@@ -25,7 +25,7 @@ from fedsq_plugin.data.loaders import make_loader
 from fedsq_plugin.data.silos import SilosData
 from fedsq_plugin.errors import ConfigError
 from fedsq_plugin.federation.reading import Reading
-from fedsq_plugin.run.first_batches import shown_labels, smallest_batch, take, two_batches
+from fedsq_plugin.run.first_batches import of_two_silos, shown_labels, smallest_batch, take, two_batches
 
 X, Y = torch.arange(22.0).view(11, 2), torch.arange(11) % 3
 PLAIN = TensorDataset(X, Y)
@@ -93,6 +93,40 @@ def test_workers_are_not_started() -> None:
     loader = DataLoader(PLAIN, 4, True, generator=generator(), num_workers=1, persistent_workers=True)
     assert len(take(loader, "silo 0")) == 1
     assert loader._iterator is None and torch.equal(loader.generator.get_state(), generator().get_state())
+
+
+def test_workers_that_are_kept_go_on() -> None:
+    loader = DataLoader(PLAIN, 4, num_workers=1, persistent_workers=True)
+    assert len(list(loader)) == 3
+    kept = loader._iterator
+    assert len(take(loader, "silo 0")) == 1
+    assert kept is not None and loader._iterator is kept
+
+
+class Counts(Stream):
+    """Changes from pass to pass."""
+
+    def __init__(self) -> None:
+        self.passes = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.passes += 1
+        return iter([(x + self.passes, y) for x, y in zip(X, Y, strict=True)])
+
+
+@pytest.mark.parametrize(
+    ("size", "drop", "wanted"), [(4, False, [4]), (4, True, [4]), (12, False, [11]), (12, True, [])]
+)
+def test_a_stream_is_left_at_its_beginning(size: int, drop: bool, wanted: list[int]) -> None:
+    loader = DataLoader(Counts(), size, drop_last=drop)
+    assert [len(batch[0]) for batch in take(loader, "silo 0")] == wanted
+    assert loader.dataset.passes == 0
+
+
+def test_where_the_first_silos_give_no_batch_others_are_taken() -> None:
+    few = DataLoader(PLAIN, 20, drop_last=True)
+    loaders = {0: few, 1: few, 2: DataLoader(PLAIN, 4), 3: DataLoader(PLAIN, 5)}
+    assert [one.silo for one in of_two_silos(loaders, {})] == [3, 2]
 
 
 @pytest.mark.parametrize("nothing", [None, [], iter([(X, Y)]), DataLoader(TensorDataset(X[:0], Y[:0])), 3])

@@ -106,6 +106,11 @@ class FlambyPackage:
         self._refuse_other_shape(found)
         return found
 
+    def loaders(self) -> list[DataLoader[Any]]:
+        """The training data of all centres, in batches as FLamby's benchmark makes them."""
+        about: dict[str, Any] = {"batch_size": self.batch_size, "shuffle": True, "collate_fn": self.collate}
+        return [DataLoader(self.samples(True, centre), **about) for centre in range(self.centres())]
+
     def inputs(self) -> Tensor:
         """The inputs of one training sample, as a batch of one."""
         samples = self.samples(train=True)

@@ -19,7 +19,7 @@ from ...data.flamby.package import FlambyPackage, import_flamby
 from ...errors import ConfigError
 from ...federation.files import atomic_write
 from ...federation.seeding import isolated
-from .configuration import Configuration, read_json
+from .configuration import UPDATES, Configuration, read_json
 from .hook import register
 from .privacy import Privacy
 
@@ -67,6 +67,7 @@ def fed_benchmark(
         phikon = asked.use_ssl_features and configuration.about.name == "fed_camelyon16"
         model = make(*([768] if phikon else []))
         configuration.check(strategies, model, package.inputs(), backbone, asked)
+        _try_batches(configuration, strategies, model, package, asked)
     results = results or configuration.results
     results.parent.mkdir(parents=True, exist_ok=True)
     flags = {key: getattr(asked, key) for key in FLAGS}
@@ -82,6 +83,17 @@ def fed_benchmark(
                 main(asked)
         finally:
             package.module.Baseline = own
+
+
+def _try_batches(
+    configuration: Configuration, strategies: Any, model: Any, package: FlambyPackage, asked: Namespace
+) -> None:
+    """Try two batches on every strategy that is run. Where FLamby's loss needs a GPU, each strategy does so itself."""
+    rounds = 1 if asked.debug else int(package.module.get_nb_max_rounds(UPDATES))
+    if asked.hard_debug or asked.single_centric_baseline is not None or package.about.needs_gpu or rounds < 1:
+        return
+    loss, loaders, rate = package.task().loss, package.loaders(), float(package.module.LR)
+    configuration.try_batches(strategies, model, loss, loaders, rate, rounds, asked)
 
 
 class _Parsed(Exception):

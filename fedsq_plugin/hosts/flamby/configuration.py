@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...data.flamby.backbones import without_gates
@@ -17,9 +18,14 @@ from ...data.flamby.catalogue import BASELINE, CATALOGUE, FlambyData
 from ...data.flamby.package import import_flamby
 from ...dualcopy import DualCopy
 from ...errors import PYTHON, ConfigError, FedSQError, Vocabulary, in_one_line, nearest, worded
+from ...federation.task import Loss
+from ...federation.training import OptimizerTraining
 from ...run.samples import run_samples
+from .dry_run import dry_run, two_batches
 from .strategy import Strategy, known_options
 
+UPDATES = 100
+"""Of a round of FLamby's benchmark, which has no option for it."""
 Given = Mapping[str, Any]
 """The options of a strategy, as the JSON has them."""
 JSON: Vocabulary = {**PYTHON, "relu_ise": "", "gate_accept": "gate_accept: {}"}
@@ -92,14 +98,51 @@ class Configuration:
             trained = {asked.strategy: {}}
         for name, given in trained.items():
             self._check_model(name, self._class(strategies, name), given, model, inputs, backbone)
-        get_strategies = import_flamby("flamby.benchmarks.conf", "FLamby's benchmark").get_strategies
-        try:
-            found = get_strategies(json.loads(self.text()), learning_rate=1.0, args=dict(vars(asked)))
-        except Exception as error:
-            raise self._wrong(in_one_line(error)) from None
-        for name, given in found.items():
+        for name, given in self._read(asked, learning_rate=1.0).items():
             if "optimizer_class" in given and not inspect.isclass(given["optimizer_class"]):
                 raise self._wrong(f"{name}: optimizer_class is no class of torch.optim")
+
+    def try_batches(
+        self, strategies: Any, model: nn.Module, loss: Loss, loaders: Sequence[Any], rate: float, rounds: int,
+        asked: Namespace,
+    ) -> None:  # fmt: skip
+        """Let two batches pass every strategy of ours that is run, before the first of all is.
+
+        It is done on the CPU: FLamby has not chosen its GPU yet.
+
+        Args:
+            loss: that all strategies train; `loaders` are those of the training data, `rate` is the learning rate.
+            rounds: of FLamby's benchmark, 1 or more.
+
+        Raises:
+            FedSQError: a strategy would fail.
+        """
+        taken = two_batches(self.about.key, loaders, [UPDATES * rounds] * len(loaders))
+        for name, given in self._read(asked, rate).items():
+            cls = self._class(strategies, name)
+            if not issubclass(cls, Strategy):
+                continue
+            optimizer = given.get("optimizer_class", torch.optim.SGD)
+            training = OptimizerTraining(optimizer=optimizer, learning_rate=given["learning_rate"], comm_round=rounds)
+            try:
+                with worded(JSON):
+                    viewed, chosen, _, reading = cls.viewed(model, _own(cls, given))
+                    dry_run(
+                        viewed, cls.algorithm, chosen, training, loss, reading, taken, rounds, torch.device("cpu")
+                    )  # fmt: skip
+            except FedSQError as error:
+                raise error.after(f"configuration {self.file}: {name}: ") from None
+
+    def _read(self, asked: Namespace, learning_rate: float) -> dict[str, dict[str, Any]]:
+        """The strategies that are run, with their options, as FLamby reads them."""
+        get_strategies = import_flamby("flamby.benchmarks.conf", "FLamby's benchmark").get_strategies
+        try:
+            found: dict[str, dict[str, Any]] = get_strategies(
+                json.loads(self.text()), learning_rate=learning_rate, args=dict(vars(asked))
+            )
+        except Exception as error:
+            raise self._wrong(in_one_line(error)) from None
+        return found
 
     def _refuse_lost_options(self, strategies: Any, asked: Namespace) -> None:
         """With --strategy, FLamby takes all options from its command line, which has none of ours."""
@@ -138,12 +181,11 @@ class Configuration:
             line = without_gates(BASELINE, self.about.key)
             if line is not None:
                 raise self._wrong(f"{name}: {line}")
-        own = {key: given[key] for key in known_options(cls.algorithm) if key in given}
         private = {key: given[key] for key in inspect.signature(cls.privacy).parameters if key in given}
         try:
             privacy = cls.privacy(**private)
             with worded(JSON):
-                viewed, *_ = cls.viewed(model, own)
+                viewed, *_ = cls.viewed(model, _own(cls, given))
                 if privacy is not None:
                     privacy.refuse_model(cls.algorithm, viewed)
                 if isinstance(viewed, DualCopy):
@@ -153,3 +195,8 @@ class Configuration:
 
     def _wrong(self, what: str) -> ConfigError:
         return ConfigError(f"configuration {self.file}: {what}")
+
+
+def _own(cls: type[Strategy], given: Given) -> dict[str, Any]:
+    """What a strategy's algorithm has of the options."""
+    return {key: given[key] for key in known_options(cls.algorithm) if key in given}

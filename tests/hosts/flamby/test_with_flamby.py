@@ -334,6 +334,17 @@ def test_what_opacus_refuses_is_said_before_any_strategy_runs(config: Path) -> N
     assert not config.with_name("results.csv").exists()
 
 
+def test_batches_that_do_not_fit_are_said_before_any_strategy_runs(config: Path) -> None:
+    content = json.loads(config.read_text())
+    swapped = {**SGD, "batch": {"inputs": 1, "labels": 0}}
+    config.write_text(json.dumps({**content, "strategies": {"FedAvg": SGD, "PluginFedAvg": swapped}}))
+    with pytest.raises(
+        ConfigError, match=r"PluginFedAvg: silo \d: the model does not run on a batch of the shape 4x1: "
+    ):
+        bench(config)
+    assert not config.with_name("results.csv").exists()
+
+
 def test_a_row_that_is_not_asked_for_may_be_one_that_cannot_run(config: Path) -> None:
     found = bench(config, "--strategy", "FedAvg", backbone="baseline", seeds=(0,))
     assert set(found["Method"]) == {"FedAvg100"}
