@@ -37,12 +37,13 @@ class _Saved:
     def __init__(self, value: Any, seen: set[int], depth: int = _DEPTH) -> None:
         self._value = value
         self._copy: Any = None
+        self._version = 0
         self._parts: list[_Saved] = []
         if isinstance(value, (*_PLAIN, nn.Module)) or id(value) in seen or depth == 0:
             return
         seen.add(id(value))
         if isinstance(value, Tensor):
-            self._copy = value.detach().clone()
+            self._copy, self._version = value.detach().clone(), _get_version(value)
         elif isinstance(value, torch.Generator):
             self._copy = value.get_state()
         elif (entries := _get_entries(value)) is not None:
@@ -55,6 +56,8 @@ class _Saved:
         if before is None:
             return False
         if isinstance(value, Tensor):
+            if value.layout is not torch.strided:  # torch does not compare sparse tensors
+                return _get_version(value) != self._version
             now = value.detach()
             same = now.shape == before.shape and torch.equal(now.nan_to_num(), before.nan_to_num())
             return not (same and torch.equal(now != now, before != before))
@@ -74,6 +77,11 @@ class _Saved:
             _set_entries(value, before)
         for part in self._parts:
             part.restore()
+
+
+def _get_version(tensor: Tensor) -> int:
+    """Return the number of writes into a tensor; 0 for one of inference mode, which is not counted."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _get_entries(value: Any) -> dict[Any, Any] | list[Any] | None:
@@ -186,7 +194,7 @@ def _make_undo(held: dict[str, Any], name: str, value: Any, saved: _Saved) -> Ca
 def get_versions(modules: Iterable[nn.Module]) -> list[tuple[Tensor, int]]:
     """Return the buffers of some modules, with the numbers of writes into them."""
     found = [tensor for module in modules for tensor in module._buffers.values() if tensor is not None]
-    return [(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in found]
+    return [(tensor, _get_version(tensor)) for tensor in found]
 
 
 def refuse_new_writes(model: nn.Module, modules: Iterable[nn.Module], before: list[tuple[Tensor, int]]) -> None:

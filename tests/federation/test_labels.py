@@ -81,6 +81,8 @@ def test_more_labels_tell_what_a_batch_cannot() -> None:
         (LOGITS, torch.zeros(12, 2), "the labels of a batch are 12x2 float32 beside outputs 12x3 float32, which fits"),
         (PIXELS, torch.zeros(4, 6, 6).long(), "4x6x6 int64 beside outputs 4x3x5x5 float32"),
         (LOGITS, torch.zeros(12, 3, dtype=torch.complex64), "which no task takes"),
+        (LOGITS, NUMBERS[0], "a batch has a label for every sample (N, …); a data set alone, or a loader without a"),
+        (LOGITS, NUMBERS[:-1], "a batch has labels 11 int64 beside outputs 12x3 float32: they are not as many"),
     ],
 )  # fmt: skip
 def test_labels_that_fit_no_task_or_several_are_refused(outputs: Tensor, labels: Tensor, line: str) -> None:
