@@ -37,13 +37,12 @@ class _Saved:
     def __init__(self, value: Any, seen: set[int], depth: int = _DEPTH) -> None:
         self._value = value
         self._copy: Any = None
-        self._version = 0
         self._parts: list[_Saved] = []
         if isinstance(value, (*_PLAIN, nn.Module)) or id(value) in seen or depth == 0:
             return
         seen.add(id(value))
         if isinstance(value, Tensor):
-            self._copy, self._version = value.detach().clone(), _get_version(value)
+            self._copy = value.detach().clone()
         elif isinstance(value, torch.Generator):
             self._copy = value.get_state()
         elif (entries := _get_entries(value)) is not None:
@@ -56,8 +55,8 @@ class _Saved:
         if before is None:
             return False
         if isinstance(value, Tensor):
-            if value.layout is not torch.strided:  # torch does not compare sparse tensors
-                return _get_version(value) != self._version
+            if value.layout is not torch.strided:
+                return not _is_same_sparse(value.detach(), before)
             now = value.detach()
             same = now.shape == before.shape and torch.equal(now.nan_to_num(), before.nan_to_num())
             return not (same and torch.equal(now != now, before != before))
@@ -70,13 +69,24 @@ class _Saved:
         if before is None:
             return
         if isinstance(value, Tensor):
-            value.data.copy_(before)
+            if value.layout is torch.strided:
+                value.data.copy_(before)
+            else:  # a sparse tensor gets new parts, which its `data` would keep for itself
+                with torch.no_grad():
+                    value.copy_(before)
         elif isinstance(value, torch.Generator):
             value.set_state(before)
         else:
             _set_entries(value, before)
         for part in self._parts:
             part.restore()
+
+
+def _is_same_sparse(one: Tensor, other: Tensor) -> bool:
+    """Return whether two sparse tensors are equal, which torch itself does not compare."""
+    one, other = one.to_sparse().coalesce(), other.to_sparse().coalesce()
+    same = one.shape == other.shape and torch.equal(one.indices(), other.indices())
+    return same and torch.equal(one.values(), other.values())
 
 
 def _get_version(tensor: Tensor) -> int:

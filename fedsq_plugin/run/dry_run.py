@@ -194,8 +194,10 @@ def _refuse_undefined(taken: Taken, plan: Plan, batch: Batch, outputs: Tensor) -
     labels = batch.labels.to(outputs.device)
     broken = any(not torch.isfinite(x).all() for x in find_tensors(batch.inputs) if x.is_floating_point())
     if broken and plan.task.metric.size(labels) and not torch.isfinite(plan.task.loss(outputs, labels)):
-        raise DataError(f"{taken.place}: the inputs of a batch have NaN or infinite values, and so has the loss: mend them, "
-                        "or leave these samples out")  # fmt: skip
+        raise DataError(
+            f"{taken.place}: the inputs of a batch have NaN or infinite values, and so has the loss: mend them, or leave "
+            "these samples out"
+        )
 
 
 def _is_real(loader: Any, labels: Tensor, reading: Reading, kind: Any, outputs: Tensor, ignored: int) -> bool:

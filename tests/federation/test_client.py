@@ -432,17 +432,17 @@ def test_round_of_no_epochs_is_no_idle_one() -> None:
     assert Federation("FedAvg", options=changed(epochs=0)).repeat(1).answers[0][0].keys() == state_of(mlp()).keys()
 
 
-class Moving(nn.Module):
+class Moving(nn.Sequential):
     """Counts its steps in an attribute on which its outputs depend."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.net, self.steps = mlp(), 0
+        super().__init__(*mlp().children())
+        self.steps = 0
 
     def forward(self, x: Tensor) -> Tensor:
         self.steps += self.training
-        out: Tensor = self.net(x) / (1 + self.steps)
-        return out
+        out: Tensor = super().forward(x)
+        return out / (1 + self.steps)
 
 
 def test_what_a_model_holds_beside_its_state_does_not_reach_the_next_silo() -> None:

@@ -221,6 +221,11 @@ def test_accuracy_of_every_form(labels: Tensor) -> None:
     assert found.samples == 12
 
 
+def test_one_hot_labels_may_be_truth_values() -> None:
+    metric = told(LOGITS, ONE_HOT.bool())[1].metric
+    assert metric.of_batch(LOGITS, ONE_HOT.bool()) == (LOGITS.argmax(1) == ONE_HOT.argmax(1)).sum()
+
+
 def test_right_decisions_by_hand() -> None:
     outputs, labels = torch.tensor([[1.0, -1.0], [2.0, 3.0]]), torch.tensor([[1, 1], [-100, 1]])
     found = evaluate(nn.Identity(), [(outputs, labels)], "cpu", *told(outputs, labels, "multi_label")[1])
