@@ -108,7 +108,7 @@ def dry_run(
                 notes += given_up
             if data.task is CLASSIFICATION:
                 for one, batch, found in zip(taken, batches, outputs, strict=True):
-                    _refuse_undefined(one, plan, batch, found)
+                    notes += _undefined(one, plan, batch, found)
                     plan.task.metric.of_batch(found, batch.labels.to(found.device))
             _train(view, plan, taken, batches, device)
     return plan, notes + list(_other_outputs(config.model, outputs[0], data.outputs, plan.config.task))
@@ -189,14 +189,14 @@ def _with_task(
     return replace(plan, config=config.model_copy(update=told), options=options, task=task._replace(reading=reading))
 
 
-def _refuse_undefined(taken: Taken, plan: Plan, batch: Batch, outputs: Tensor) -> None:
-    """Raise DataError for inputs whose NaN or infinite values reach the loss: every update would be refused."""
+def _undefined(taken: Taken, plan: Plan, batch: Batch, outputs: Tensor) -> Iterator[str]:
+    """A line for inputs whose NaN or infinite values reach the loss."""
     labels = batch.labels.to(outputs.device)
     broken = any(not torch.isfinite(x).all() for x in find_tensors(batch.inputs) if x.is_floating_point())
     if broken and plan.task.metric.size(labels) and not torch.isfinite(plan.task.loss(outputs, labels)):
-        raise DataError(
-            f"{taken.place}: the inputs of a batch have NaN or infinite values, and so has the loss: mend them, or leave "
-            "these samples out"
+        yield (
+            f"{taken.place}: the inputs of a batch have NaN or infinite values, and so has the loss: its update will "
+            "be refused; mend the data, or leave these samples out"
         )
 
 
