@@ -339,7 +339,7 @@ def test_batches_that_do_not_fit_are_said_before_any_strategy_runs(config: Path)
     swapped = {**SGD, "batch": {"inputs": 1, "labels": 0}}
     config.write_text(json.dumps({**content, "strategies": {"FedAvg": SGD, "PluginFedAvg": swapped}}))
     with pytest.raises(
-        ConfigError, match=r"PluginFedAvg: silo \d: the model does not run on a batch of the shape 4x1: "
+        ConfigError, match=r"PluginFedAvg: silo \d: the model does not run on a batch of the shape 3x1: "
     ):
         bench(config)
     assert not config.with_name("results.csv").exists()
