@@ -193,7 +193,9 @@ def _init(original: Any) -> Any:
             _warm_start(self, model, config, data, device)
             original(self, args, device, dataset, model, *rest)
             return
-        data = from_tuple(dataset, args.dataset)
+        from .adapters import hand_over, trains_as_ours, with_own_task
+
+        data = with_own_task(from_tuple(dataset, args.dataset), client_trainer)
         plan = plan_of(config, model, data.task, data.outputs)  # refuses what does not fit before anything is trained
         from .distributed.node import is_client, node, refuse_unreachable, silos_of
         from .security import check_options
@@ -207,9 +209,10 @@ def _init(original: Any) -> Any:
             refuse_unreachable(args, config)
         prepare_host(args)
         checkpoints = _server_checkpoints(config) if one_process or not is_client(args) else None
-        if own == (None, None):
+        if trains_as_ours(client_trainer):
             plan, found = dry_run(model, plan, data, None if one_process else silos_of(args) or None, device)
             say(self, *found)
+            hand_over(plan, client_trainer)
         if checkpoints is not None and not checkpoints.resumes:
             _warm_start(self, model, config, data, device, plan.task)
         elif config.relu_ise:
