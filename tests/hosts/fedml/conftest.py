@@ -104,8 +104,8 @@ def run(fedml: Any, make_args: MakeArgs) -> Callable[..., Any]:
     """A finished run of our own loop, by default FedAvg, on data and a model of the test's own, with its notes."""
 
     def run(data: Any, model: nn.Module, name: str = "FedAvg", stop: int = 0, **options: Any) -> Any:
-        own = {"own_algorithms": True, "threads": 1, "federated_optimizer": name, **options}
-        runner = fedml.FedMLRunner(make_args(**own), torch.device("cpu"), data, model)
+        own = {"own_algorithms": True, "threads": 1, "federated_optimizer": name, "dataset": "own", "model": "own"}
+        runner = fedml.FedMLRunner(make_args(**{**own, **options}), torch.device("cpu"), data, model)
         simulation = runner.runner
         simulation.records, simulation.notes = [], runner.notes
 
