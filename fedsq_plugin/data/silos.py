@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from ..errors import ConfigError
 from ..federation.seeding import derive
 from ..federation.task import CLASSIFICATION, Task
 from .loaders import make_loader
@@ -55,6 +56,15 @@ class SilosData:
     """Training samples of every silo (rows) per class (columns); None: unknown."""
     classes: Sequence[str] | None = None
     """Names of the classes; None: unknown."""
+
+    def refuse_missing(self, silos: Iterable[int]) -> None:
+        """Raise ConfigError for a silo of these that has samples, and no loader in this process."""
+        for silo in silos:
+            if self.sizes.get(silo) and self.train.get(silo) is None:
+                raise ConfigError(
+                    f"silo {silo} has {self.sizes[silo]} samples, and no loader of its training data: give one, or say "
+                    "that it has 0 samples"
+                )
 
 
 @dataclass

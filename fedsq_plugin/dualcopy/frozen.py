@@ -55,6 +55,8 @@ class _Saved:
         if before is None:
             return False
         if isinstance(value, Tensor):
+            if value.layout is not torch.strided:
+                return not _is_same_sparse(value.detach(), before)
             now = value.detach()
             same = now.shape == before.shape and torch.equal(now.nan_to_num(), before.nan_to_num())
             return not (same and torch.equal(now != now, before != before))
@@ -67,13 +69,29 @@ class _Saved:
         if before is None:
             return
         if isinstance(value, Tensor):
-            value.data.copy_(before)
+            if value.layout is torch.strided:
+                value.data.copy_(before)
+            else:  # a sparse tensor gets new parts, which its `data` would keep for itself
+                with torch.no_grad():
+                    value.copy_(before)
         elif isinstance(value, torch.Generator):
             value.set_state(before)
         else:
             _set_entries(value, before)
         for part in self._parts:
             part.restore()
+
+
+def _is_same_sparse(one: Tensor, other: Tensor) -> bool:
+    """Return whether two sparse tensors are equal, which torch itself does not compare."""
+    one, other = one.to_sparse().coalesce(), other.to_sparse().coalesce()
+    same = one.shape == other.shape and torch.equal(one.indices(), other.indices())
+    return same and torch.equal(one.values(), other.values())
+
+
+def _get_version(tensor: Tensor) -> int:
+    """Return the number of writes into a tensor; 0 for one of inference mode, which is not counted."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _get_entries(value: Any) -> dict[Any, Any] | list[Any] | None:
@@ -186,7 +204,7 @@ def _make_undo(held: dict[str, Any], name: str, value: Any, saved: _Saved) -> Ca
 def get_versions(modules: Iterable[nn.Module]) -> list[tuple[Tensor, int]]:
     """Return the buffers of some modules, with the numbers of writes into them."""
     found = [tensor for module in modules for tensor in module._buffers.values() if tensor is not None]
-    return [(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in found]
+    return [(tensor, _get_version(tensor)) for tensor in found]
 
 
 def refuse_new_writes(model: nn.Module, modules: Iterable[nn.Module], before: list[tuple[Tensor, int]]) -> None:

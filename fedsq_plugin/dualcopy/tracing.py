@@ -22,6 +22,7 @@ from .plan import GatedCall, as_key
 from .pooling import Pool
 from .products import Products
 from .randomness import keep_random_states
+from .transforms import refuse_inside
 
 
 class Call(NamedTuple):
@@ -92,6 +93,7 @@ class _Trace(TorchFunctionMode):
 
     def _note(self, place: Place, call: Gated) -> None:
         """Note a gated call before it runs."""
+        refuse_inside(place[0], call.input)
         below, (kind, size) = self._below, classify(call)
         own = below.is_inside_function(sys._getframe())
         self.calls.append(Call(place[0], describe(kind, size), gated=True, own=own))

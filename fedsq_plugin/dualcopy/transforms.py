@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..errors import GateError
+
+
+def refuse_inside(path: str, input: Tensor) -> None:
+    """Raise GateError for a gated call on a nested tensor, or inside a transform of torch.func in a model's forward."""
+    where = path or "the model itself"
+    if input.is_nested:
+        raise GateError(f"{where}: gets a nested tensor, which cannot be gated: pad its parts to one dense tensor")
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise GateError(
+            f"{where}: is called inside a transform of torch.func (vmap, grad), where it cannot be gated: call it on "
+            "the whole batch, without the transform"
+        )
 
 
 def refuse_transforms() -> None:

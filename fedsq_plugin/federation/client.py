@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..dualcopy import Compiled, DualCopy, GateCache
 from ..errors import ConfigError, UpdateError
 from .algorithm import EVERYTHING, HEAD, Algorithm
+from .beside import Beside
 from .client_states import ClientStates
 from .local import BatchError, LocalResult, Optimizers, Part, Phase, local_update, trains
 from .messages import Announcement, Assignment, idle_answer, with_sums
@@ -19,7 +20,17 @@ from .reseeding import refuse_once
 from .roles import roles, with_roles
 from .seeding import derive
 from .server_state import ServerState, load_state
-from .state import State, extras_of, fingerprint, put_extras, state_of, tensors_of, with_extras
+from .state import (
+    State,
+    extras_of,
+    fingerprint,
+    form_of,
+    put_extras,
+    refuse_reformed,
+    state_of,
+    tensors_of,
+    with_extras,
+)
 from .task import CLASSIFICATION, Batches, Loss
 from .training import LocalTraining
 
@@ -62,7 +73,7 @@ class Client:
         self.training, self.seed = training, seed
         self.roles = roles(model, getattr(options, "head", None))
         self.states = ClientStates(model, self.roles, algorithm.exchange.travels)
-        self._extras = extras_of(model)
+        self._extras, self._form, self._beside = extras_of(model), form_of(model), Beside(model)
         self.idle = False
         """Whether the silo that trained last took no step, because its loader gave no batch."""
         compiled = Compiled(model) if compile else None
@@ -75,13 +86,15 @@ class Client:
 
     def receive(self, assignment: Assignment) -> None:
         """Load what the server sent: weights, and the structural copy where it is announced. What `get_extra_state`
-        gives is put back to what it was when the run began, because the silos of a process share one model.
+        gives, and what the model holds beside its state (`beside`), is put back to what it was when the run began,
+        because the silos of a process share one model.
 
         Raises:
             UpdateError: the structural copy that the model has now is not the one that the server means.
         """
         self.model.load_state_dict(with_extras(self.model, {**tensors_of(self.model), **assignment.state}))
         put_extras(self.model, self._extras)
+        self._beside.put_back()
         travels = self.algorithm.exchange.travels
         if any(self.roles[key] not in travels for key in assignment.state):
             # The whole model: the first broadcast, from which silos begin their own parts.
@@ -146,6 +159,7 @@ class Client:
             optimizers=self._optimizers.setdefault(silo, {}) if self._keep_optimizers else None,
             on_step=on_step,
         )
+        refuse_reformed(self.model, self._form)
         self.states.keep(silo, self.model)
         self.idle = not result.steps and any(isinstance(part, Phase) and part.epochs for part in parts)
         return result

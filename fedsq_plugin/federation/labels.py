@@ -68,8 +68,9 @@ def tell(outputs: Tensor, labels: Tensor, asked: str, ignored: int, others: Sequ
     Raises:
         LabelError: no task fits, or several do.
     """
-    if labels.is_complex() or not labels.dim():
+    if labels.is_complex():
         raise LabelError(f"the labels are {describe(labels)}, which no task takes")
+    refuse_other_length(outputs, labels)
     every = torch.cat([labels, *(one.to(labels.dtype) for one in others if one.shape[1:] == labels.shape[1:])])
     kind: Kind = _told(outputs, labels, every, ignored) if asked == "auto" else asked  # type: ignore[assignment]
     dense = kind == "classification" and is_dense(outputs, labels)
@@ -81,6 +82,19 @@ def tell(outputs: Tensor, labels: Tensor, asked: str, ignored: int, others: Sequ
     if (line := misfit(kind, outputs, labels, ignored)) is not None:
         raise line
     return kind, task
+
+
+def refuse_other_length(outputs: Tensor, labels: Tensor) -> None:
+    """Raise LabelError where a batch has not a label for every output of the model."""
+    if not labels.dim():
+        raise LabelError(
+            f"the labels are {describe(labels)}, which no task takes: a batch has a label for every sample (N, …); a "
+            "data set alone, or a loader without a batch_size, gives samples and no batches"
+        )
+    if not outputs.dim() or len(labels) != len(outputs):
+        raise LabelError(
+            f"a batch has labels {describe(labels)} beside outputs {describe(outputs)}: they are not as many"
+        )
 
 
 def _told(outputs: Tensor, labels: Tensor, every: Tensor, ignored: int) -> Kind:

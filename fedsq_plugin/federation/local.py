@@ -170,7 +170,7 @@ def _naming(inputs: object) -> Iterator[None]:
         yield
     except FedSQError:
         raise
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, IndexError, TypeError) as error:
         raise BatchError(error, inputs) from error
 
 

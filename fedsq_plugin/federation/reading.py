@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from ..dualcopy.precision import to_device
-from ..errors import ConfigError, Word
+from ..errors import ConfigError, FedSQError, Word, in_one_line
 from .options import Options, option, runs_rounds
 
 Key = str | int
@@ -148,7 +148,7 @@ class Reading:
 
     def read_all(self, batches: Iterable[Any]) -> Iterator[Batch]:
         """Take all batches of a pass apart."""
-        return map(self.read, batches)
+        return map(self.read, _passed(batches))
 
     def _parts(self, batch: Any) -> tuple[Any, Any]:
         if self.labels is not None and self.inputs is not None:
@@ -206,6 +206,16 @@ class Reading:
         if not tensors:
             candidates = [key for key, value in named.items() if any(name in entries(value) for name in LOGITS)]
         return candidates[0] if len(candidates) == 1 else None
+
+
+def _passed(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches of a pass. Raises DataError where the data cannot be read, whatever a data set of others raises."""
+    try:
+        yield from batches
+    except FedSQError:
+        raise
+    except Exception as error:
+        raise DataError(f"the data cannot be read ({in_one_line(error)})") from error
 
 
 def entries(value: Any) -> dict[Any, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dualcopy import DualCopy
+from ..errors import ConfigError
 
 State = OrderedDict[str, Tensor]
 """A state dict that owns its tensors (FedML tells one model from a dict of models by this type)."""
@@ -56,6 +57,28 @@ def _with_extra_state(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         read, write = kind.get_extra_state, kind.set_extra_state
         if read is not nn.Module.get_extra_state and write is not nn.Module.set_extra_state:
             yield (f"{path}.{EXTRA}" if path else EXTRA), module
+
+
+def form_of(model: nn.Module) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    """Dtype and shape of every entry of the model's state."""
+    return {key: (value.dtype, value.shape) for key, value in tensors_of(model).items()}
+
+
+def refuse_reformed(model: nn.Module, form: Mapping[str, tuple[torch.dtype, torch.Size]]) -> None:
+    """Raise ConfigError where the model's state has not the form that it had: silos must send entries that fit."""
+    now = form_of(model)
+    for key in [*now, *form]:
+        if now.get(key) == form.get(key):
+            continue
+        if key not in form or key not in now:
+            what = "comes into being" if key in now else "disappears"
+        else:
+            (dtype, shape), (other, size) = form[key], now[key]
+            what = f"turns from {tuple(shape)} {dtype} into {tuple(size)} {other}"
+        raise ConfigError(
+            f"the state's entry '{key}' {what} while the model trains, and what silos send must fit together: register "
+            "it in its final form, or with persistent=False"
+        )
 
 
 def clone(state: Mapping[str, Tensor]) -> State:

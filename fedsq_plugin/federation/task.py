@@ -160,7 +160,8 @@ class Accuracy:
 
     def of_batch(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if self.dense:
-            return (outputs.argmax(1) == targets.argmax(1)).sum()
+            numbers = targets.int() if targets.dtype == torch.bool else targets  # torch finds no largest truth value
+            return (outputs.argmax(1) == numbers.argmax(1)).sum()
         labels = without_column(outputs, targets)
         return ((outputs.argmax(1) == labels) & counts(labels, self.ignored)).sum()
 

@@ -33,7 +33,14 @@ def refuse_untrainable(model: nn.Module) -> None:
                 )
         if f"{kind.__module__}.".startswith(tuple(f"{package}." for package in _QUANTISED)):
             raise ConfigError(_quantised(f"module '{where}' ({kind.__module__}.{kind.__name__})"))
-    for key, value in tensors_of(plain).items():
+    state = tensors_of(plain)
+    for name, _ in plain.named_parameters(remove_duplicate=False):
+        if name not in state:
+            raise ConfigError(
+                f"the model's state_dict() has no entry '{name}', which is the name of a parameter: what silos send is "
+                "that of nn.Module; give a state_dict() with other keys another name"
+            )
+    for key, value in state.items():
         if wrong := _problem(key, value):
             raise ConfigError(wrong)
 

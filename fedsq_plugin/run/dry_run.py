@@ -18,10 +18,10 @@ from .. import models
 from ..data.registry import OURS
 from ..data.silos import SilosData
 from ..dualcopy import DualCopy
-from ..dualcopy.copies import copy_model
+from ..dualcopy.copies import copy_model, find_tensors
 from ..errors import ConfigError, FedSQError, first_line, in_one_line, worded
 from ..federation.client import Client
-from ..federation.labels import misfit, tell
+from ..federation.labels import misfit, refuse_other_length, tell
 from ..federation.local import BatchError, Part, Phase
 from ..federation.reading import Arguments, Batch, DataError, Reading, call, columns, describe
 from ..federation.seeding import isolated
@@ -107,7 +107,8 @@ def dry_run(
                 plan, given_up = _without_tensors(plan, batches[0], gated=isinstance(view, DualCopy))
                 notes += given_up
             if data.task is CLASSIFICATION:
-                for batch, found in zip(batches, outputs, strict=True):
+                for one, batch, found in zip(taken, batches, outputs, strict=True):
+                    notes += _undefined(one, plan, batch, found)
                     plan.task.metric.of_batch(found, batch.labels.to(found.device))
             _train(view, plan, taken, batches, device)
     return plan, notes + list(_other_outputs(config.model, outputs[0], data.outputs, plan.config.task))
@@ -175,6 +176,7 @@ def _with_task(
     others = [batch.labels for batch in batches[1:]] + list(shown.values())
     kind, task = _placed(taken[0], plan, tell, outputs[0], batches[0].labels, config.task, config.ignore_index, others)
     for one, batch, found in zip(taken, batches, outputs, strict=True):
+        _placed(one, plan, refuse_other_length, found, batch.labels)
         if (error := misfit(kind, found, batch.labels, config.ignore_index)) is not None:
             raise error.after(f"{one.place}: ")
     for place, loader in loaders_of(data, silos):
@@ -185,6 +187,17 @@ def _with_task(
     told = {"task": kind}
     options = plan.options.model_copy(update=told) if hasattr(plan.options, "model_copy") else plan.options
     return replace(plan, config=config.model_copy(update=told), options=options, task=task._replace(reading=reading))
+
+
+def _undefined(taken: Taken, plan: Plan, batch: Batch, outputs: Tensor) -> Iterator[str]:
+    """A line for inputs whose NaN or infinite values reach the loss."""
+    labels = batch.labels.to(outputs.device)
+    broken = any(not torch.isfinite(x).all() for x in find_tensors(batch.inputs) if x.is_floating_point())
+    if broken and plan.task.metric.size(labels) and not torch.isfinite(plan.task.loss(outputs, labels)):
+        yield (
+            f"{taken.place}: the inputs of a batch have NaN or infinite values, and so has the loss: its update will "
+            "be refused; mend the data, or leave these samples out"
+        )
 
 
 def _is_real(loader: Any, labels: Tensor, reading: Reading, kind: Any, outputs: Tensor, ignored: int) -> bool:

@@ -81,7 +81,7 @@ def take(loader: Any, place: str, smallest: bool = False) -> list[Any]:
     Raises:
         ConfigError: the data cannot be read.
     """
-    if not isinstance(loader, Iterable) or isinstance(loader, Iterator):
+    if not (isinstance(loader, Iterable) or hasattr(loader, "__getitem__")) or isinstance(loader, Iterator):
         return []
     try:
         with isolated(0), _kept(loader):

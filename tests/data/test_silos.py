@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from fedsq_plugin.data.registry import load
+from fedsq_plugin.data.silos import SilosData
+from fedsq_plugin.errors import ConfigError
 
 from .recipes import config
 
@@ -80,3 +83,10 @@ def test_a_silos_test_split_follows_its_training_split() -> None:
 def test_digits_are_resized_where_asked() -> None:
     images, _ = next(iter(load(config(image_size=16)).global_test))
     assert images.shape[-2:] == (16, 16)
+
+
+def test_a_silo_that_has_samples_and_no_loader_is_named() -> None:
+    found = SilosData(train={0: [], 1: None}, test={}, sizes={0: 4, 1: 4, 2: 0}, outputs=3)
+    found.refuse_missing([0, 2])
+    with pytest.raises(ConfigError, match="silo 1 has 4 samples, and no loader of its training data"):
+        found.refuse_missing(found.sizes)

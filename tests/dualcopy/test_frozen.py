@@ -245,3 +245,27 @@ def test_layers_that_are_made_in_the_forward_are_refused_by_name(layer: bool) ->
         DualCopy(model)(X)
     model(X)
     assert torch.equal(DualCopy(model)(X), model(X))
+
+
+class Sparse(nn.Module):
+    """Has a sparse tensor beside its weights, and may write into it."""
+
+    graph: Tensor
+
+    def __init__(self, writes: bool) -> None:
+        super().__init__()
+        self.a, self.writes = nn.Linear(6, 3), writes
+        self.register_buffer("graph", torch.eye(6).to_sparse(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.writes:
+            self.graph.mul_(2)
+        return F.relu(self.a(torch.sparse.mm(self.graph, x.t()).t()))
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_a_sparse_tensor_beside_the_weights_stays_as_it_was(writes: bool) -> None:
+    dual = DualCopy(Sparse(writes)).eval()
+    for _ in range(2):
+        dual(X)
+    assert torch.equal(dual.structural.get_buffer("graph").to_dense(), torch.eye(6))

@@ -52,6 +52,28 @@ def test_a_transform_is_refused_in_one_line(kind: str, used: bool) -> None:
     assert torch.equal(dual(X), dual.quantitative(X))
 
 
+class PerSample(nn.Module):
+    """A forward that is itself a transform."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = vmap(self.net)(x)
+        return out
+
+
+def test_a_transform_inside_the_forward_is_refused_by_name() -> None:
+    with pytest.raises(GateError, match=r"^net.1: is called inside a transform of torch.func .*the whole batch"):
+        DualCopy(PerSample())(X)
+
+
+def test_nested_tensors_are_refused_by_name() -> None:
+    with pytest.raises(GateError, match=r"^1: gets a nested tensor, .*pad its parts"):
+        make()(torch.nested.nested_tensor([X[:3], X[:2]]))
+
+
 def test_a_released_model_is_taken() -> None:
     model = make().release()
     torch.testing.assert_close(vmap(model)(X), model(X))

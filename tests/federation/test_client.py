@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -429,3 +430,74 @@ def test_round_in_which_no_silo_has_a_batch_is_one_line() -> None:
 
 def test_round_of_no_epochs_is_no_idle_one() -> None:
     assert Federation("FedAvg", options=changed(epochs=0)).repeat(1).answers[0][0].keys() == state_of(mlp()).keys()
+
+
+class Moving(nn.Sequential):
+    """Counts its steps in an attribute on which its outputs depend."""
+
+    def __init__(self) -> None:
+        super().__init__(*mlp().children())
+        self.steps = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += self.training
+        out: Tensor = super().forward(x)
+        return out / (1 + self.steps)
+
+
+def test_what_a_model_holds_beside_its_state_does_not_reach_the_next_silo() -> None:
+    model = Moving()
+    alone, after = (Client(copy.deepcopy(model), algorithm("FedAvg"), OPTIONS, TRAINING, seed=3) for _ in range(2))
+    after.train(0, DATA[0], 0)
+    for found in (alone, after):
+        found.receive(Assignment(state_of(model)))
+        found.train(1, DATA[1], 0)
+    assert fingerprint(state_of(alone.model)) == fingerprint(state_of(after.model))
+
+
+class Growing(Moving):
+    """Keeps what it has seen, in a buffer that travels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = torch.cat([self.seen, x.detach().mean()[None]])
+        return super().forward(x)
+
+
+class Appearing(Moving):
+    """Fills a buffer that is None at the start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("late", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.late = torch.zeros(3)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (Growing, r"entry 'seen' turns from \(0,\) torch.float32 into \(\d+,\) torch.float32"),
+        (Appearing, "entry 'late' comes into being"),
+    ],
+)
+def test_state_that_changes_its_form_is_refused_by_key(model: type[nn.Module], said: str) -> None:
+    found = Client(model(), algorithm("FedAvg"), OPTIONS, TRAINING, seed=3)
+    with pytest.raises(ConfigError, match=f"{said} while the model trains.*persistent=False"):
+        found.train(0, DATA[0], 0)
+
+
+def test_data_that_cannot_be_read_name_the_silo() -> None:
+    class Broken(list[Any]):
+        def __iter__(self) -> Any:
+            yield from super().__iter__()
+            raise OSError("no such sample")
+
+    found = client("FedAvg")
+    with pytest.raises(ConfigError, match=r"^silo 2: the data cannot be read \(OSError: no such sample\)"):
+        found.train(2, Broken(DATA[2]), 0)

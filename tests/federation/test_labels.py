@@ -81,6 +81,8 @@ def test_more_labels_tell_what_a_batch_cannot() -> None:
         (LOGITS, torch.zeros(12, 2), "the labels of a batch are 12x2 float32 beside outputs 12x3 float32, which fits"),
         (PIXELS, torch.zeros(4, 6, 6).long(), "4x6x6 int64 beside outputs 4x3x5x5 float32"),
         (LOGITS, torch.zeros(12, 3, dtype=torch.complex64), "which no task takes"),
+        (LOGITS, NUMBERS[0], "a batch has a label for every sample (N, …); a data set alone, or a loader without a"),
+        (LOGITS, NUMBERS[:-1], "a batch has labels 11 int64 beside outputs 12x3 float32: they are not as many"),
     ],
 )  # fmt: skip
 def test_labels_that_fit_no_task_or_several_are_refused(outputs: Tensor, labels: Tensor, line: str) -> None:
@@ -217,6 +219,11 @@ def test_accuracy_of_every_form(labels: Tensor) -> None:
     numbers = labels.argmax(1) if labels.shape == LOGITS.shape else labels.flatten()
     assert found.accuracy == pytest.approx(np.mean(LOGITS.argmax(1).numpy() == numbers.numpy()))
     assert found.samples == 12
+
+
+def test_one_hot_labels_may_be_truth_values() -> None:
+    metric = told(LOGITS, ONE_HOT.bool())[1].metric
+    assert metric.of_batch(LOGITS, ONE_HOT.bool()) == (LOGITS.argmax(1) == ONE_HOT.argmax(1)).sum()
 
 
 def test_right_decisions_by_hand() -> None:

@@ -35,6 +35,11 @@ def statically_quantised() -> nn.Module:
     return nn.Sequential(nn.Linear(2, 2), torch.ao.nn.quantized.Linear(2, 2))
 
 
+class Renamed(nn.Linear):
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return {f"net.{key}": value for key, value in super().state_dict(*args, **kwargs).items()}
+
+
 REFUSED: list[tuple[Any, str]] = [
     (lambda: nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3)), r"module '1' \(LazyLinear\) is lazy: .* run a sample"),
     (lambda: nn.Sequential(nn.LazyBatchNorm1d()), r"module '0' \(LazyBatchNorm1d\) is lazy"),
@@ -48,6 +53,7 @@ REFUSED: list[tuple[Any, str]] = [
     (lambda: with_buffer(torch.eye(2).to_sparse()), "entry '0.extra' is of the layout torch.sparse_coo"),
     (lambda: with_buffer(torch.empty(2, device="meta")), "entry '0.extra' has no values"),
     (lambda: nn.Sequential(Hooked(2, 2)), "entry '0.note' is a str and no tensor: give it by get_extra_state"),
+    (lambda: Renamed(2, 2), r"the model's state_dict\(\) has no entry 'weight', which is the name of a parameter"),
 ]
 
 

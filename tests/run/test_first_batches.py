@@ -166,3 +166,14 @@ def test_labels_that_a_data_set_shows(dataset: Any, labels: Any) -> None:
 def test_labels_of_batches_in_a_list() -> None:
     found = shown_labels([{"x": X, "y": Y}, {"x": X, "y": Y}], Reading())
     assert found is not None and found.tolist() == Y.tolist() * 2
+
+
+class ByNumber:
+    """Batches by their number, as Python iterated before there was __iter__."""
+
+    def __getitem__(self, number: int) -> Any:
+        return (torch.zeros(4, 2), torch.zeros(4))[:] if number < 2 else [][number]
+
+
+def test_batches_by_number_are_taken() -> None:
+    assert len(take(ByNumber(), "here")) == 1

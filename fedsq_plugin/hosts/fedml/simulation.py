@@ -46,6 +46,7 @@ class Simulation(simulation.Simulation):
         server_aggregator: Any,
         checkpoints: ServerCheckpoints,
     ) -> None:
+        data.refuse_missing(data.sizes)
         self.args, self.plan, self.data, self.checkpoints = args, plan, data, checkpoints
         # The aggregator holds the global model, which the trainer's training must not change.
         for part, network in ((client_trainer, model), (server_aggregator, copy.deepcopy(model))):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -146,6 +146,12 @@ class Strategy:
     def _refuse_empty(self, loaders: Sequence[Any]) -> None:
         for number, loader in enumerate(loaders):
             refuse_once(loader, number)
+            if loader is not None and not isinstance(getattr(loader, "dataset", None), Sized):
+                raise ConfigError(
+                    f"{self.algorithm.name}: training_dataloaders[{number}] is a {type(loader).__name__} without the "
+                    "number of its samples, by which FLamby weights a client: give a DataLoader of a data set that has "
+                    "a length"
+                )
             if loader is None or not len(loader.dataset):
                 raise ConfigError(f"{self.algorithm.name}: training_dataloaders[{number}] has no samples: leave it out")
 

@@ -17,7 +17,7 @@ from fedsq_plugin.federation.seeding import derive
 from fedsq_plugin.federation.state import State, fingerprint
 from fedsq_plugin.federation.training import LocalTraining
 
-from .conftest import MakeArgs, final, follow, network, poisoned, silos, simulate
+from .conftest import MakeArgs, final, follow, network, poisoned, prepare, silos, simulate
 
 
 def test_fedsq_trains_and_keeps_its_structural_copy(fedml: Any, make_args: MakeArgs) -> None:
@@ -215,6 +215,22 @@ def test_no_update_left_names_the_reasons(fedml: Any, make_args: MakeArgs) -> No
     args = make_args(comm_round=1, client_num_in_total=1, client_num_per_round=1)
     with pytest.raises(UpdateError, match="no update is left to aggregate: round 1: the update of silo 0"):
         simulate(fedml, args, data)
+
+
+def test_inputs_that_are_not_finite_are_said_before_the_first_round(
+    fedml: Any, make_args: MakeArgs, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = silos()
+    data[5][0].dataset.tensors[0][:, 0] = float("nan")
+    prepare(fedml, make_args(comm_round=1), data)
+    assert "silo 0: the inputs of a batch have NaN or infinite values, and so has the loss" in caplog.text
+
+
+def test_a_silo_without_a_loader_is_named_before_the_first_round(fedml: Any, make_args: MakeArgs) -> None:
+    data = silos()
+    data[5][1] = None
+    with pytest.raises(ConfigError, match="silo 1 has 24 samples, and no loader of its training data"):
+        prepare(fedml, make_args(comm_round=1), data)
 
 
 @pytest.mark.parametrize(

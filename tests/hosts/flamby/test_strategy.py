@@ -235,6 +235,12 @@ def test_a_centre_without_data_is_named() -> None:
         strategy_class("FedAvg")(data, model(), nn.BCELoss(), torch.optim.SGD, 0.1, 1, 1)
 
 
+def test_loaders_without_a_number_of_samples_are_refused() -> None:
+    data = [*loaders()[:1], list(loaders()[1])]
+    with pytest.raises(ConfigError, match=re.escape("training_dataloaders[1] is a list without the number of its")):
+        strategy_class("FedAvg")(data, model(), nn.BCELoss(), torch.optim.SGD, 0.1, 1, 1)
+
+
 def test_batches_go_on_where_they_stopped_and_begin_anew_at_the_end() -> None:
     class Loader(list[tuple[int, int]]):
         dataset = range(3)
