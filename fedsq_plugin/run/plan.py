@@ -16,7 +16,7 @@ from ..dualcopy import DualCopy
 from ..errors import ConfigError, Vocabulary, worded
 from ..federation.local import frozen_keys
 from ..federation.seeding import derive, isolated
-from ..federation.task import CLASSIFICATION, Task
+from ..federation.task import CLASSIFICATION, Accuracy, CrossEntropy, Task
 from ..federation.training import LocalTraining
 from ..models.backbones import PREFIX
 from ..settings.config import Config
@@ -79,6 +79,7 @@ def plan_of(config: Config, model: nn.Module, task: Task = CLASSIFICATION, outpu
     """The plan for training `model` on `task` by the algorithm that `federated_optimizer` names.
 
     Args:
+        task: that the data set brings; CLASSIFICATION: none, and it is a classification until labels tell more.
         outputs: the number of the data set's classes; no number: unknown.
 
     Raises:
@@ -96,6 +97,8 @@ def plan_of(config: Config, model: nn.Module, task: Task = CLASSIFICATION, outpu
     volumes = next((p for p, module in model.named_modules() if isinstance(module, nn.Conv3d)), None)
     if config.channels_last and volumes is not None:
         raise ConfigError(f"fedsq_args.channels_last is for images, and {volumes} convolves volumes; set it to false")
+    if task is CLASSIFICATION:
+        task = Task(CrossEntropy(config.ignore_index), Accuracy(config.ignore_index))
     return Plan(
         config,
         chosen,

@@ -56,4 +56,5 @@ def _difference(key: str, ours: str, theirs: Any) -> str | None:
         return f"no {key}"
     if _HASHED in ours + theirs:
         return f"another {key}"
-    return f"{key} {' '.join(theirs.split())[:SHOWN]} instead of {ours}"
+    why = " (set, or told by its labels where fedsq_args.task is auto)" if key == "task" else ""
+    return f"{key} {' '.join(theirs.split())[:SHOWN]} instead of {ours}{why}"

@@ -158,6 +158,14 @@ def test_the_tensor_with_a_column_for_every_class_is_the_prediction(output: Any)
     assert Reading(classes=3).prediction(output) is LOGITS
 
 
+@pytest.mark.parametrize("width", [3, 16])
+def test_logits_come_before_out_whatever_stands_first_and_fits(width: int) -> None:
+    other = torch.randn(8, width)
+    for output in ({"out": other, "logits": LOGITS}, {"logits": LOGITS, "out": other}):
+        assert Reading(classes=3).prediction(output) is LOGITS
+        assert Reading().prediction(output) is LOGITS
+
+
 @pytest.mark.parametrize(
     ("output", "form"),
     [

@@ -44,6 +44,15 @@ def test_what_differs_is_named_with_both_values() -> None:
     assert found == 'its recipe has learning_rate 0.03 instead of 0.01, frozen_modules ["layer1"] instead of []'
 
 
+def test_a_task_that_is_not_told_agrees_with_every_other() -> None:
+    real, several = options(task="regression"), options(task="multi_label")
+    assert disagreement(options(), real) is None and disagreement(real, options()) is None
+    assert disagreement(real, several) == (
+        'its recipe has task "multi_label" instead of "regression" (set, or told by its labels where fedsq_args.task '
+        "is auto)"
+    )
+
+
 def test_a_third_partys_options_are_compared_and_not_sent() -> None:
     ours, theirs = options(extra={"token": "secret"}), options(extra={"token": "other"})
     assert "secret" not in str(ours)

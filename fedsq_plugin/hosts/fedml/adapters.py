@@ -18,6 +18,7 @@ from fedml.core.dp.fedml_differential_privacy import FedMLDifferentialPrivacy
 from fedml.core.security.fedml_defender import FedMLDefender
 from torch import Tensor, nn
 
+from ...data.silos import SilosData
 from ...errors import UpdateError
 from ...federation.algorithm import AVERAGE, EVERYTHING
 from ...federation.client import Client
@@ -29,6 +30,7 @@ from ...federation.server import Server, add_sums
 from ...federation.server_state import ServerState
 from ...federation.simulation import test_seeded
 from ...federation.state import State, check_finite, clone
+from ...federation.task import CrossEntropy
 from ...run.plan import Plan
 from .aggregation import OurServer, TheirServer
 from .security import security_enabled
@@ -47,6 +49,10 @@ class FedSQTrainer(ClientTrainer):  # type: ignore[misc]
         self._only_floats = False
         self._sums: Mapping[str, Tensor] = {}
         self._round: int | None = None
+
+    def follow(self, plan: Plan) -> None:
+        """Train by another plan from now on."""
+        self.plan, self._client = plan, None
 
     @property
     def client(self) -> Client:
@@ -249,6 +255,20 @@ def is_ours(part: Any) -> bool:
 def trains_as_ours(trainer: Any) -> bool:
     """Whether a client_trainer trains the task's loss by our steps; None stands for ours."""
     return trainer is None or getattr(type(trainer), "train", None) is FedSQTrainer.train
+
+
+def with_own_task(data: SilosData, trainer: Any) -> SilosData:
+    """The data, with the task of the plan that a trainer of ours was made with, where it has a loss of its own."""
+    if not isinstance(trainer, FedSQTrainer) or isinstance(trainer.plan.task.loss, CrossEntropy):
+        return data
+    return replace(data, task=trainer.plan.task)
+
+
+def hand_over(plan: Plan, trainer: Any) -> None:
+    """Let a trainer of ours, which was made before the data were seen, follow what they told."""
+    if isinstance(trainer, FedSQTrainer):
+        told = {"task": plan.config.task, "keep_gates": plan.config.keep_gates}
+        trainer.follow(replace(trainer.plan, config=trainer.plan.config.model_copy(update=told), task=plan.task))
 
 
 def server_of(aggregator: Any, plan: Plan) -> Server | TheirServer:

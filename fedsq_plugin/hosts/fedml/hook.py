@@ -29,7 +29,7 @@ from ...federation.task import CLASSIFICATION, Task
 from ...models.backbones import PREFIX
 from ...run.dry_run import dry_run
 from ...run.facts import facts_of
-from ...run.plan import build_view, create_model, plan_of
+from ...run.plan import Plan, build_view, create_model, plan_of
 from ...run.reluise import replace_smooth
 from ...run.warm_start import warm_start
 from ...settings.agreement import kept_options
@@ -193,7 +193,7 @@ def _init(original: Any) -> Any:
             _warm_start(self, model, config, data, device)
             original(self, args, device, dataset, model, *rest)
             return
-        data = from_tuple(dataset, args.dataset)
+        data = _data_of(dataset, args, client_trainer)
         plan = plan_of(config, model, data.task, data.outputs)  # refuses what does not fit before anything is trained
         from .distributed.node import is_client, node, refuse_unreachable, silos_of
         from .security import check_options
@@ -207,9 +207,7 @@ def _init(original: Any) -> Any:
             refuse_unreachable(args, config)
         prepare_host(args)
         checkpoints = _server_checkpoints(config) if one_process or not is_client(args) else None
-        if own == (None, None):
-            plan, found = dry_run(model, plan, data, None if one_process else silos_of(args) or None, device)
-            say(self, *found)
+        plan = _tried(self, model, plan, data, None if one_process else silos_of(args) or None, device, client_trainer)
         if checkpoints is not None and not checkpoints.resumes:
             _warm_start(self, model, config, data, device, plan.task)
         elif config.relu_ise:
@@ -220,6 +218,26 @@ def _init(original: Any) -> Any:
         self.notes += [*(checkpoints.notes if checkpoints is not None else ()), *plan.notes]
 
     return init
+
+
+def _data_of(dataset: Any, args: Any, trainer: Any) -> SilosData:
+    from .adapters import with_own_task
+
+    return with_own_task(from_tuple(dataset, args.dataset), trainer)
+
+
+def _tried(
+    runner: Any, model: Any, plan: Plan, data: SilosData, silos: list[int] | None, device: Any, trainer: Any
+) -> Plan:
+    """The plan after the dry run. What a user's own trainer does with batches is not known here."""
+    from .adapters import hand_over, trains_as_ours
+
+    if not trains_as_ours(trainer):
+        return plan
+    plan, found = dry_run(model, plan, data, silos, device)
+    say(runner, *found)
+    hand_over(plan, trainer)
+    return plan
 
 
 def _refuse_once(data: SilosData, trainer: Any) -> None:

@@ -17,22 +17,18 @@ from ...federation.reading import Reading, call
 from ...federation.record import RoundRecord
 from ...federation.seeding import derive, isolated
 from ...federation.simulation import test_seeded
-from ...federation.task import CLASSIFICATION
+from ...federation.task import CLASSIFICATION, counts
 from ...run.plan import Plan
 from .adapters import is_ours, trains_as_ours
 
 log = logging.getLogger(__name__)
 
 
-IGNORED = -100
-"""The label that torch's cross-entropy passes over."""
-
-
-def no_classification(model: nn.Module, data: SilosData, device: Any, reading: Reading) -> str | None:
+def no_classification(model: nn.Module, data: SilosData, device: Any, reading: Reading, ignored: int) -> str | None:
     """Why cross-entropy and accuracy are not what a model's outputs on the test data are for; None where they are.
 
-    Decided by the first batch: labels (N, …) are class numbers, and outputs (N, classes, …) have a column for each of
-    the data set's classes.
+    Decided by the first batch: labels (N, …) are class numbers or `ignored`, and outputs (N, classes, …) have a column
+    for each of the data set's classes.
     """
     modes = {module: module.training for module in model.modules()}
     model.to(device).eval()
@@ -42,7 +38,7 @@ def no_classification(model: nn.Module, data: SilosData, device: Any, reading: R
             if first is None:
                 return None
             inputs, labels = reading.read(first).to(device)
-            return _misfit(reading.prediction(call(model, inputs)), labels, data.outputs)
+            return _misfit(reading.prediction(call(model, inputs)), labels, data.outputs, ignored)
     except FedSQError as error:
         return str(error)
     except Exception as error:  # whatever a model raises that only the user's trainer can call
@@ -52,10 +48,10 @@ def no_classification(model: nn.Module, data: SilosData, device: Any, reading: R
             module.training = mode
 
 
-def _misfit(outputs: Tensor, labels: Tensor, classes: Any) -> str | None:
+def _misfit(outputs: Tensor, labels: Tensor, classes: Any, ignored: int) -> str | None:
     if outputs.dim() < 2 or (len(outputs), *outputs.shape[2:]) != tuple(labels.shape):
         return f"outputs {tuple(outputs.shape)} and labels {tuple(labels.shape)} are not those of a classification"
-    columns, known = outputs.shape[1], labels[labels != IGNORED].double()
+    columns, known = outputs.shape[1], labels[counts(labels, ignored)].double()
     if not torch.equal(known, known.round()) or bool((known < 0).any()):
         return "labels are no class numbers"
     if bool((known >= columns).any()):
@@ -79,7 +75,8 @@ class Scoring:
         self._plan, self._args, self.device, self.aggregator, self.data = plan, args, device, aggregator, data
         self._unknown = None
         if is_ours(aggregator) and not trains_as_ours(trainer) and data.task is CLASSIFICATION:
-            self._unknown = no_classification(aggregator.model, data, device, plan.task.reading)
+            ignored = plan.config.ignore_index
+            self._unknown = no_classification(aggregator.model, data, device, plan.task.reading, ignored)
         if self._unknown is not None:
             plan.note(
                 f"the server reports no figures: what your client_trainer trains cannot be told ({self._unknown}); "

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, TensorDataset
 
 import fedsq_plugin
@@ -96,6 +97,37 @@ def make_args(fedml: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 
     yield make
     logging.root.handlers, logging.root.level = handlers, level
+
+
+@pytest.fixture
+def run(fedml: Any, make_args: MakeArgs) -> Callable[..., Any]:
+    """A finished run of our own loop, by default FedAvg, on data and a model of the test's own, with its notes."""
+
+    def run(data: Any, model: nn.Module, name: str = "FedAvg", stop: int = 0, **options: Any) -> Any:
+        own = {"own_algorithms": True, "threads": 1, "federated_optimizer": name, "dataset": "own", "model": "own"}
+        runner = fedml.FedMLRunner(make_args(**{**own, **options}), torch.device("cpu"), data, model)
+        simulation = runner.runner
+        simulation.records, simulation.notes = [], runner.notes
+
+        def on_round(record: Any) -> None:
+            simulation.records.append(record)
+            if record.round == stop:
+                raise KeyboardInterrupt
+
+        simulation.on_round = on_round
+        runner.run()
+        return simulation
+
+    return run
+
+
+@pytest.fixture
+def steps() -> Iterator[list[int]]:
+    """An entry for every step of an optimizer."""
+    taken: list[int] = []
+    hook = register_optimizer_step_post_hook(lambda *_: taken.append(1))
+    yield taken
+    hook.remove()
 
 
 def network(seed: int = 0) -> nn.Module:

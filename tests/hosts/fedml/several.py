@@ -51,8 +51,9 @@ def rows(families: Any, log: Path) -> list[list[Any]]:
 
 
 def script(
-    case: Case, folder: Path, backend: str = "sp", number: int = 0, rank: int = 0, training_type: str = ""
-) -> Any:
+    case: Case, folder: Path, backend: str = "sp", number: int = 0, rank: int = 0, training_type: str = "",
+    data: Any = None, model: Any = None,
+) -> Any:  # fmt: skip
     """What a user's main.py does, with a model and data of its own: the rounds, and the final model's
     fingerprint; None in a client process."""
     import fedml
@@ -70,14 +71,15 @@ def script(
     path.write_text(yaml.safe_dump(families))
     role = "client" if rank else "server"
     sys.argv = ["main.py", "--cf", str(path), "--rank", str(rank), "--role", role, "--run_id", "1"]
-    args, model = fedml.init(), network()
+    args, model = fedml.init(), network() if model is None else model
     listens = folder / f"{backend}-{number}.listens"
     if rank and backend == "GRPC":
         while not listens.exists():  # gRPC tries anew only after a second
             time.sleep(0.005)
     runner = fedml.FedMLRunner(
-        args, torch.device("cpu"), silos(case.sizes), model, **own_parts(case.parts, args, model)
-    )
+        args, torch.device("cpu"), silos(case.sizes) if data is None else data, model,
+        **own_parts(case.parts, args, model),
+    )  # fmt: skip
     if rank:
         runner.run()
         return None

@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fedsq_plugin.federation.state import fingerprint
-from fedsq_plugin.hosts.fedml.adapters import FedSQTrainer
+from fedsq_plugin.federation.task import R2, SquaredError, Task
+from fedsq_plugin.hosts.fedml.adapters import FedSQAggregator, FedSQTrainer
 from fedsq_plugin.hosts.fedml.arguments import config_of
 from fedsq_plugin.run.plan import plan_of
 
+from . import naive
 from .conftest import MakeArgs, final, network, silos, simulate
+from .naive import KINDS, assert_same, net
 
 HOOKS = ("on_before_local_training", "train", "on_after_local_training", "test")
 SIDE = ("on_before_aggregation", "aggregate", "on_after_aggregation", "test_all", "test")
@@ -204,3 +207,62 @@ def test_batches_that_only_the_users_trainer_reads_have_no_figures(fedml: Any, m
     )
     runner.run()
     assert any("the server reports no figures" in note and "a batch is" in note for note in runner.notes)
+
+
+def ignoring(points: Tensor) -> Tensor:
+    return torch.where(points[:, 5] > 0, three(points), 255)
+
+
+def known_cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(outputs, labels, ignore_index=255)
+
+
+@pytest.mark.parametrize("which", ["client_trainer", "server_aggregator"])
+@pytest.mark.parametrize("kind", ["several labels", "real values", "probabilities"])
+def test_parts_derived_from_ours_follow_the_task_that_the_labels_tell(
+    kind: str, which: str, fedml: Any, make_args: MakeArgs
+) -> None:
+    """They are made before anything has seen the data."""
+    known = KINDS[kind]
+    args, model = make_args(federated_optimizer="FedAvg", own_algorithms=True), net(known.outputs)
+    base: type[Any] = {"client_trainer": FedSQTrainer, "server_aggregator": FedSQAggregator}[which]
+    part = type("Derived", (base,), {})(model, args, plan_of(config_of(args), model))
+    sets = naive.points(known.label)
+    run = simulate(fedml, args, naive.eight(sets, known.outputs), model, **{which: part})
+    assert_same(final(run), naive.of_sets(net(known.outputs), sets, known.over))
+    x, y = sets[1].tensors
+    with torch.no_grad():
+        right = known.figures(run.aggregator.model.eval()(x), y)
+    assert run.records[-1].metrics[:2] == pytest.approx(right, rel=1e-5)
+
+
+def test_a_task_of_the_plan_that_a_trainer_of_ours_was_made_with_is_that_of_the_run(
+    fedml: Any, make_args: MakeArgs
+) -> None:
+    """Zero and one beside one output, of which the labels tell no task."""
+    args, model = make_args(federated_optimizer="FedAvg", own_algorithms=True), net(1)
+    kind = KINDS["real values"]._replace(label=lambda x: (x[:, 0] > 0).float())
+    sets, plan = naive.points(kind.label), plan_of(config_of(args), model, Task(SquaredError(), R2()))
+    run = simulate(fedml, args, naive.eight(sets, 1), model, client_trainer=FedSQTrainer(model, args, plan))
+    assert_same(final(run), naive.of_sets(net(1), sets, kind.over))
+    x, y = sets[1].tensors
+    with torch.no_grad():
+        assert run.records[-1].metrics[:2] == pytest.approx(kind.figures(run.aggregator.model.eval()(x), y), rel=1e-5)
+
+
+def test_ignored_labels_count_nowhere_where_ones_own_trainer_trains(fedml: Any, make_args: MakeArgs) -> None:
+    model, data = of_outputs(3), eight(ignoring, 3)
+    args = make_args(federated_optimizer="FedAvg", ignore_index=255)
+    run = simulate(fedml, args, data, model, client_trainer=own_loss(model, known_cross_entropy))
+    points, labels = data[3].dataset.tensors
+    outputs, known = run.aggregator.model.eval()(points).detach(), labels != 255
+    right = float((outputs.argmax(1) == labels)[known].double().mean())
+    expected = (float(known_cross_entropy(outputs, labels)), right, int(known.sum()))
+    assert run.records[-1].metrics == pytest.approx(expected)
+
+
+def test_minus_a_hundred_is_a_label_where_another_one_is_ignored(fedml: Any, make_args: MakeArgs) -> None:
+    model, data = of_outputs(3), eight(lambda x: torch.where(x[:, 5] > 0, three(x), -100), 3)
+    args = make_args(federated_optimizer="FedAvg", ignore_index=255)
+    run = simulate(fedml, args, data, model, client_trainer=own_loss(model, nn.functional.cross_entropy))
+    assert run.records[-1].metrics is None
