@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
 import fedsq_plugin
 from fedsq_plugin import DualCopy, models
@@ -21,6 +22,7 @@ from fedsq_plugin.hosts.fedml import hook
 from fedsq_plugin.hosts.fedml.simulation import Simulation
 
 from .conftest import MakeArgs, final, network, silos, simulate
+from .naive import eight
 
 
 def test_registering_twice_changes_nothing(fedml: Any) -> None:
@@ -256,8 +258,9 @@ def test_weights_that_do_not_fit_advise_the_recipes_key(fedml: Any, make_args: M
     torch.save(models.create("resnet18", 3, small_images=True).state_dict(), path)
     args = make_args(warm_start="file", warm_start_file=str(path))
     model = fedml.model.create(args, 3)
+    images = TensorDataset(torch.zeros(6, 3, 32, 32), torch.arange(6) % 3)
     with pytest.raises(WeightsError, match=r"this file needs fedsq_args\.small_images: true"):
-        fedml.FedMLRunner(args, "cpu", silos(), model)
+        fedml.FedMLRunner(args, "cpu", eight(([images] * 3, images), 3), model)
 
 
 def test_imagenet_for_a_model_that_is_fedmls_is_one_clear_line(fedml: Any, make_args: MakeArgs) -> None:
