@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Sized
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..dualcopy.copies import copy_model
 from ..errors import ConfigError, FedSQError, first_line, in_one_line
+from ..federation.algorithm import Algorithm
 from ..federation.client import Client
 from ..federation.local import BatchError, Part, Phase
 from ..federation.reading import Batch, Reading, call
 from ..federation.seeding import isolated
 from ..federation.task import CLASSIFICATION
+from ..federation.training import LocalTraining
 from .first_batches import Taken
 
 LEAVE_OUT = "; let the loader leave a last batch of one sample out (drop_last=True), or use another batch_size"
@@ -59,8 +61,43 @@ def run_samples(
         raise SampleError(error, inputs, len(inputs) if isinstance(inputs, Sized) else 1, training) from error
 
 
+class _WithoutSteps:
+    """An optimizer that was made as it should be, and takes no step."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.param_groups, self.zero_grad = optimizer.param_groups, optimizer.zero_grad
+
+    def step(self, *_: Any, **__: Any) -> None:
+        """Nothing is trained before the first round."""
+
+
+class _Untrained:
+    """Local training up to the gradients."""
+
+    def __init__(self, training: LocalTraining) -> None:
+        self._training = training
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._training, name)
+
+    def build(self, *given: Any) -> _WithoutSteps:
+        return _WithoutSteps(self._training.build(*given))
+
+
 class OneEpoch(Client):
-    """Tries batches on a copy of the model: every part of a round takes one epoch at most."""
+    """Tries batches on a copy of the model: forward, loss and gradients. Every part of a round takes one epoch at most,
+    and no optimizer takes a step."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        algorithm: Algorithm,
+        options: object,
+        training: LocalTraining,
+        *given: Any,
+        **named: Any,
+    ) -> None:
+        super().__init__(model, algorithm, options, cast(LocalTraining, _Untrained(training)), *given, **named)
 
     def parts(self, round: int) -> Sequence[Part]:
         parts = super().parts(round)

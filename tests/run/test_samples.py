@@ -8,10 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fedsq_plugin import DualCopy
+from fedsq_plugin.algorithms import algorithm
 from fedsq_plugin.errors import GateError
-from fedsq_plugin.run.samples import SampleError, run_samples
+from fedsq_plugin.federation.reading import Batch
+from fedsq_plugin.federation.training import LocalTraining
+from fedsq_plugin.run.first_batches import Taken
+from fedsq_plugin.run.samples import OneEpoch, SampleError, run_samples
+from tests.algorithms.task import OPTIONS
 
 
 def network() -> nn.Module:
@@ -59,3 +65,22 @@ def test_samples_that_do_not_fit_are_an_error_with_fields(samples: Tensor, train
     assert str(error).startswith(line)
     assert (error.shape, error.count, error.training) == (samples.shape[1:], len(samples), training)
     assert str(error).endswith(f"({error.reason})")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_batch_is_tried_up_to_the_gradients_and_no_optimizer_takes_a_step(precision: str) -> None:
+    model, seen, steps = network(), [], []
+    before = [p.detach().clone() for p in model.parameters()]
+    next(model.parameters()).register_hook(seen.append)
+    training = LocalTraining(comm_round=1, client_optimizer="adam", precision=precision, clip_norm=1.0)
+    batch = (torch.randn(6, 4), torch.arange(6) % 3)
+    hook = register_optimizer_step_post_hook(lambda *_: steps.append(1))
+    try:
+        OneEpoch(model, algorithm("FedAvg"), OPTIONS, training, 0).try_batch(
+            Taken("silo 0", 0, batch), Batch(*batch), 1, "cpu"
+        )
+    finally:
+        hook.remove()
+    assert seen
+    assert not steps
+    assert all(torch.equal(p, value) for p, value in zip(model.parameters(), before, strict=True))
