@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dualcopy import DualCopy
+from .seeding import derive
 from .state import same_values, tensors_of
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,13 @@ class Beside:
                 moved[0],
             )
 
+    def seed(self, seed: int) -> None:
+        """Seed the model's own generators for a silo's round: put back alone, they would repeat their draws in every
+        round and at every silo."""
+        generators = [kept.generator for kept in self._kept if kept.generator is not None]
+        for number, generator in enumerate(generators):
+            generator.manual_seed(derive("model's generator", seed, number))
+
 
 class _Kept:
     """One value, where it is held, and what was in it."""
@@ -66,6 +74,11 @@ class _Kept:
             self._inside, self._version = self._value.detach().clone(), _version(self._value)
         elif isinstance(self._value, torch.Generator):
             self._inside = self._value.get_state()
+
+    @property
+    def generator(self) -> torch.Generator | None:
+        """The value, where it is a generator."""
+        return self._value if isinstance(self._value, torch.Generator) else None
 
     def put_back(self) -> bool:
         """Returns whether it had moved."""

@@ -167,6 +167,8 @@ class Client:
     def _update(self, silo: int, batches: Batches, parts: Sequence[Part], **how: Any) -> LocalResult:
         refuse_once(batches, silo)
         about: dict[str, Any] = {"loss": self.loss, "reading": self.reading, "forward": self._forward, **how}
+        if about["seed"] is not None:
+            self._beside.seed(about["seed"])
         try:
             return local_update(self.model, batches, self.training, parts, self.roles, **about)
         except (BatchError, DataError) as error:

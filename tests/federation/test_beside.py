@@ -11,7 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fedsq_plugin import DualCopy
+from fedsq_plugin.algorithms import algorithm
 from fedsq_plugin.federation.beside import Beside
+from fedsq_plugin.federation.client import Client
+from fedsq_plugin.federation.training import LocalTraining
+from tests.algorithms.task import changed
 
 
 class Net(nn.Module):
@@ -121,3 +125,16 @@ def test_what_stays_as_it_is_is_not_said(caplog: pytest.LogCaptureFixture) -> No
     model(torch.randn(5, 4)).sum().backward()
     beside.put_back()
     assert not caplog.messages
+
+
+def test_a_models_generator_draws_otherwise_in_every_round_and_silo_and_the_same_again() -> None:
+    def drawn(silo: int, round: int) -> Tensor:
+        model = Draws()
+        training = LocalTraining(comm_round=3)
+        client = Client(model, algorithm("FedAvg"), changed(head="head"), training, seed=0)
+        client.train(silo, [], round)
+        return torch.randn(4, generator=model.generator)
+
+    draws = [drawn(silo, round) for silo in (0, 1) for round in (0, 1)]
+    assert all(not torch.equal(one, other) for n, one in enumerate(draws) for other in draws[:n])
+    assert torch.equal(drawn(1, 1), draws[3])
