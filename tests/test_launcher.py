@@ -98,11 +98,16 @@ def test_rows_that_do_not_go_together_end_with_one_line(folder: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_fedmls_own_optimizer_runs_under_the_launcher(folder: Path) -> None:
-    done = launch(folder, recipe(federated_optimizer="FedAvg", comm_round=1))
+@pytest.mark.parametrize("weight_decay", [0.0, 0.001])
+def test_fedmls_own_optimizer_runs_under_the_launcher(folder: Path, weight_decay: float) -> None:
+    done = launch(folder, recipe(federated_optimizer="FedAvg", comm_round=1, weight_decay=weight_decay))
     assert done.returncode == 0, done.stderr[-2000:]
     assert "local_test_on_all_clients" in done.stderr  # FedML's loop, not ours
-    assert "fedsq" not in done.stderr.lower().replace("fedsq_plugin", "")
+    # It is FedML's alone, but for the way out where this loop ignores an option.
+    said = [line for line in done.stderr.splitlines() if "fedsq" in line.lower().replace("fedsq_plugin", "")]
+    assert len(said) == (1 if weight_decay else 0), said
+    assert all("own_algorithms: true" in line for line in said)
+    assert ("train_args.weight_decay has no effect: FedML's own FedAvg" in done.stderr) == bool(weight_decay)
 
 
 def test_a_home_that_cannot_be_written_ends_with_one_line(tmp_path: Path) -> None:
