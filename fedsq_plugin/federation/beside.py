@@ -50,7 +50,7 @@ class Beside:
         if moved and not self._said:
             self._said = True
             log.warning(
-                "the model's '%s' moves while the model trains, and is no part of its state: it is put back before "
+                "the model's '%s' moves while the model trains, and is no part of its state: it begins anew with "
                 "every silo's round; make it a buffer that is saved, if the silos shall share it",
                 moved[0],
             )

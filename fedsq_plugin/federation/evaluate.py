@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,19 @@ def pooled(parts: Iterable[Metrics]) -> Metrics:
     return Metrics(loss, sum(part.accuracy * part.samples for part in known) / samples, samples)
 
 
+@contextmanager
+def evaluating(model: nn.Module, device: torch.device | str) -> Iterator[None]:
+    """Have a model on a device and in evaluation mode; every module's mode is put back."""
+    modes = {module: module.training for module in model.modules()}
+    model.to(device).eval()
+    try:
+        yield
+    finally:
+        model.train(modes[model])
+        for module, mode in modes.items():
+            module.training = mode
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -41,22 +55,16 @@ def evaluate(
 ) -> Metrics:
     """Evaluate a model in evaluation mode and in the precision of its weights, whatever it was trained in. Every
     module's mode is put back. Without any sample the metrics are NaN."""
-    modes = {module: module.training for module in model.modules()}
-    model.to(device).eval()
     losses: list[Tensor] = []
     kept: list[Any] = []
     sizes: list[int] = []
-    try:
+    with evaluating(model, device):
         for batch in reading.read_all(batches):
             sizes.append(metric.size(batch.labels))  # on the CPU, where it is no wait for the GPU
             x, labels = batch.to(device)
             output = reading.prediction(call(model, x))
             losses.append(loss(output, labels))
             kept.append(metric.of_batch(output, labels))
-    finally:
-        model.train(modes[model])
-        for module, mode in modes.items():
-            module.training = mode
     samples = sum(sizes)
     if not samples:
         return Metrics(float("nan"), float("nan"), 0)

@@ -36,11 +36,12 @@ _PLAIN = frozenset({str, bytes, int, float, bool, type(None), type, FunctionType
 def reseed(loader: Any, seed: int) -> None:
     """Seed every generator that a loader, its samplers, its data set and their parts hold as attributes, each from
     `seed` and its place in their order; and end workers that were kept from an earlier pass."""
-    for one in _walk(loader, _DEPTH, set(), everything=False):
+    parts = [*_walk(loader, _DEPTH, set(), everything=False)]
+    for one in parts:
         if isinstance(one, DataLoader):
             # Workers that go on have drawn their seed in an earlier pass, and hold their own copy of the data set.
             one._iterator = None
-    for number, found in enumerate(generators(loader)):
+    for number, found in enumerate(one for one in parts if isinstance(one, _GENERATORS)):
         own = derive("generator", seed, number)
         if isinstance(found, torch.Generator):
             found.manual_seed(own)

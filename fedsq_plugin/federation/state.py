@@ -100,8 +100,7 @@ def no_less_finite(value: Tensor, sent: Tensor) -> bool:
     if not (value.is_floating_point() or value.is_complex()) or check_finite(value):
         return True
     found, before = (torch.view_as_real(one) if one.is_complex() else one for one in (value, sent.to(value.device)))
-    kept = (found == before) | (found.isnan() & before.isnan())
-    return bool((found.isfinite() | kept).all())
+    return bool((found.isfinite() | _same(found, before)).all())
 
 
 def check_finite(value: Tensor) -> bool:
@@ -117,7 +116,12 @@ def same_values(one: Tensor, other: Tensor) -> bool:
     if torch.equal(one, other):
         return True
     floating = one.is_floating_point() and one.shape == other.shape
-    return floating and bool(((one == other) | (one.isnan() & other.isnan())).all())
+    return floating and bool(_same(one, other).all())
+
+
+def _same(one: Tensor, other: Tensor) -> Tensor:
+    """Where two tensors have the same value; NaN is the same as NaN."""
+    return (one == other) | (one.isnan() & other.isnan())
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:

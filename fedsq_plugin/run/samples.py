@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ..dualcopy.copies import copy_model
 from ..errors import ConfigError, FedSQError, first_line, in_one_line
-from ..federation.algorithm import Algorithm
 from ..federation.client import Client
 from ..federation.local import BatchError, Part, Phase
 from ..federation.reading import Batch, Reading, call
@@ -88,16 +87,9 @@ class OneEpoch(Client):
     """Tries batches on a copy of the model: forward, loss and gradients. Every part of a round takes one epoch at most,
     and no optimizer takes a step."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        algorithm: Algorithm,
-        options: object,
-        training: LocalTraining,
-        *given: Any,
-        **named: Any,
-    ) -> None:
-        super().__init__(model, algorithm, options, cast(LocalTraining, _Untrained(training)), *given, **named)
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.training = cast(LocalTraining, _Untrained(self.training))
 
     def parts(self, round: int) -> Sequence[Part]:
         parts = super().parts(round)

@@ -192,12 +192,19 @@ def test_an_auxiliary_head_beside_the_main_path_leaves_its_gates_right() -> None
     torch.testing.assert_close(dual.extra, F.relu(dual.b(dual.a(X) * first)))
 
 
-def test_one_call_that_is_written_twice_has_its_gate() -> None:
-    def body(m: Parts, x: Tensor) -> Tensor:
-        if m.training:
-            return F.relu(F.dropout(m.a(x), 0.0))
-        return F.relu(m.a(x))
+def written_twice(m: Parts, x: Tensor) -> Tensor:
+    if m.training:
+        return F.relu(F.dropout(m.a(x), 0.0))
+    return F.relu(m.a(x))
 
+
+def by_gradients(m: Parts, x: Tensor) -> Tensor:
+    h = m.a(x)
+    return F.relu(h) if h.requires_grad else torch.relu(h)
+
+
+@pytest.mark.parametrize("body", [written_twice, by_gradients])
+def test_one_call_that_stands_in_two_branches_has_its_gate(body: Body) -> None:
     dual = DualCopy(Parts(body)).train()
     gate = dual.structural.a(X) > 0
     moved(dual)
@@ -219,17 +226,6 @@ def test_a_counter_that_decides_is_refused_at_the_first_forward() -> None:
 
     with pytest.raises(GateError, match="does not follow"):
         DualCopy(Warms()).train()(X)
-
-
-def test_a_branch_by_whether_gradients_are_asked_for_is_followed() -> None:
-    def body(m: Parts, x: Tensor) -> Tensor:
-        h = m.a(x)
-        return F.relu(h) if h.requires_grad else torch.relu(h)
-
-    dual = DualCopy(Parts(body)).train()
-    gate = dual.structural.a(X) > 0
-    moved(dual)
-    torch.testing.assert_close(dual(X), dual.head(dual.a(X) * gate))
 
 
 def test_another_path_than_that_of_the_first_forward_is_refused_later() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...data.silos import SilosData
 from ...dualcopy import DualCopy
 from ...errors import FedSQError, in_one_line
-from ...federation.evaluate import Metrics
+from ...federation.evaluate import Metrics, evaluating
 from ...federation.reading import Reading, call
 from ...federation.record import RoundRecord
 from ...federation.seeding import derive, isolated
@@ -30,10 +30,8 @@ def no_classification(model: nn.Module, data: SilosData, device: Any, reading: R
     Decided by the first batch: labels (N, …) are class numbers or `ignored`, and outputs (N, classes, …) have a column
     for each of the data set's classes.
     """
-    modes = {module: module.training for module in model.modules()}
-    model.to(device).eval()
     try:
-        with torch.no_grad(), isolated(0):
+        with evaluating(model, device), torch.no_grad(), isolated(0):
             first = next(iter(data.global_test or ()), None)
             if first is None:
                 return None
@@ -43,9 +41,6 @@ def no_classification(model: nn.Module, data: SilosData, device: Any, reading: R
         return str(error)
     except Exception as error:  # whatever a model raises that only the user's trainer can call
         return f"the model cannot be called with a test batch: {in_one_line(error)}"
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _misfit(outputs: Tensor, labels: Tensor, classes: Any, ignored: int) -> str | None:
